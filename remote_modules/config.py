@@ -1,0 +1,165 @@
+"""Every setting, with its unit and default. One field, one line of meaning."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from remote_modules.peers import check_address, is_loopback
+from remote_modules.spans import Span
+
+__all__ = ["ClientConfig", "ServerConfig", "TrackerConfig", "check_tracker_urls", "default_trackers"]
+
+
+def default_trackers() -> tuple[str, ...]:
+    """The tracker URLs in ``$REMOTE_MODULES_TRACKERS`` (comma separated), read when called."""
+    return tuple(url.strip() for url in os.environ.get("REMOTE_MODULES_TRACKERS", "").split(",") if url.strip())
+
+
+def check_tracker_urls(urls: Sequence[str]) -> None:
+    """Raise `ValueError` for anything that is not an http(s) URL, and `TypeError` for a bare string."""
+    if isinstance(urls, str):
+        raise TypeError(f"trackers must be a list of URLs, got the string {urls!r}; write [{urls!r}]")
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"tracker must be an http:// or https:// URL, got {url!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientConfig:
+    """How a client finds, times and replaces peers. Durations are seconds."""
+
+    connect_timeout_s: float = 3.0  # one dial, TLS and hello included
+    silence_timeout_s: float = 2.0  # a peer with work of ours that says nothing for so long is frozen or gone
+    pass_deadline_s: float = 120.0  # one forward, backward, prefill or decode, failures and waiting included
+    min_request_timeout_s: float = 10.0  # least time that a live peer gets to compute one request
+    refresh_interval_s: float = 5.0  # age at which the view of the swarm is looked up again
+    lookup_timeout_s: float = 5.0  # one lookup at one discovery source
+    ban_s: float = 1.0  # first ban of a failed peer; doubles with each failure in a row
+    max_ban_s: float = 60.0
+    max_replay_tokens: int = 512  # tokens of one replay request (times batch rows)
+    max_request_bytes: int = 256 * 1024 * 1024  # tensors of one request
+    allow_mixed_dtypes: bool = False  # whether one route may join peers that compute in different dtypes
+    mdns_interfaces: tuple[str, ...] = ()  # local IP addresses to ask on; empty means all
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name not in ("allow_mixed_dtypes", "mdns_interfaces"):
+                _check_positive(field.name, getattr(self, field.name))
+        if self.max_ban_s < self.ban_s:
+            raise ValueError(f"max_ban_s must be at least ban_s, got {self.max_ban_s} and {self.ban_s}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """What one peer serves, and within which limits.
+
+    Raises:
+        ValueError: a field is out of range, or ``blocks`` and ``num_blocks`` are both given.
+    """
+
+    model: str  # hub id, local checkpoint folder, or the name of the built-in model
+    blocks: str | None = None  # "start:end"; None: choose by what the swarm needs most
+    num_blocks: int | None = None  # how many to choose; None: as many as fit
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: any free one
+    announce_addresses: tuple[str, ...] = ()  # "host:port" that others should dial, if not host:port itself
+    trackers: tuple[str, ...] = ()
+    mdns: bool = True
+    peers: tuple[str, ...] = ()  # other peers' addresses, asked when choosing a span
+    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
+    dtype: str = "auto"  # "auto" (the checkpoint's), "float32", "bfloat16", "float16"
+    quantization: str = "none"
+    revision: str | None = None
+    cache_dir: str | None = None
+    token: str | None = None  # hub token; never logged or announced
+    identity_path: Path | None = None  # None: a new identity for this process
+    kv_budget_bytes: int | None = None  # None: half of what is free after loading
+    max_batch_tokens: int = 8192  # rows x tokens of one request
+    max_sessions: int = 1024
+    max_queue: int = 256  # requests waiting for the device
+    max_connections: int = 512
+    session_idle_s: float = 600.0  # a session without steps for so long is dropped
+    orphan_session_s: float = 30.0  # the same once its client's connection is gone
+    announce_interval_s: float = 30.0
+    drain_s: float = 30.0  # longest wait for running sessions on SIGTERM
+    num_threads: int | None = None  # torch threads; None: torch's own choice
+    show_progress: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("model must name a hub id or a checkpoint folder, got an empty string")
+        if self.blocks is not None:
+            _check_field("blocks", Span.parse, self.blocks)
+            if self.num_blocks is not None:
+                raise ValueError("give blocks or num_blocks, not both")
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port must be in 0:65536, got {self.port}")
+        _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _check_choice("quantization", self.quantization, ("none",))
+        for name in ("announce_addresses", "peers"):
+            for address in getattr(self, name):
+                _check_field(name, check_address, address)
+        check_tracker_urls(self.trackers)
+        for name in _POSITIVE:
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
+        if self.drain_s < 0:
+            raise ValueError(f"drain_s must not be negative, got {self.drain_s}")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the server listens on loopback only; elsewhere TLS is on."""
+        return is_loopback(self.host)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackerConfig:
+    """Where a tracker listens and how much it holds."""
+
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: any free one
+    lease_s: float = 90.0  # how long an announcement lives
+    max_records: int = 10_000  # about 2 KiB each
+    max_body_bytes: int = 64 * 1024
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port must be in 0:65536, got {self.port}")
+        _check_positive("lease_s", self.lease_s)
+        _check_positive("max_records", self.max_records)
+        _check_positive("max_body_bytes", self.max_body_bytes)
+
+
+_POSITIVE = (
+    "num_blocks",
+    "kv_budget_bytes",
+    "max_batch_tokens",
+    "max_sessions",
+    "max_queue",
+    "max_connections",
+    "session_idle_s",
+    "orphan_session_s",
+    "announce_interval_s",
+    "num_threads",
+)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def _check_field(name: str, check: Callable[[str], object], value: str) -> None:
+    try:
+        check(value)
+    except ValueError as exc:
+        raise ValueError(f"{name}: {exc}") from exc
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
