@@ -1,0 +1,309 @@
+"""Every message of the protocol, one frozen struct each.
+
+A message travels as the msgpack header of a frame (an array: the type tag, then the fields in order); its tensors
+travel in the body. Fields may be appended with a default in a new minor version; anything else needs a new major
+version. The tables of docs/protocol.md are checked against these classes by a test.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from remote_modules.errors import LocalProtocolError, RefusalReason, RemoteProtocolError
+
+__all__ = [
+    "BackwardRequest",
+    "CacheOp",
+    "Cancel",
+    "ClientHello",
+    "CloseSession",
+    "Draining",
+    "ForwardRequest",
+    "Message",
+    "Output",
+    "Ping",
+    "Pong",
+    "Refused",
+    "Reject",
+    "Request",
+    "ServerHello",
+    "StepRequest",
+    "TensorMeta",
+    "decode_message",
+    "encode_message",
+]
+
+VERSION_MAJOR = 1
+VERSION_MINOR = 0
+
+MAX_TENSORS = 256
+MAX_DIMENSIONS = 8
+MAX_CACHE_OPS = 1024
+
+Name = Annotated[str, Meta(max_length=128)]
+SessionId = Annotated[str, Meta(min_length=16, max_length=64)]
+Text = Annotated[str, Meta(max_length=1024)]
+Count = Annotated[int, Meta(ge=0, lt=2**40)]
+Id = Annotated[int, Meta(ge=0, lt=2**53)]
+Block = Annotated[int, Meta(ge=0, le=4096)]
+Seconds = Annotated[float, Meta(ge=0, le=86400)]
+Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]
+CacheOpKind = Literal["crop", "select", "reset"]
+Dims = Annotated[tuple[Count, ...], Meta(max_length=MAX_DIMENSIONS)]
+
+
+class _Base(msgspec.Struct, frozen=True, array_like=True):
+    """Array-like: 2 to 3 times faster than a map, and half the bytes."""
+
+
+class TensorMeta(_Base, frozen=True):
+    """One tensor of the body: its name, torch dtype name, and shape."""
+
+    name: Name
+    dtype: Annotated[str, Meta(max_length=16)]
+    shape: Dims
+
+
+class CacheOp(_Base, frozen=True):
+    """One change of a session's KV cache that comes before the tokens of a step.
+
+    Attributes:
+        kind: ``"crop"`` (keep the first ``length`` tokens), ``"select"`` (batch rows become those at the int64 tensor
+            ``tensor``: reorder, repeat and select alike) or ``"reset"`` (forget all).
+        length: tokens to keep, for ``"crop"``.
+        tensor: name of the index tensor, for ``"select"``.
+    """
+
+    kind: CacheOpKind
+    length: Count = 0
+    tensor: Name = ""
+
+
+Tensors = Annotated[tuple[TensorMeta, ...], Meta(max_length=MAX_TENSORS)]
+CacheOps = Annotated[tuple[CacheOp, ...], Meta(max_length=MAX_CACHE_OPS)]
+
+
+class ClientHello(_Base, frozen=True, tag="client_hello"):
+    """The first message of a connection.
+
+    Attributes:
+        major, minor: version spoken; another major is rejected, the lower minor is used.
+        nonce: fresh random bytes that the server signs.
+        max_body_bytes: largest body that this side takes.
+        software: name and version, for logs.
+    """
+
+    major: Count
+    minor: Count
+    nonce: Nonce
+    max_body_bytes: Count
+    software: Name = ""
+
+
+class ServerHello(_Base, frozen=True, tag="server_hello"):
+    """The answer to it; proves the server's identity.
+
+    Attributes:
+        major, minor: version spoken.
+        public_key: raw Ed25519 key; the peer id is its digest.
+        signature: over the client's nonce and the digest of the TLS certificate in use (see docs/protocol.md).
+        instance_id: as in the peer's record.
+        max_body_bytes: largest body that this side takes.
+        software: name and version, for logs.
+    """
+
+    major: Count
+    minor: Count
+    public_key: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
+    instance_id: Name
+    max_body_bytes: Count
+    software: Name = ""
+
+
+class Reject(_Base, frozen=True, tag="reject"):
+    """The connection is refused; it closes after this."""
+
+    text: Text
+
+
+class StepRequest(_Base, frozen=True, tag="step"):
+    """Run new tokens of a session through blocks ``[start, end)``.
+
+    Idempotent by (session, step): the peer answers a repeated step from its memory of the last reply.
+
+    Attributes:
+        request_id: chosen by the client, unique on the connection.
+        session_id: chosen by the client, unguessable.
+        step_id: rises by one with each new step of the session on this peer.
+        start, end: blocks to run.
+        position: tokens that the KV cache must hold after ``ops``; otherwise the peer answers ``session_lost``.
+        ops: cache operations to apply first.
+        tensors: ``hidden_states`` ``[B, T, D]``; optional ``position_ids`` int64, ``attention_mask`` (new columns, or
+            all columns when ``mask_is_whole``), index tensors of ``ops``.
+        timeout_s: after this the client no longer waits.
+        mask_is_whole: see ``tensors``.
+        create: whether an unknown session is to be opened.
+        autocast: dtype name of an enclosing ``torch.autocast``, or "".
+        num_outputs: answer only the last so many tokens; None for all.
+    """
+
+    request_id: Id
+    session_id: SessionId
+    step_id: Id
+    start: Block
+    end: Block
+    position: Count
+    ops: CacheOps
+    tensors: Tensors
+    timeout_s: Seconds
+    mask_is_whole: bool = False
+    create: bool = False
+    autocast: Name = ""
+    num_outputs: Count | None = None
+
+
+class ForwardRequest(_Base, frozen=True, tag="forward"):
+    """Run ``hidden_states`` ``[B, T, D]`` through blocks ``[start, end)`` without a session; nothing is kept.
+
+    Attributes:
+        request_id, start, end, timeout_s, autocast: as in `StepRequest`.
+        tensors: ``hidden_states``; optional ``position_ids``, ``attention_mask``.
+        use_cache: whether the model's own call had its cache on (it changes which mask some models build).
+    """
+
+    request_id: Id
+    start: Block
+    end: Block
+    tensors: Tensors
+    timeout_s: Seconds
+    use_cache: bool = True
+    autocast: Name = ""
+
+
+class BackwardRequest(_Base, frozen=True, tag="backward"):
+    """Recompute the forward of the same fields, and return the gradient of ``hidden_states``.
+
+    Attributes:
+        tensors: as in `ForwardRequest`, and ``grad_output`` shaped like the forward's output.
+    """
+
+    request_id: Id
+    start: Block
+    end: Block
+    tensors: Tensors
+    timeout_s: Seconds
+    use_cache: bool = True
+    autocast: Name = ""
+
+
+class Output(_Base, frozen=True, tag="output"):
+    """The result of a request.
+
+    Attributes:
+        tensors: ``hidden_states``, or ``grad_input`` for a backward.
+        queue_s, compute_s: time spent waiting for the device, and on it.
+        load: requests queued or running at the peer.
+        free_kv_tokens: as in the peer's record, now.
+    """
+
+    request_id: Id
+    tensors: Tensors
+    queue_s: Seconds
+    compute_s: Seconds
+    load: Count = 0
+    free_kv_tokens: Count = 0
+
+
+class Refused(_Base, frozen=True, tag="refused"):
+    """The request was not done.
+
+    Attributes:
+        reason: a `RefusalReason`.
+        text: one line for a person; never a traceback.
+        retry_after_s: a hint for ``busy`` and ``out_of_memory``.
+    """
+
+    request_id: Id
+    reason: RefusalReason
+    text: Text
+    retry_after_s: Seconds = 0.0
+
+
+class Cancel(_Base, frozen=True, tag="cancel"):
+    """The client no longer wants the answer; work not yet begun is dropped."""
+
+    request_id: Id
+
+
+class CloseSession(_Base, frozen=True, tag="close_session"):
+    """Free a session's KV cache; unknown ids are ignored."""
+
+    session_id: SessionId
+
+
+class Ping(_Base, frozen=True, tag="ping"):
+    """Answer with `Pong` at once."""
+
+    nonce: Id
+
+
+class Pong(_Base, frozen=True, tag="pong"):
+    """Answer to `Ping`; ``load`` as in `Output`."""
+
+    nonce: Id
+    load: Count = 0
+
+
+class Draining(_Base, frozen=True, tag="draining"):
+    """The peer leaves soon: running sessions may finish, new ones are refused."""
+
+
+Request: TypeAlias = StepRequest | ForwardRequest | BackwardRequest
+Message: TypeAlias = (
+    ClientHello
+    | ServerHello
+    | Reject
+    | StepRequest
+    | ForwardRequest
+    | BackwardRequest
+    | Output
+    | Refused
+    | Cancel
+    | CloseSession
+    | Ping
+    | Pong
+    | Draining
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def encode_message(message: Message) -> bytes:
+    """Write a header.
+
+    Raises:
+        LocalProtocolError: a field is out of its bounds, so that the other side would close and ban us.
+    """
+    header = _encoder.encode(message)
+    try:
+        _decoder.decode(header)
+    except msgspec.ValidationError as exc:
+        raise LocalProtocolError(f"{type(message).__name__} may not be sent: {exc}") from exc
+    return header
+
+
+def decode_message(header: bytes) -> Message:
+    """Read a header; types and bounds are checked field by field.
+
+    Raises:
+        RemoteProtocolError: no message of this protocol.
+    """
+    try:
+        return _decoder.decode(header)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise RemoteProtocolError(f"header of {len(header)} bytes is no message: {exc}") from exc

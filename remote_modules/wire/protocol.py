@@ -1,0 +1,187 @@
+"""The state of one connection: which message may come when.
+
+::
+
+    CLIENT                              SERVER
+    start   -- ClientHello -->          greeted
+    greeted <-- ServerHello --          open        (or Reject, then closed)
+    open    -- Step, Forward, Backward, Cancel, CloseSession, Ping, Pong -->
+    open    <-- Output, Refused, Ping, Pong, Draining --
+    any     -- end of stream -->        closed
+
+Sans-I/O: bytes go in by `get_buffer`/`buffer_updated` or `receive_data`, messages come out of `events_received`;
+messages go in by `send`, bytes come out of `data_to_send`. Whoever calls the first must then take the second.
+`RemoteProtocolError` (they broke the rules) closes the connection for good; `LocalProtocolError` (we did) leaves
+everything as it was.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from remote_modules.errors import LocalProtocolError, RemoteProtocolError
+from remote_modules.wire import messages
+from remote_modules.wire.framing import Buffer, FrameReader, encode_frame
+from remote_modules.wire.messages import Message, decode_message, encode_message
+
+__all__ = ["MessageReceived", "Protocol", "Role", "State"]
+
+HELLO_BODY_BYTES = 0  # until the hello is done nobody may make us allocate
+
+
+class Role(enum.Enum):
+    CLIENT = "client"
+    SERVER = "server"
+
+
+class State(enum.Enum):
+    START = "start"
+    GREETED = "greeted"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class MessageReceived:
+    """A message and the raw bytes of its tensors (`wire.tensors.decode_tensors` reads them)."""
+
+    message: Message
+    body: bytearray
+
+
+_CLIENT_SENDS = (
+    messages.StepRequest,
+    messages.ForwardRequest,
+    messages.BackwardRequest,
+    messages.Cancel,
+    messages.CloseSession,
+    messages.Ping,
+    messages.Pong,
+)
+_SERVER_SENDS = (messages.Output, messages.Refused, messages.Ping, messages.Pong, messages.Draining)
+_ALLOWED: dict[tuple[Role, State], tuple[type, ...]] = {
+    (Role.CLIENT, State.START): (messages.ClientHello,),
+    (Role.CLIENT, State.OPEN): _CLIENT_SENDS,
+    (Role.SERVER, State.GREETED): (messages.ServerHello, messages.Reject),
+    (Role.SERVER, State.OPEN): _SERVER_SENDS,
+}
+
+
+class Protocol:
+    """One side of one connection.
+
+    Args:
+        role: which side this is.
+        max_body_bytes: largest body to accept, as said in our hello.
+    """
+
+    def __init__(self, role: Role, *, max_body_bytes: int) -> None:
+        self.role = role
+        self.their_role = Role.SERVER if role is Role.CLIENT else Role.CLIENT
+        self.state = State.START
+        self.max_body_bytes = max_body_bytes
+        self.their_max_body_bytes = 0
+        self._reader = FrameReader(max_body_bytes=HELLO_BODY_BYTES)
+        self._events: list[MessageReceived] = []
+        self._outgoing: list[Buffer] = []
+
+    def get_buffer(self) -> memoryview:
+        """Memory for the bytes that come next; then call `buffer_updated`."""
+        return self._reader.get_buffer()
+
+    def buffer_updated(self, num_bytes: int) -> None:
+        """Take ``num_bytes`` that were put into the last `get_buffer`; then look at `events_received`.
+
+        Raises:
+            RemoteProtocolError: the bytes break the protocol; the connection is closed.
+        """
+        try:
+            self._reader.buffer_updated(num_bytes)
+            self._take_frames()
+        except RemoteProtocolError:
+            self.state = State.CLOSED
+            raise
+
+    def receive_data(self, data: Buffer) -> None:
+        """Take bytes that lie elsewhere. Raises as `buffer_updated`."""
+        view = memoryview(data)
+        while view:
+            buffer = self.get_buffer()
+            num_bytes = min(len(buffer), len(view))
+            buffer[:num_bytes] = view[:num_bytes]
+            view = view[num_bytes:]
+            self.buffer_updated(num_bytes)
+
+    def receive_eof(self) -> None:
+        """Take the end of the stream.
+
+        Raises:
+            RemoteProtocolError: it came in the middle of a frame.
+        """
+        was_open, self.state = self.state is not State.CLOSED, State.CLOSED
+        if was_open and self._reader.is_mid_frame:
+            raise RemoteProtocolError("stream ended in the middle of a frame")
+
+    def events_received(self) -> list[MessageReceived]:
+        """Messages that came since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def send(self, message: Message, body: Sequence[Buffer] = ()) -> None:
+        """Queue a message; then send what `data_to_send` returns.
+
+        Raises:
+            LocalProtocolError: not allowed now, a field out of its bounds, or larger than the other side takes.
+        """
+        self._check_allowed(self.role, message, LocalProtocolError)
+        body_bytes = sum(map(len, body))
+        if body_bytes > self.their_max_body_bytes:
+            limit = self.their_max_body_bytes
+            raise LocalProtocolError(f"message of {body_bytes} bytes exceeds the other side's limit of {limit} bytes")
+        self._outgoing += encode_frame(encode_message(message), body)
+        self._advance(message)
+
+    def data_to_send(self) -> list[Buffer]:
+        """Buffers to put on the wire now, in order; each is returned once."""
+        outgoing, self._outgoing = self._outgoing, []
+        return outgoing
+
+    def _take_frames(self) -> None:
+        while (frame := self._reader.next_frame()) is not None:
+            message = decode_message(frame.header)
+            self._check_allowed(self.their_role, message, RemoteProtocolError)
+            if isinstance(message, messages.ServerHello):
+                self._check_version(message.major, message.minor)
+            if isinstance(message, messages.ClientHello | messages.ServerHello):
+                self.their_max_body_bytes = message.max_body_bytes
+            self._advance(message)
+            self._events.append(MessageReceived(message, frame.body))
+
+    def _advance(self, message: Message) -> None:
+        if isinstance(message, messages.ClientHello):
+            self.state = State.GREETED
+        elif isinstance(message, messages.ServerHello):
+            self.state = State.OPEN
+            self._reader.max_body_bytes = self.max_body_bytes
+        elif isinstance(message, messages.Reject):
+            self.state = State.CLOSED
+
+    def _check_allowed(self, sender: Role, message: Message, error: type[Exception]) -> None:
+        if not isinstance(message, _ALLOWED.get((sender, self.state), ())):
+            name = type(message).__name__
+            raise error(f"{name} may not be sent by the {sender.value} in state '{self.state.value}'")
+
+    def _check_version(self, major: int, minor: int) -> None:
+        text = check_version(major, minor)
+        if text is not None:
+            raise RemoteProtocolError(text)
+
+
+def check_version(major: int, minor: int) -> str | None:
+    """Why a peer of that version cannot be spoken to, naming both versions; None if it can."""
+    ours = f"{messages.VERSION_MAJOR}.{messages.VERSION_MINOR}"
+    if major == messages.VERSION_MAJOR:
+        return None
+    return f"peer speaks protocol {major}.{minor}, we speak {ours}; update the older side"

@@ -1,0 +1,98 @@
+"""Named tensors to raw buffers and back, without copies.
+
+A message lists its tensors as `TensorMeta`; the body of its frame holds their bytes in that order, row-major,
+little-endian, each padded with zeros to a multiple of 64 bytes. The only module of `wire` that knows torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from remote_modules.errors import LocalProtocolError, RemoteProtocolError
+from remote_modules.wire.framing import Buffer
+from remote_modules.wire.messages import MAX_DIMENSIONS, TensorMeta
+
+__all__ = ["DTYPES", "decode_tensors", "encode_tensors"]
+
+ALIGNMENT_BYTES = 64
+MAX_SHAPE_PRODUCT = 2**53  # sizes of zero counted as one: torch overflows on [0, 2**39, 2**39]
+
+DTYPES: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "int16": torch.int16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_PADDING = bytes(ALIGNMENT_BYTES)
+
+
+def encode_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[TensorMeta, ...], list[Buffer]]:
+    """Describe ``tensors`` and expose their memory.
+
+    The buffers alias CPU tensors: do not write to those until the frame is sent. Tensors elsewhere are copied
+    to the CPU.
+
+    Raises:
+        LocalProtocolError: a dtype that the protocol does not carry.
+    """
+    metas = []
+    buffers: list[Buffer] = []
+    for name, tensor in tensors.items():
+        dtype = _NAMES.get(tensor.dtype)
+        if dtype is None:
+            raise LocalProtocolError(f"tensor '{name}' has dtype {tensor.dtype}, expected one of {', '.join(DTYPES)}")
+        metas.append(TensorMeta(name, dtype, tuple(tensor.shape)))
+        if tensor.numel() == 0:
+            continue
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        buffer = flat.view(torch.uint8).numpy().data
+        buffers.append(buffer)
+        if padding := -len(buffer) % ALIGNMENT_BYTES:
+            buffers.append(_PADDING[:padding])
+    return tuple(metas), buffers
+
+
+def decode_tensors(metas: Sequence[TensorMeta], body: bytearray) -> dict[str, torch.Tensor]:
+    """Views of ``body``; every claim of ``metas`` is checked first.
+
+    Raises:
+        RemoteProtocolError: unknown dtype, repeated name, bad shape, or sizes that do not add up to the body.
+    """
+    layout = []
+    offset = 0
+    names = set()
+    for meta in metas:
+        dtype = DTYPES.get(meta.dtype)
+        if dtype is None:
+            raise RemoteProtocolError(f"tensor '{meta.name}' claims unknown dtype '{meta.dtype}'")
+        if meta.name in names:
+            raise RemoteProtocolError(f"tensor '{meta.name}' is given twice")
+        product = math.prod(max(size, 1) for size in meta.shape)
+        if len(meta.shape) > MAX_DIMENSIONS or min(meta.shape, default=0) < 0 or product >= MAX_SHAPE_PRODUCT:
+            raise RemoteProtocolError(f"tensor '{meta.name}' claims shape {list(meta.shape)[:9]}")
+        names.add(meta.name)
+        num_bytes = math.prod(meta.shape) * dtype.itemsize
+        layout.append((meta, dtype, offset, num_bytes))
+        offset += num_bytes + -num_bytes % ALIGNMENT_BYTES
+    if offset != len(body):
+        raise RemoteProtocolError(f"tensors claim {offset} bytes, the body has {len(body)} bytes")
+    return {meta.name: _view(body, meta.shape, dtype, start, size) for meta, dtype, start, size in layout}
+
+
+def _view(body: bytearray, shape: tuple[int, ...], dtype: torch.dtype, start: int, num_bytes: int) -> torch.Tensor:
+    if num_bytes == 0:
+        return torch.empty(shape, dtype=dtype)
+    if dtype is torch.bool:  # any byte may come from outside, and a bool that is neither 0 nor 1 is undefined behaviour
+        return torch.frombuffer(body, dtype=torch.uint8, count=num_bytes, offset=start).ne(0).reshape(shape)
+    count = num_bytes // dtype.itemsize
+    return torch.frombuffer(body, dtype=dtype, count=count, offset=start).reshape(shape)
