@@ -1,0 +1,46 @@
+"""Asking one peer, at an address, who it is: ``GET /api/v1/record`` on the peer's own port."""
+
+from __future__ import annotations
+
+import aiohttp
+import msgspec
+
+from remote_modules.discovery.addresses import usable_addresses
+from remote_modules.discovery.http_json import ask
+from remote_modules.errors import DiscoveryError, RemoteProtocolError
+from remote_modules.identity import verify_record
+from remote_modules.peers import MAX_ADDRESSES, PeerRecord, SignedRecord, check_address, is_loopback
+
+__all__ = ["RECORD_PATH", "fetch_record", "reached_at"]
+
+RECORD_PATH = "/api/v1/record"
+
+_decoder = msgspec.json.Decoder(SignedRecord)
+
+
+async def fetch_record(session: aiohttp.ClientSession, address: str) -> PeerRecord:
+    """The verified record of whoever listens at ``address`` (``host:port``).
+
+    Raises:
+        DiscoveryError: nobody there, not a peer of ours, or a record that does not verify.
+    """
+    host, _ = check_address(address)
+    scheme = "http" if is_loopback(host) else "https"
+    who = f"peer {address}"
+    # No certificate authority knows a peer. The record proves itself by its signature, and whoever dials the
+    # peer later pins the certificate that the record names, so a machine in the middle gains nothing here.
+    answer = await ask(session, f"{scheme}://{address}{RECORD_PATH}", who=who, verify_tls=False)
+    if answer.status != 200:
+        raise DiscoveryError(f"{who} answered status {answer.status}; is this a remote-modules peer?")
+    try:
+        return verify_record(_decoder.decode(answer.body))
+    except (msgspec.DecodeError, RemoteProtocolError) as exc:
+        raise DiscoveryError(f"{who} sent no valid record: {exc}") from exc
+
+
+def reached_at(record: PeerRecord, address: str) -> PeerRecord:
+    """``record`` with ``address``, known to work, put first, and without those that must not be dialled."""
+    host, _ = check_address(address)
+    others = usable_addresses(record.addresses, "127.0.0.1" if is_loopback(host) else host)
+    addresses = dict.fromkeys((address, *others))
+    return msgspec.structs.replace(record, addresses=tuple(addresses)[:MAX_ADDRESSES])

@@ -1,0 +1,133 @@
+"""Records, record servers and polling, shared by the tests of discovery."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from remote_modules.discovery.record_fetch import RECORD_PATH
+from remote_modules.errors import DiscoveryError
+from remote_modules.identity import Identity
+from remote_modules.peers import PeerRecord, PeerState, SignedRecord
+
+_numbers = itertools.count()
+
+
+def unique_key() -> str:
+    """A model key that no other test on this machine uses: multicast is shared by all of them."""
+    return f"key-{os.getpid()}-{next(_numbers)}"
+
+
+def make_identity(number: int) -> Identity:
+    return Identity.from_seed(number.to_bytes(32, "big"))
+
+
+def make_record(identity: Identity, **changes: Any) -> PeerRecord:
+    fields: dict[str, Any] = {
+        "peer_id": identity.peer_id,
+        "instance_id": "first",
+        "sequence": 1,
+        "model": "tiny",
+        "model_key": "tiny-key",
+        "num_blocks": 8,
+        "start": 0,
+        "end": 4,
+        "addresses": ("127.0.0.1:4000",),
+        "state": PeerState.ONLINE,
+    }
+    return PeerRecord(**(fields | changes))
+
+
+def make_signed(identity: Identity, **changes: Any) -> SignedRecord:
+    return identity.sign_record(make_record(identity, **changes))
+
+
+def forge(signed: SignedRecord, record: PeerRecord) -> SignedRecord:
+    """``record`` under the key and signature of another."""
+    return msgspec.structs.replace(signed, payload=msgspec.msgpack.encode(record))
+
+
+class RecordServer:
+    """What a peer's port answers to `RECORD_PATH`: ``signed``, or 404 while that is None."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        self.num_requests = 0
+        self.signed: SignedRecord | None = None
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.num_requests += 1
+        if self.signed is None:
+            raise web.HTTPNotFound
+        return web.Response(body=msgspec.json.encode(self.signed), content_type="application/json")
+
+
+@asynccontextmanager
+async def record_server() -> AsyncIterator[RecordServer]:
+    server = RecordServer()
+    async with http_server({RECORD_PATH: server.answer}) as address:
+        server.address = address
+        yield server
+
+
+@asynccontextmanager
+async def http_server(
+    routes: dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]],
+) -> AsyncIterator[str]:
+    """An HTTP server on a free port of 127.0.0.1; yields its ``host:port``."""
+    app = web.Application()
+    for path, handler in routes.items():
+        app.router.add_route("*", path, handler)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+async def eventually(check: Callable[[], Awaitable[bool]], *, within_s: float = 3.0) -> None:
+    """Poll ``check`` until it holds; fail after ``within_s``."""
+    deadline_s = asyncio.get_running_loop().time() + within_s
+    while not await check():
+        assert asyncio.get_running_loop().time() < deadline_s, f"not true within {within_s} s"
+        await asyncio.sleep(0.02)
+
+
+class FakeSource:
+    """A `Discovery` in memory that fails on command."""
+
+    def __init__(self, records: list[PeerRecord], *, name: str = "fake") -> None:
+        self.records = records
+        self.name = name
+        self.is_down = False
+        self.announced: list[SignedRecord] = []
+        self.withdrawn: list[SignedRecord] = []
+        self.num_closed = 0
+
+    async def announce(self, signed: SignedRecord) -> None:
+        self._check()
+        self.announced.append(signed)
+
+    async def withdraw(self, signed: SignedRecord) -> None:
+        self._check()
+        self.withdrawn.append(signed)
+
+    async def lookup(self, model_key: str | None) -> list[PeerRecord]:
+        self._check()
+        return [record for record in self.records if model_key in (None, record.model_key)]
+
+    async def aclose(self) -> None:
+        self.num_closed += 1
+
+    def _check(self) -> None:
+        if self.is_down:
+            raise DiscoveryError(f"{self.name} is down")

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+
+import pytest
+from discovery_support import FakeSource, make_identity, make_record, make_signed
+
+from remote_modules.discovery.base import Discovery
+from remote_modules.discovery.merged import MergedDiscovery, build_discovery
+from remote_modules.errors import DiscoveryError
+
+ALICE, BOB = make_identity(1), make_identity(2)
+
+
+@pytest.fixture
+def one() -> FakeSource:
+    return FakeSource([make_record(ALICE, sequence=1)], name="one")
+
+
+@pytest.fixture
+def two() -> FakeSource:
+    return FakeSource([make_record(ALICE, sequence=2), make_record(BOB)], name="two")
+
+
+def test_lookup_merges_the_newest_of_each_peer(one: FakeSource, two: FakeSource) -> None:
+    records = asyncio.run(MergedDiscovery([one, two]).lookup("tiny-key"))
+    assert records == [make_record(ALICE, sequence=2), make_record(BOB)]
+
+
+def test_one_working_source_is_enough(one: FakeSource, two: FakeSource) -> None:
+    one.is_down = True
+
+    async def main() -> None:
+        merged = MergedDiscovery([one, two])
+        assert len(await merged.lookup(None)) == 2
+        await merged.announce(make_signed(ALICE))
+        await merged.withdraw(make_signed(ALICE))
+
+    asyncio.run(main())
+    assert two.announced == two.withdrawn == [make_signed(ALICE)]
+
+
+def test_source_that_knows_nobody_is_no_failure(one: FakeSource) -> None:
+    one.is_down = True
+    assert asyncio.run(MergedDiscovery([one, FakeSource([])]).lookup(None)) == []
+
+
+CALLS: dict[str, Callable[[Discovery], Awaitable[object]]] = {
+    "announce": lambda discovery: discovery.announce(make_signed(ALICE)),
+    "withdraw": lambda discovery: discovery.withdraw(make_signed(ALICE)),
+    "lookup": lambda discovery: discovery.lookup(None),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_all_sources_failing_names_each_failure(call: str, one: FakeSource, two: FakeSource) -> None:
+    one.is_down = two.is_down = True
+
+    async def main() -> None:
+        with pytest.raises(DiscoveryError, match=f"{call} failed at every source: one is down; two is down"):
+            await CALLS[call](MergedDiscovery([one, two]))
+
+    asyncio.run(main())
+
+
+def test_failing_source_is_logged_once_and_once_when_it_recovers(
+    one: FakeSource, two: FakeSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        merged = MergedDiscovery([one, two])
+        for one.is_down in (True, True, True, False, False, True):
+            await merged.lookup(None)
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(main())
+    assert [(entry.levelname, entry.message) for entry in caplog.records] == [
+        ("WARNING", "discovery source fails call=lookup source=0: one is down"),
+        ("INFO", "discovery source works again call=lookup source=0"),
+        ("WARNING", "discovery source fails call=lookup source=0: one is down"),
+    ]
+
+
+def test_sources_are_asked_at_the_same_time() -> None:
+    class Meeting(FakeSource):
+        """Answers once both of its kind were asked."""
+
+        def __init__(self, events: list[asyncio.Event], index: int) -> None:
+            super().__init__([])
+            self.mine, self.other = events[index], events[1 - index]
+
+        async def announce(self, signed: object) -> None:
+            self.mine.set()
+            await asyncio.wait_for(self.other.wait(), 2.0)
+
+    async def main() -> None:
+        events = [asyncio.Event(), asyncio.Event()]
+        await MergedDiscovery([Meeting(events, 0), Meeting(events, 1)]).announce(make_signed(ALICE))
+
+    asyncio.run(main())
+
+
+def test_closing_closes_every_source(one: FakeSource, two: FakeSource) -> None:
+    asyncio.run(MergedDiscovery([one, two]).aclose())
+    assert (one.num_closed, two.num_closed) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"mdns": True}, ["MdnsDiscovery"]),
+        ({"mdns": False, "peers": ["127.0.0.1:1"]}, ["StaticDiscovery"]),
+        (
+            {"trackers": ["http://a", "http://b", "http://a"], "mdns": True, "peers": ["127.0.0.1:1"]},
+            ["StaticDiscovery", "MdnsDiscovery", "TrackerClient", "TrackerClient"],
+        ),
+    ],
+)
+def test_settings_name_the_sources(settings: dict[str, object], expected: list[str]) -> None:
+    merged = build_discovery(**settings)  # type: ignore[arg-type]
+    assert [type(source).__name__ for source in merged._sources] == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"mdns": False}, ValueError, "at least one source"),
+        ({"trackers": ["tracker:8000"]}, ValueError, "http:// or https://"),
+        ({"trackers": "http://a"}, TypeError, "must be a list"),
+        ({"peers": "127.0.0.1:1"}, TypeError, "must be a list"),
+        ({"peers": ["127.0.0.1"]}, ValueError, "HOST:PORT"),
+        ({"mdns_interfaces": ["eth0"]}, ValueError, "IPv4"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_io(
+    settings: dict[str, object], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        build_discovery(**settings)  # type: ignore[arg-type]
+
+
+def test_importing_discovery_imports_neither_aiohttp_nor_zeroconf() -> None:
+    code = (
+        "import sys, remote_modules.discovery, remote_modules.discovery.merged\n"
+        "sys.exit(len({'aiohttp', 'zeroconf', 'prometheus_client'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment, timeout=20)
