@@ -1,0 +1,56 @@
+"""Telling models apart without reading them.
+
+`model_key` names an architecture: it is what lookups ask for, and anyone who holds a config can compute it. Two fine-tunes of
+one model share it. `block_digests` tells their weights apart: per block, a digest of the first row of each of its tensors. Peers announce the digests of
+their blocks; a client that has the checkpoint compares them with its own, and peers that disagree never share a route.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedConfig
+
+from remote_modules.model.checkpoint import Checkpoint
+from remote_modules.model.stack import StackSpec
+
+__all__ = ["block_digests", "model_key"]
+
+# Few and old fields, so that different transformers releases agree on the key.
+_KEY_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_DIGEST_CHARACTERS = 12
+
+
+def model_key(config: PreTrainedConfig) -> str:
+    """Digest of the architecture, 32 hex characters; the same for an id, a folder, a config or a model."""
+    text = config.get_text_config(decoder=True)
+    fields = {name: getattr(text, name, None) for name in _KEY_FIELDS}
+    canonical = json.dumps({"model_type": text.model_type, **fields}, sort_keys=True, default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+
+def block_digests(checkpoint: Checkpoint, stack: StackSpec, blocks: Iterable[int]) -> dict[int, str]:
+    """Digest of each block that can be read locally; opens no shard but those of these blocks, and downloads none."""
+    digests = {}
+    for block in blocks:
+        shards = checkpoint.shards(lambda key, block=block: stack.block_of_key(key) == block)  # type: ignore[misc]
+        if shards and all((checkpoint.folder / name).exists() for name in shards):
+            digests[block] = _digest(checkpoint, shards)
+    return digests
+
+
+def _digest(checkpoint: Checkpoint, shards: dict[str, list[str]]) -> str:
+    digest = hashlib.sha256()
+    for file_name, keys in shards.items():
+        with safe_open(str(checkpoint.folder / file_name), framework="pt") as file:
+            for key in keys:
+                tensor = file.get_slice(key)
+                shape = tensor.get_shape()
+                row = tensor[:1] if len(shape) > 1 else tensor[:]
+                digest.update(f"{key} {tensor.get_dtype()} {shape}".encode())
+                digest.update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:_DIGEST_CHARACTERS]

@@ -1,0 +1,199 @@
+"""Loading part of a checkpoint: the blocks of a span, or everything but the blocks.
+
+Only public transformers API: a subclass whose ``__init__`` prunes the modules that are not wanted *before* weights are loaded, and a
+temporary folder of links with an index reduced to the wanted tensors, given to `from_pretrained`. So no tensor outside the wanted part is
+read, no shard that holds none of it is opened, and conversions that transformers does while loading still happen.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from remote_modules.errors import CheckpointError
+from remote_modules.model.checkpoint import INDEX_NAME, Checkpoint
+from remote_modules.model.stack import StackSpec, find_stack, meta_skeleton
+from remote_modules.spans import Span
+
+__all__ = ["SkippedBlock", "load_client_part", "load_span", "read_config"]
+
+_LINKED = ("config.json", "generation_config.json")
+
+
+class SkippedBlock(nn.Module):
+    """Stands where a block of another peer would be; passes hidden states on."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return hidden_states
+
+
+class _SkippedModule(nn.Module):
+    """Stands for an embedding, norm or head that this peer does not hold; returns its input."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if args else None
+
+
+def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The checkpoint's config.
+
+    Raises:
+        CheckpointError: unreadable, of an unknown type, or needing code from the repository (never run).
+    """
+    try:
+        raw = json.loads((checkpoint.folder / "config.json").read_text("utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("not a JSON object")
+        if "auto_map" in raw and raw.get("model_type") is None:
+            raise ValueError("it needs code from the repository, which is never run")
+        config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as exc:
+        text = str(exc).strip().split("\n", 1)[0][:200]
+        raise CheckpointError(f"config of '{checkpoint.name}' is not usable: {text}") from exc
+    return config
+
+
+def load_span(
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    cls: type[PreTrainedModel],
+    span: Span,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+) -> tuple[PreTrainedModel, StackSpec]:
+    """The whole skeleton with the weights of ``span`` alone; other blocks, embeddings, norms and head are stubs.
+
+    Raises:
+        CheckpointError: a shard or tensor of the span is missing.
+        ValueError: the span reaches outside the model.
+    """
+    skeleton = meta_skeleton(cls, config)
+    stack = find_stack(skeleton, config)
+    check_span(span, stack.num_blocks, checkpoint.name)
+
+    def keep_block(block: int | None) -> bool:
+        return block is not None and block in span
+
+    model = _load(checkpoint, config, cls, stack, keep_block, dtype=dtype, device=device)
+    model.requires_grad_(False)
+    return model.eval(), stack
+
+
+def load_client_part(
+    checkpoint: Checkpoint, config: PreTrainedConfig, cls: type[PreTrainedModel], **kwargs: Any
+) -> tuple[PreTrainedModel, StackSpec]:
+    """Embeddings, norms and head; every block is a stub. ``kwargs`` are `from_pretrained`'s.
+
+    Raises:
+        CheckpointError: a shard or tensor is missing.
+    """
+    stack = find_stack(meta_skeleton(cls, config), config)
+    model = _load(checkpoint, config, cls, stack, lambda block: block is None, **kwargs)
+    return model, stack
+
+
+def check_span(span: Span, num_blocks: int, name: str) -> None:
+    if span.end > num_blocks:
+        raise ValueError(f"span {span} is outside model '{name}' of {num_blocks} blocks (0:{num_blocks})")
+
+
+def _load(
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    cls: type[PreTrainedModel],
+    stack: StackSpec,
+    keep_block: Callable[[int | None], bool],
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> PreTrainedModel:
+    pruned = _pruned_class(cls, stack, keep_block)
+    shards = checkpoint.shards(lambda key: keep_block(stack.block_of_key(key)))
+    with _partial_folder(checkpoint, shards) as folder, _quiet_loading():
+        if str(device) != "cpu":
+            kwargs["device_map"] = {"": device}
+        try:
+            model, info = pruned.from_pretrained(
+                folder, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, **kwargs
+            )
+        except (OSError, ValueError, RuntimeError) as exc:
+            text = str(exc).strip().split("\n", 1)[0][:300]
+            raise CheckpointError(f"weights of '{checkpoint.name}' do not load: {text}") from exc
+    missing = sorted(set(info["missing_keys"]))
+    if missing:
+        raise CheckpointError(f"checkpoint '{checkpoint.name}' lacks {len(missing)} tensors, first '{missing[0]}'")
+    model.__class__ = cls  # generate() decides some things by class name
+    return model
+
+
+def _pruned_class(
+    cls: type[PreTrainedModel], stack: StackSpec, keep_block: Callable[[int | None], bool]
+) -> type[PreTrainedModel]:
+    def build_then_prune(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        blocks = stack.blocks(self)
+        for index in range(len(blocks)):
+            if not keep_block(index):
+                blocks[index] = SkippedBlock()
+        if not keep_block(None):
+            _prune_around(self, stack.path)
+
+    members: dict[str, Any] = {"__init__": build_then_prune, "_keys_to_ignore_on_load_unexpected": [".*"]}
+    if not keep_block(None):
+        members["_tied_weights_keys"] = {}  # both ends of every tie are pruned
+    return type(cls.__name__, (cls,), members)
+
+
+def _prune_around(model: nn.Module, path: str) -> None:
+    """Replace every module with parameters that lies outside the list at ``path``."""
+    head, _, rest = path.partition(".")
+    for name, child in list(model.named_children()):
+        if name != head:
+            if any(True for _ in child.parameters()):
+                setattr(model, name, _SkippedModule())
+        elif rest:
+            _prune_around(child, rest)
+
+
+@contextmanager
+def _partial_folder(checkpoint: Checkpoint, shards: dict[str, list[str]]) -> Iterator[Path]:
+    """A folder that looks like a checkpoint of just these tensors."""
+    with tempfile.TemporaryDirectory(prefix="remote-modules-") as name:
+        folder = Path(name)
+        for file_name in _LINKED:
+            source = checkpoint.folder / file_name
+            if source.exists():
+                (folder / file_name).symlink_to(source.resolve())
+        weight_map = {}
+        for number, (file_name, keys) in enumerate(shards.items()):
+            link = f"part-{number:05d}.safetensors"  # never "model.safetensors", which would win over the index
+            (folder / link).symlink_to(checkpoint.shard_path(file_name).resolve())
+            weight_map.update(dict.fromkeys(keys, link))
+        (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), "utf-8")
+        yield folder
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """transformers would report each pruned tensor as unexpected, and draw its own bar for our own part."""
+    verbosity = transformers_logging.get_verbosity()
+    had_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bar:
+            transformers_logging.enable_progress_bar()
