@@ -1,0 +1,220 @@
+"""aiohttp on both ends: a peer's one port, and dialling it.
+
+A connection starts as ``GET /api/v1/connect`` with ``Upgrade: remote-modules/1``; after the 101 the transport is handed to
+`net.connection`. The same port answers ``/api/v1/record``, ``/health`` and ``/metrics``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import ssl
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from remote_modules.config import ClientConfig
+from remote_modules.errors import PeerError, PeerTimeout, PeerUnreachable, RemoteModulesError
+from remote_modules.identity import Certificate
+from remote_modules.net.connection import ClientConnection, Connection
+from remote_modules.peers import PeerId, PeerRecord, SignedRecord, short_id
+
+__all__ = ["Dialer", "HttpDialer", "PeerSite"]
+
+CONNECT_PATH = "/api/v1/connect"
+UPGRADE = "remote-modules/1"
+
+
+class Dialer(Protocol):
+    """Opens connections to peers: over HTTP, or in memory in a simulation."""
+
+    async def dial(self, record: PeerRecord) -> ClientConnection:
+        """A connection to the record's peer, hello done.
+
+        Raises:
+            PeerError: the peer cannot be reached, or is another one.
+        """
+
+    async def aclose(self) -> None:
+        """Free what the dialer holds; connections stay their owner's."""
+
+
+class HttpDialer:
+    """Dials the record's addresses in order.
+
+    Args:
+        config: timeouts and limits.
+        software: what we say we are.
+    """
+
+    def __init__(self, config: ClientConfig, *, software: str) -> None:
+        self._config = config
+        self._software = software
+        self._session: aiohttp.ClientSession | None = None
+        # aiohttp closes the transport of a response that is collected, so it lives as long as the connection
+        self._responses: WeakKeyDictionary[ClientConnection, aiohttp.ClientResponse] = WeakKeyDictionary()
+
+    async def dial(self, record: PeerRecord) -> ClientConnection:
+        errors: list[str] = []
+        for address in record.addresses:
+            try:
+                return await asyncio.wait_for(self._dial(record, address), self._config.connect_timeout_s)
+            except asyncio.TimeoutError:
+                errors.append(f"{address}: no answer within {self._config.connect_timeout_s:.1f} s")
+            except (aiohttp.ClientError, OSError, PeerError) as exc:
+                errors.append(f"{address}: {str(exc) or type(exc).__name__}")
+        text = f"cannot reach peer '{short_id(record.peer_id)}' at {'; '.join(errors)}"
+        kind = PeerTimeout if all("no answer" in error for error in errors) else PeerUnreachable
+        raise kind(text, peer_id=record.peer_id)
+
+    async def aclose(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def _dial(self, record: PeerRecord, address: str) -> ClientConnection:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
+        pin = record.certificate_sha256
+        scheme = "http" if pin is None else "https"
+        response = await self._session.get(
+            f"{scheme}://{address}{CONNECT_PATH}",
+            headers={"Connection": "Upgrade", "Upgrade": UPGRADE},
+            ssl=True if pin is None else aiohttp.Fingerprint(bytes.fromhex(pin)),
+            allow_redirects=False,
+            read_until_eof=False,
+            timeout=aiohttp.ClientTimeout(total=None),
+        )
+        http = response.connection
+        if response.status != 101 or http is None or http.transport is None:
+            response.close()
+            raise PeerUnreachable(f"answered {response.status} instead of an upgrade", peer_id=record.peer_id)
+        connection = ClientConnection(
+            PeerId(record.peer_id),
+            nonce=secrets.token_bytes(32),
+            certificate_sha256=pin or "",
+            silence_timeout_s=self._config.silence_timeout_s,
+            max_body_bytes=self._config.max_request_bytes,
+            software=self._software,
+        )
+        _take_over(http.transport, connection)
+        self._responses[connection] = response
+        await connection.handshake(self._config.connect_timeout_s)
+        return connection
+
+
+class PeerSite:
+    """A peer's listening port.
+
+    Args:
+        host, port: where to listen; port 0 takes any free one.
+        certificate: TLS is on when given.
+        record: gives the record to show, when there is one.
+        metrics: gives the text of ``/metrics``.
+        accept: makes the server's side of a new connection, or None when there are too many.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        port: int,
+        certificate: Certificate | None,
+        record: Callable[[], SignedRecord | None],
+        metrics: Callable[[], bytes],
+        accept: Callable[[], Connection | None],
+    ) -> None:
+        self._host = host
+        self._port = port
+        self._certificate = certificate
+        self._record = record
+        self._metrics = metrics
+        self._accept = accept
+        self._runner: web.AppRunner | None = None
+
+    async def start(self) -> int:
+        """Listen; the port.
+
+        Raises:
+            RemoteModulesError: the port is in use, or the host is not ours.
+        """
+        app = web.Application(client_max_size=64 * 1024)
+        app.router.add_get(CONNECT_PATH, self._connect)
+        app.router.add_get("/api/v1/record", self._show_record)
+        app.router.add_get("/health", self._show_health)
+        app.router.add_get("/metrics", self._show_metrics)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self._host, self._port, ssl_context=_server_context(self._certificate))
+        try:
+            await site.start()
+        except OSError as exc:
+            await self.aclose()
+            raise RemoteModulesError(
+                f"cannot listen on {self._host}:{self._port}: {exc.strerror or exc}; choose another --port (0: any free one)"
+            ) from exc
+        port: int = self._runner.addresses[0][1]
+        return port
+
+    async def aclose(self) -> None:
+        """Stop listening and drop connections; idempotent."""
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            await runner.cleanup()
+
+    async def _connect(self, request: web.Request) -> web.StreamResponse:
+        if request.headers.get("Upgrade", "").lower() != UPGRADE:
+            return web.Response(status=426, text=f"upgrade to {UPGRADE} expected\n", headers={"Upgrade": UPGRADE})
+        connection = self._accept()
+        if connection is None:
+            return web.Response(status=503, text="too many connections\n")
+        response = web.StreamResponse(status=101, headers={"Connection": "Upgrade", "Upgrade": UPGRADE})
+        await response.prepare(request)
+        await response.write(b"")  # flushes the head
+        transport = request.transport
+        if transport is None:
+            connection.connection_lost(None)
+            return response
+        _take_over(transport, connection)
+        try:
+            await connection.closed.wait()
+        finally:
+            connection.abort()
+        return response
+
+    async def _show_record(self, request: web.Request) -> web.Response:
+        signed = self._record()
+        if signed is None:
+            return web.json_response({"error": "peer is still joining"}, status=503)
+        return web.Response(body=msgspec.json.encode(signed), content_type="application/json")
+
+    async def _show_health(self, request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _show_metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=self._metrics(), content_type="text/plain")
+
+
+def _take_over(transport: asyncio.Transport, connection: Connection) -> None:
+    connection.replaced = transport.get_protocol()
+    transport.set_protocol(connection)
+    connection.connection_made(transport)
+
+
+def _server_context(certificate: Certificate | None) -> ssl.SSLContext | None:
+    if certificate is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    with tempfile.TemporaryDirectory() as folder:  # ssl reads certificates from files only
+        path = Path(folder) / "certificate.pem"
+        path.touch(mode=0o600)
+        path.write_bytes(certificate.certificate_pem + certificate.key_pem)
+        context.load_cert_chain(path)
+    return context

@@ -1,0 +1,101 @@
+"""An event loop in a thread of its own, called from synchronous code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+__all__ = ["LoopThread", "shared_loop"]
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """Runs coroutines for threads that have no loop.
+
+    Uses uvloop where it is installed (a hop costs a third less). The thread is a daemon: it never keeps the interpreter alive.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.loop = _new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run to the end and return the result, or raise what it raised. Ctrl-C cancels it.
+
+        Raises:
+            RuntimeError: called from the loop's own thread, or after `stop`.
+        """
+        if threading.current_thread() is self._thread or not self.loop.is_running():
+            coroutine.close()
+            raise RuntimeError("the event loop is stopped, or would wait for itself")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start a coroutine without waiting for it."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        """Call on the loop's thread, without waiting; nothing happens when the loop is gone."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
+            self.loop.call_soon_threadsafe(callback)
+
+    def stop(self) -> None:
+        """Cancel what is left, stop the loop and end the thread; idempotent."""
+        if self.loop.is_closed():
+            return
+        with contextlib.suppress(RuntimeError):
+            asyncio.run_coroutine_threadsafe(_cancel_all(), self.loop).result(timeout=5.0)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(timeout=5.0)
+        if not self._thread.is_alive():
+            self.loop.close()
+
+    def abandon(self) -> None:
+        """Stop at once, cancelling nothing: what a killed process does."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(timeout=5.0)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+
+async def _cancel_all() -> None:
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+_shared: LoopThread | None = None
+_shared_pid = 0
+_shared_lock = threading.Lock()
+
+
+def shared_loop() -> LoopThread:
+    """The one loop of this process for clients; started on first use, and anew after a fork."""
+    global _shared, _shared_pid
+    with _shared_lock:
+        if _shared is None or _shared_pid != os.getpid() or _shared.loop.is_closed():
+            _shared, _shared_pid = LoopThread("remote-modules-io"), os.getpid()
+        return _shared
