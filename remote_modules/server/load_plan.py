@@ -1,0 +1,109 @@
+"""From a checkpoint's name to a span in memory, measured and ready to serve."""
+
+from __future__ import annotations
+
+import torch
+
+from remote_modules.config import ServerConfig
+from remote_modules.model.checkpoint import Checkpoint, open_checkpoint
+from remote_modules.model.fingerprint import block_digests, model_key
+from remote_modules.model.loading import check_span, load_span, read_config
+from remote_modules.model.replay import SpanModel
+from remote_modules.model.stack import StackSpec, causal_lm_class, find_stack, meta_skeleton
+from remote_modules.peers import PeerRecord
+from remote_modules.server.capacity import choose_blocks, parameter_bytes
+from remote_modules.server.engine import Engine, Speeds
+from remote_modules.spans import Span
+
+__all__ = ["LoadPlan", "LoadedSpan"]
+
+
+class LoadedSpan:
+    """A span in memory and what was measured of it."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, model: SpanModel, key: str, digests: dict[int, str], num_blocks: int
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.model = model
+        self.engine = Engine(model)
+        self.key = key
+        self.num_blocks = num_blocks
+        self.digests = tuple(digests.get(block, "") for block in model.span)
+        self.speeds = Speeds(0.0, 0.0)
+        self.kv_token_bytes = dict.fromkeys(model.span, 1)
+
+    def measure(self) -> None:
+        """Check that the architecture runs, and time it."""
+        self.kv_token_bytes = self.engine.kv_token_bytes()
+        self.speeds = self.engine.measure()
+
+
+class LoadPlan:
+    """What is known of a model before any weight is read."""
+
+    def __init__(self, config: ServerConfig, checkpoint: Checkpoint) -> None:
+        self._config = config
+        self._checkpoint = checkpoint
+        self._model_config = read_config(checkpoint)
+        self._cls = causal_lm_class(self._model_config)
+        self._skeleton = meta_skeleton(self._cls, self._model_config)
+        self._stack: StackSpec = find_stack(self._skeleton, self._model_config)
+        self._device = _device(config.device)
+        self.key = model_key(self._model_config)
+
+    @classmethod
+    def read(cls, config: ServerConfig) -> LoadPlan:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        checkpoint = open_checkpoint(
+            config.model, revision=config.revision, cache_dir=config.cache_dir, token=config.token
+        )
+        plan = cls(config, checkpoint)
+        if config.blocks is not None:
+            check_span(Span.parse(config.blocks), plan._stack.num_blocks, config.model)
+        return plan
+
+    def choose(self, records: list[PeerRecord]) -> Span:
+        text = self._model_config.get_text_config(decoder=True)
+        dtype = self._dtype()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return choose_blocks(
+            num_blocks_of_model=self._stack.num_blocks,
+            wanted=self._config.num_blocks,
+            block_bytes=parameter_bytes(self._stack.blocks(self._skeleton)[0], dtype),
+            kv_token_bytes=2 * heads * head_size * dtype.itemsize,
+            device=self._device,
+            records=records,
+        )
+
+    def load(self, span: Span) -> LoadedSpan:
+        model, stack = load_span(
+            self._checkpoint,
+            self._model_config,
+            self._cls,
+            span,
+            dtype="auto" if self._config.dtype == "auto" else self._dtype(),
+            device=self._device,
+        )
+        digests = block_digests(self._checkpoint, stack, span)
+        return LoadedSpan(self._checkpoint, SpanModel(model, stack, span), self.key, digests, stack.num_blocks)
+
+    def _dtype(self) -> torch.dtype:
+        if self._config.dtype == "auto":
+            return self._model_config.dtype or torch.float32
+        dtype: torch.dtype = getattr(torch, self._config.dtype)
+        return dtype
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as exc:
+        raise ValueError(f"device must look like cpu, cuda or cuda:1, got {name!r}") from exc
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} asked for, but torch finds no CUDA here; use --device cpu")
+    return device
