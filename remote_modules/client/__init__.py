@@ -1,0 +1,1 @@
+"""The client: a list of blocks that run elsewhere."""

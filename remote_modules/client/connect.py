@@ -1,0 +1,132 @@
+"""From a model's name to a connected swarm."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from remote_modules.client.stats import StatsRecorder
+from remote_modules.client.swarm import Swarm
+from remote_modules.config import ClientConfig, check_tracker_urls, default_trackers
+from remote_modules.discovery.merged import build_discovery
+from remote_modules.errors import CheckpointError
+from remote_modules.model.checkpoint import BUILT_IN, Checkpoint, open_checkpoint
+from remote_modules.model.fingerprint import block_digests, model_key
+from remote_modules.model.loading import read_config
+from remote_modules.model.stack import causal_lm_class, find_stack, meta_skeleton
+from remote_modules.net.http import HttpDialer
+from remote_modules.net.loop import LoopThread, shared_loop
+from remote_modules.peers import check_address
+
+__all__ = ["SwarmHandle", "connect_swarm"]
+
+
+@dataclass(slots=True, weakref_slot=True)
+class SwarmHandle:
+    """A client's swarm and the thread that drives it; shared by a `RemoteSequential` and its slices."""
+
+    swarm: Swarm
+    io: LoopThread
+    stats: StatsRecorder
+    model_name: str
+    num_blocks: int
+    hidden_size: int
+
+    def close(self) -> None:
+        """Close connections and discovery; idempotent."""
+        if self.io.loop.is_running():
+            self.io.run(self.swarm.aclose())
+
+
+def connect_swarm(
+    model: object,
+    *,
+    trackers: Sequence[str],
+    mdns: bool,
+    peers: Sequence[str],
+    revision: str | None,
+    config: ClientConfig,
+) -> SwarmHandle:
+    """Prepare everything; the first pass will look peers up.
+
+    Raises:
+        ValueError, TypeError: bad arguments, before any I/O.
+        CheckpointError: the model's config cannot be read.
+    """
+    check_tracker_urls(trackers)
+    if isinstance(peers, str):
+        raise TypeError(f"peers must be a list of HOST:PORT, got the string {peers!r}; write [{peers!r}]")
+    for address in peers:
+        check_address(address)
+    urls = tuple(trackers) or default_trackers()
+    if not (urls or mdns or peers):
+        raise ValueError("nowhere to look for peers: give trackers or peers, or leave mdns on")
+    model_config, checkpoint = _resolve(model, revision)
+    stack = find_stack(meta_skeleton(causal_lm_class(model_config), model_config), model_config)
+    digests: Mapping[int, str] = {}
+    if checkpoint is not None:
+        digests = block_digests(checkpoint, stack, range(stack.num_blocks))
+    io = shared_loop()
+    stats = StatsRecorder()
+    discovery = build_discovery(
+        trackers=urls,
+        mdns=mdns,
+        peers=peers,
+        mdns_interfaces=config.mdns_interfaces,
+        timeout_s=config.lookup_timeout_s,
+    )
+    swarm = Swarm(
+        discovery,
+        HttpDialer(config, software="remote-modules"),
+        model_key=model_key(model_config),
+        num_blocks=stack.num_blocks,
+        known_digests=digests,
+        config=config,
+        clock=time.monotonic,
+        rng=Random(),
+        stats=stats,
+    )
+    handle = SwarmHandle(
+        swarm=swarm,
+        io=io,
+        stats=stats,
+        model_name=checkpoint.name if checkpoint is not None else model_config.model_type,
+        num_blocks=stack.num_blocks,
+        hidden_size=model_config.get_text_config(decoder=True).hidden_size,
+    )
+    weakref.finalize(handle, _close_later, io, swarm)
+    return handle
+
+
+def _close_later(io: LoopThread, swarm: Swarm) -> None:
+    """The last user of a swarm is gone: close it without waiting."""
+    io.call_soon(lambda: io.loop.create_task(swarm.aclose()))
+
+
+def _resolve(model: object, revision: str | None) -> tuple[PreTrainedConfig, Checkpoint | None]:
+    if isinstance(model, PreTrainedModel):
+        return model.config, _local_checkpoint(model.config)
+    if isinstance(model, PreTrainedConfig):
+        return model, _local_checkpoint(model)
+    if isinstance(model, str | Path):
+        checkpoint = open_checkpoint(str(model), revision=revision)
+        return read_config(checkpoint), checkpoint
+    kind = type(model).__name__
+    raise TypeError(f"model must be a hub id, folder, PreTrainedConfig or PreTrainedModel, got {kind}")
+
+
+def _local_checkpoint(config: PreTrainedConfig) -> Checkpoint | None:
+    """The folder that a config came from, if it is still there; its weights tell the right peers."""
+    path = getattr(config, "_name_or_path", "")
+    if not path or not (path == BUILT_IN or Path(path).is_dir()):
+        return None
+    try:
+        return open_checkpoint(path)
+    except CheckpointError:
+        return None  # a config is all that was asked for

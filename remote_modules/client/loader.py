@@ -1,0 +1,65 @@
+"""`load`: a stock transformers model whose blocks are remote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from remote_modules.client.sequential import RemoteSequential
+from remote_modules.config import ClientConfig
+from remote_modules.errors import UnsupportedCallError
+from remote_modules.model.checkpoint import open_checkpoint
+from remote_modules.model.loading import load_client_part, read_config
+from remote_modules.model.stack import causal_lm_class
+
+__all__ = ["load"]
+
+_HUB_OPTIONS = ("revision", "cache_dir", "token")
+
+
+def load(
+    model: str | Path,
+    *,
+    auto_class: Any = AutoModelForCausalLM,
+    trackers: Sequence[str] = (),
+    mdns: bool = True,
+    peers: Sequence[str] = (),
+    invite: str | None = None,
+    config: ClientConfig | None = None,
+    **from_pretrained_kwargs: Any,
+) -> PreTrainedModel:
+    """The stock class with embeddings, norms and head in memory (only their shards are read) and remote blocks in place.
+
+    Args:
+        model: hub id or local checkpoint folder.
+        auto_class: `AutoModelForCausalLM`; others are not carried yet.
+        trackers, mdns, peers, invite, config: as in `RemoteSequential.from_swarm`.
+        from_pretrained_kwargs: ``dtype``, ``revision``, ``cache_dir``, ``token`` and what else `from_pretrained` takes.
+
+    Raises:
+        ValueError, TypeError: bad arguments, before any I/O.
+        CheckpointError: the checkpoint cannot be read.
+        UnsupportedCallError: the architecture or auto class is not carried.
+    """
+    if auto_class is not AutoModelForCausalLM:
+        raise UnsupportedCallError(f"{auto_class.__name__} is not carried yet; AutoModelForCausalLM is")
+    layers = RemoteSequential.from_swarm(
+        str(model),
+        trackers=trackers,
+        mdns=mdns,
+        peers=peers,
+        invite=invite,
+        revision=from_pretrained_kwargs.get("revision"),
+        config=config,
+    )
+    hub = {name: from_pretrained_kwargs.pop(name, None) for name in _HUB_OPTIONS}
+    checkpoint = open_checkpoint(str(model), **hub)
+    model_config = read_config(checkpoint)
+    loaded, stack = load_client_part(
+        checkpoint, model_config, causal_lm_class(model_config), **from_pretrained_kwargs
+    )
+    setattr(stack.owner(loaded), stack.list_name, layers)
+    return loaded.eval()

@@ -1,0 +1,92 @@
+"""Counters of a client, and the waterfall of its last steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from remote_modules.peers import short_id
+from remote_modules.plan.routing import Hop
+
+__all__ = ["ClientStats", "HopTiming", "StatsRecorder"]
+
+WATERFALL_STEPS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HopTiming:
+    """Where one request's time went, in seconds; ``wire_s`` is what neither queue nor compute explains."""
+
+    hop: Hop
+    num_tokens: int
+    total_s: float
+    queue_s: float
+    compute_s: float
+
+    @property
+    def wire_s(self) -> float:
+        return max(0.0, self.total_s - self.queue_s - self.compute_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientStats:
+    """A snapshot of the counters since the client was made.
+
+    Attributes:
+        steps: passes done (steps, forwards and backwards).
+        failovers: times that a hop failed and its work went on elsewhere, or anew on the same peer.
+        reroutes: times that hops of a route were replaced.
+        replayed_tokens: tokens (per sequence) sent again to rebuild lost KV caches, summed over hops.
+        stall_seconds: time between failures and the answer that ended them, summed.
+        bytes_sent, bytes_received: on all connections.
+        route: hops of the latest pass.
+        waterfall: the last steps, each with the timing of its hops in order.
+    """
+
+    steps: int
+    failovers: int
+    reroutes: int
+    replayed_tokens: int
+    stall_seconds: float
+    bytes_sent: int
+    bytes_received: int
+    route: tuple[Hop, ...]
+    waterfall: tuple[tuple[HopTiming, ...], ...]
+
+    def __str__(self) -> str:
+        route = " => ".join(f"{hop.span} {short_id(hop.peer_id)}" for hop in self.route) or "none"
+        return f"steps={self.steps} failovers={self.failovers} replayed_tokens={self.replayed_tokens} route {route}"
+
+
+@dataclass(slots=True)
+class StatsRecorder:
+    """The counters themselves; written on the event loop, read from anywhere."""
+
+    steps: int = 0
+    failovers: int = 0
+    reroutes: int = 0
+    replayed_tokens: int = 0
+    stall_s: float = 0.0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    route: tuple[Hop, ...] = ()
+    waterfall: deque[tuple[HopTiming, ...]] = field(default_factory=lambda: deque(maxlen=WATERFALL_STEPS))
+
+    def finish(self, route: tuple[Hop, ...], timings: list[HopTiming]) -> None:
+        """Note a pass that is done."""
+        self.steps += 1
+        self.route = route
+        self.waterfall.append(tuple(timings))
+
+    def snapshot(self) -> ClientStats:
+        return ClientStats(
+            steps=self.steps,
+            failovers=self.failovers,
+            reroutes=self.reroutes,
+            replayed_tokens=self.replayed_tokens,
+            stall_seconds=self.stall_s,
+            bytes_sent=self.bytes_sent,
+            bytes_received=self.bytes_received,
+            route=self.route,
+            waterfall=tuple(self.waterfall),
+        )
