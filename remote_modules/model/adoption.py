@@ -1,12 +1,13 @@
 """Adopting the KV cache that transformers made at the client.
 
-`generate` builds its own `DynamicCache`. At the first remote call its layers for the remote blocks are replaced, in place, by
-`RemoteLayer`: they know the length, hold no keys, and pass every operation (crop, reorder, repeat, select, reset) on to the session.
-Copying such a cache forks the session; dropping it closes the session.
+`generate` builds its own `DynamicCache`. At the first remote call its layers for the remote blocks are replaced, in
+place, by `RemoteLayer`: they know the length, hold no keys, and pass every operation (crop, reorder, repeat, select,
+reset) on to the session. Copying such a cache forks the session; dropping it closes the session.
 """
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from remote_modules.errors import UnsupportedCallError
-from remote_modules.model.kv import mask_sizes
+from remote_modules.model.kv import check_layer, mask_sizes
 from remote_modules.spans import Span
 
 __all__ = ["CacheLink", "RemoteLayer", "adopt_cache", "link_of"]
@@ -58,14 +59,22 @@ class RemoteLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, link: CacheLink, *, is_first: bool, sliding_window: int | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.link = link
+        if is_first:  # not on the cache, which a deepcopy does not build anew
+            weakref.finalize(self, link.close_soon)
         self.is_initialized = True
         self.record_past = False
         self._is_first = is_first
         if sliding_window is not None:
             self.is_sliding = True
             self.sliding_window = sliding_window
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteLayer:
+        window = getattr(self, "sliding_window", None)
+        copied = RemoteLayer(copy.deepcopy(self.link, memo), is_first=self._is_first, sliding_window=window)
+        copied.record_past = self.record_past
+        return copied
 
     def get_seq_length(self) -> int:
         return self.link.position
@@ -134,17 +143,14 @@ def adopt_cache(cache: Cache, blocks: Span, num_layers: int, link: CacheLink) ->
     Raises:
         UnsupportedCallError: the cache already holds keys for these blocks, or has layers of a kind not carried.
     """
-    while len(cache.layers) < num_layers:
-        cache.layers.append(DynamicLayer())
-    cache.layer_class_to_replicate = None
-    for index in blocks:
-        layer = cache.layers[index]
-        if not isinstance(layer, DynamicLayer):
-            raise UnsupportedCallError(
-                f"KV cache layers of kind {type(layer).__name__} are not carried; use the default dynamic cache"
-            )
+    layers: list[Any] = cache.layers + [DynamicLayer() for _ in range(num_layers - len(cache.layers))]
+    for layer in layers[blocks.start : blocks.end]:
+        check_layer(layer)
         if layer.get_seq_length() > 0:
             raise UnsupportedCallError("the KV cache was filled by a local model; start with an empty one")
+    cache.layers = layers
+    cache.layer_class_to_replicate = None
+    for index in blocks:
+        layer = layers[index]
         window = getattr(layer, "sliding_window", None)
         cache.layers[index] = RemoteLayer(link, is_first=index == blocks.start, sliding_window=window)
-    weakref.finalize(cache, link.close_soon)

@@ -1,8 +1,8 @@
 """Knowing the call that the owner of the blocks received.
 
 Blocks are called with ready 4D masks and rotary tables; what has to travel is the owner's own call. Plain assignment
-(``model.model.layers = layers``) gives no back reference, but torch announces each registration of a submodule: `watch_registrations` uses that to put a
-pre-hook on the owner.
+(``model.model.layers = layers``) gives no back reference, but torch announces each registration of a submodule:
+`watch_registrations` uses that to put a pre-hook on the owner.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ class OwnerCapture:
 
     def __init__(self) -> None:
         self._local = threading.local()
-        self._owner_ids: set[int] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnerCapture:
         return memo.setdefault(id(self), OwnerCapture())  # type: ignore[no-any-return]
@@ -85,6 +84,8 @@ class _Enter:
     capture: OwnerCapture
 
     def __call__(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered = OwnerCall()
+        self.capture.enter(entered)  # before anything can fail: the leaving hook runs in any case
         call = bind_owner_call(owner, args, kwargs)
         config = getattr(owner, "config", None)
         for name in _REFUSED:
@@ -96,14 +97,9 @@ class _Enter:
             kind = f"{mask.dim()}-D tensor" if isinstance(mask, torch.Tensor) else type(mask).__name__
             raise UnsupportedCallError(f"attention_mask must be [B, P + T] or absent, got a {kind}")
         use_cache = call.get("use_cache")
-        self.capture.enter(
-            OwnerCall(
-                position_ids=call.get("position_ids"),
-                attention_mask=mask,
-                cache=next((call[name] for name in CACHE_ARGUMENTS if call.get(name) is not None), None),
-                use_cache=bool(getattr(config, "use_cache", True) if use_cache is None else use_cache),
-            )
-        )
+        entered.position_ids, entered.attention_mask = call.get("position_ids"), mask
+        entered.cache = next((call[name] for name in CACHE_ARGUMENTS if call.get(name) is not None), None)
+        entered.use_cache = bool(getattr(config, "use_cache", True) if use_cache is None else use_cache)
 
 
 @dataclass(frozen=True, slots=True)

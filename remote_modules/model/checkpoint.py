@@ -1,8 +1,8 @@
 """Finding a checkpoint and deciding which of its files a span needs.
 
-A model is named by a local folder, a hub id, or the name of the built-in model. Only safetensors are read; hub files come through
-`huggingface_hub`, so its cache, revision, token and ``HF_HUB_OFFLINE`` conventions hold, and only the shards that hold wanted
-tensors are downloaded.
+A model is named by a local folder, a hub id, or the name of the built-in model. Only safetensors are read; hub files
+come through `huggingface_hub`, so its cache, revision, token and ``HF_HUB_OFFLINE`` conventions hold, and only the
+shards that hold wanted tensors are downloaded.
 """
 
 from __future__ import annotations
@@ -13,8 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 
 from remote_modules.errors import CheckpointError
@@ -41,7 +47,7 @@ class Checkpoint:
         folder: local folder of the config and of the files present so far.
         weight_map: tensor name to shard file name.
         repository: hub id when missing shards can be fetched, else None.
-        revision, cache_dir, token: hub options.
+        revision, cache_dir, token: hub options; of a hub model, the revision is the commit that its config came from.
     """
 
     name: str
@@ -113,7 +119,7 @@ def _read_index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise CheckpointError(f"index {path} is not readable: {exc!r}") from exc
     for key, file_name in items.items():
-        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+        if not isinstance(file_name, str) or file_name in ("", "..") or Path(file_name).name != file_name:
             raise CheckpointError(f"index {path} maps '{key}' outside its folder: {file_name!r}")
     return items
 
@@ -128,6 +134,7 @@ def _read_single(path: Path) -> dict[str, str]:
 
 def _open_hub_checkpoint(name: str, revision: str | None, cache_dir: str | None, token: str | None) -> Checkpoint:
     config_path = _hub_file(name, _SMALL_FILES[0], revision, cache_dir, token)
+    revision = config_path.parent.name  # the commit: a branch may move on before the last shard is fetched
     for optional in _SMALL_FILES[1:]:
         _hub_file_if_present(name, optional, revision, cache_dir, token)
     index = _hub_file_if_present(name, INDEX_NAME, revision, cache_dir, token)

@@ -1,8 +1,9 @@
 """Telling models apart without reading them.
 
-`model_key` names an architecture: it is what lookups ask for, and anyone who holds a config can compute it. Two fine-tunes of
-one model share it. `block_digests` tells their weights apart: per block, a digest of the first row of each of its tensors. Peers announce the digests of
-their blocks; a client that has the checkpoint compares them with its own, and peers that disagree never share a route.
+`model_key` names an architecture: it is what lookups ask for, and anyone who holds a config can compute it. Two
+fine-tunes of one model share it. `block_digests` tells their weights apart: per block, a digest of the first row of
+each of its tensors. Peers announce the digests of their blocks; a client that has the checkpoint compares them with
+its own, and peers that disagree never share a route.
 """
 
 from __future__ import annotations
@@ -44,13 +45,16 @@ def block_digests(checkpoint: Checkpoint, stack: StackSpec, blocks: Iterable[int
 
 
 def _digest(checkpoint: Checkpoint, shards: dict[str, list[str]]) -> str:
-    digest = hashlib.sha256()
+    parts = {}
     for file_name, keys in shards.items():
         with safe_open(str(checkpoint.folder / file_name), framework="pt") as file:
             for key in keys:
                 tensor = file.get_slice(key)
                 shape = tensor.get_shape()
-                row = tensor[:1] if len(shape) > 1 else tensor[:]
-                digest.update(f"{key} {tensor.get_dtype()} {shape}".encode())
-                digest.update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+                row = tensor[:1] if len(shape) > 1 else file.get_tensor(key)
+                head = f"{key} {tensor.get_dtype()} {shape}".encode()
+                parts[key] = head + row.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    digest = hashlib.sha256()
+    for key in sorted(parts):  # by name, not by file: the same weights may be sharded in another way
+        digest.update(parts[key])
     return digest.hexdigest()[:_DIGEST_CHARACTERS]

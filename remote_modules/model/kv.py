@@ -1,21 +1,22 @@
 """KV cache layers of a peer: growing buffers for its own blocks, bare lengths for all others.
 
-transformers' `DynamicLayer` concatenates the whole past for each token: at 4,096 past tokens 20 ms per layer, against 12 us for
-writing one token into a buffer that doubles (measured, docs/architecture.md section 6).
+transformers' `DynamicLayer` concatenates the whole past for each token: at 4,096 past tokens 20 ms per layer, against
+12 us for writing one token into a buffer that doubles (measured, docs/architecture.md section 6).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from remote_modules.errors import UnsupportedCallError
 from remote_modules.spans import Span
 
-__all__ = ["GrowingLayer", "LengthLayer", "SpanCache", "grown_capacity"]
+__all__ = ["GrowingLayer", "LengthLayer", "SpanCache", "check_layer", "grown_capacity", "mask_sizes"]
 
 MIN_CAPACITY_TOKENS = 64
 
@@ -29,10 +30,18 @@ def grown_capacity(capacity: int, needed: int) -> int:
 
 
 class GrowingLayer(DynamicLayer):
-    """A `DynamicLayer` that writes into a buffer of ``[B, H, capacity, K]`` and shows views of it."""
+    """A `DynamicLayer` that writes into a buffer of ``[B, H, capacity, K]`` and shows views of it.
 
-    def __init__(self) -> None:
-        super().__init__()
+    Args:
+        sliding_window: of a layer that attends to that many tokens; older ones are kept, unseen, so that any `crop`
+            can bring them back.
+    """
+
+    def __init__(self, sliding_window: int | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        if sliding_window is not None:
+            self.is_sliding = True
+            self.sliding_window = sliding_window
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._length = 0
 
@@ -45,10 +54,24 @@ class GrowingLayer(DynamicLayer):
             buffer[:, :, start:end].copy_(states)
         self._length = end
         self._show()
-        return self.keys, self.values
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        if self.is_sliding:
+            num_seen = self.sliding_window - 1 + key_states.shape[-2]
+            keys, values = keys[:, :, -num_seen:], values[:, :, -num_seen:]
+        if keys.shape[1] == 1:  # compressed (MLA): goes through a projection, which rounds differently for strided rows
+            keys, values = keys.contiguous(), values.contiguous()
+        return keys, values
 
     def get_seq_length(self) -> int:
         return self._length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return mask_sizes(self._length, query_length, getattr(self, "sliding_window", None))
+
+    def get_max_length(self) -> int:
+        return getattr(self, "sliding_window", -1)
 
     def crop(self, tokens_to_remove: int) -> None:
         self._length = max(0, self._length - abs(tokens_to_remove))
@@ -111,7 +134,7 @@ class LengthLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, length: _Length, sliding_window: int | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._shared = length
         self.is_initialized = True
         if sliding_window is not None:
@@ -134,6 +157,19 @@ class LengthLayer(CacheLayerMixin):
         raise AssertionError("a layer of another peer is never filled")
 
 
+def check_layer(layer: object) -> None:
+    """Refuse cache layers that hold more than keys and values of all tokens: quantized, linear attention, static.
+
+    Raises:
+        UnsupportedCallError: such a layer.
+    """
+    if not isinstance(layer, DynamicLayer) or type(layer).is_croppable is not True:
+        raise UnsupportedCallError(
+            f"KV cache layers of kind {type(layer).__name__} are not carried; models with attention in every block "
+            "and their default dynamic cache are"
+        )
+
+
 def mask_sizes(past: int, query_length: int, sliding_window: int | None) -> tuple[int, int]:
     """(KV length, KV offset) that transformers' own dynamic layers would report."""
     if sliding_window is None:
@@ -154,15 +190,28 @@ class SpanCache:
         self._length = _Length()
         self.cache: Cache = DynamicCache(config=config)
         num_blocks = config.get_text_config(decoder=True).num_hidden_layers
-        layers = self.cache.layers or [DynamicLayer() for _ in range(num_blocks)]
+        layers: list[Any] = self.cache.layers or [DynamicLayer() for _ in range(num_blocks)]
         self.cache.layer_class_to_replicate = None
         self.cache.layers = [self._layer(layer, index in span) for index, layer in enumerate(layers)]
-        self._held = [self.cache.layers[index] for index in span if index < len(self.cache.layers)]
+        self._held: dict[int, Any] = {index: self.cache.layers[index] for index in span}
 
     @property
     def length(self) -> int:
         """Tokens cached."""
         return self._length.tokens
+
+    def use(self, blocks: Span) -> None:
+        """Hold ``blocks`` alone: masks are sized by the first layer of a kind, which must not be one that is never run.
+
+        Raises:
+            ValueError: other blocks were used before, or are not held.
+        """
+        if self._held.keys() == set(blocks):
+            return
+        if self._length.tokens or not self._held.keys() >= set(blocks):
+            raise ValueError(f"the KV cache holds blocks {list(self._held)}, got {blocks}")
+        for index in self._held.keys() - set(blocks):
+            self.cache.layers[index] = self._layer(self._held.pop(index), is_held=False)
 
     def advance(self, num_tokens: int) -> None:
         """Note that ``num_tokens`` went through all held blocks."""
@@ -171,25 +220,29 @@ class SpanCache:
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens."""
         if length < self._length.tokens:
-            for layer in self._held:
-                layer.crop(length - self._length.tokens)
+            for layer in self._held.values():
+                if length:
+                    layer.crop(length - self._length.tokens)
+                else:
+                    layer.reset()  # its buffers have the old batch size, and the next step may bring another
             self._length.tokens = length
 
     def select(self, indices: torch.Tensor) -> None:
         """Batch rows become those at ``indices`` ``[B']``."""
-        for layer in self._held:
+        for layer in self._held.values():
             layer.batch_select_indices(indices)
 
     def num_bytes(self) -> int:
         """Memory of the buffers as they are."""
-        return sum(_layer_bytes(layer) for layer in self._held)
+        return sum(_layer_bytes(layer) for layer in self._held.values())
 
-    def _layer(self, layer: CacheLayerMixin, is_held: bool) -> CacheLayerMixin:
-        if is_held:
-            return GrowingLayer() if type(layer) is DynamicLayer else layer
-        if not isinstance(layer, DynamicLayer):
-            raise UnsupportedCallError(f"KV cache layers of kind {type(layer).__name__} are not carried yet")
-        return LengthLayer(self._length, getattr(layer, "sliding_window", None))
+    def _layer(self, layer: Any, is_held: bool) -> CacheLayerMixin:
+        check_layer(layer)
+        window = getattr(layer, "sliding_window", None)
+        if not is_held:
+            return LengthLayer(self._length, window)
+        kept: CacheLayerMixin = layer  # of a subclass that knows more than keys and values
+        return GrowingLayer(window) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else kept
 
 
 def _layer_bytes(layer: CacheLayerMixin) -> int:

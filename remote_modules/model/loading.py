@@ -1,12 +1,14 @@
 """Loading part of a checkpoint: the blocks of a span, or everything but the blocks.
 
-Only public transformers API: a subclass whose ``__init__`` prunes the modules that are not wanted *before* weights are loaded, and a
-temporary folder of links with an index reduced to the wanted tensors, given to `from_pretrained`. So no tensor outside the wanted part is
-read, no shard that holds none of it is opened, and conversions that transformers does while loading still happen.
+Only public transformers API: a subclass whose ``__init__`` prunes the modules that are not wanted *before* weights
+are loaded, and a temporary folder of links with an index reduced to the wanted tensors, given to `from_pretrained`.
+So no tensor outside the wanted part is read, no shard that holds none of it is opened, and conversions that
+transformers does while loading still happen.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from remote_modules.errors import CheckpointError
+from remote_modules.errors import CheckpointError, UnsupportedCallError
 from remote_modules.model.checkpoint import INDEX_NAME, Checkpoint
 from remote_modules.model.stack import StackSpec, find_stack, meta_skeleton
 from remote_modules.spans import Span
@@ -27,6 +31,10 @@ from remote_modules.spans import Span
 __all__ = ["SkippedBlock", "load_client_part", "load_span", "read_config"]
 
 _LINKED = ("config.json", "generation_config.json")
+
+
+class _UnknownArgument(TypeError):
+    """A keyword argument that neither `from_pretrained` nor the class takes."""
 
 
 class SkippedBlock(nn.Module):
@@ -37,10 +45,17 @@ class SkippedBlock(nn.Module):
 
 
 class _SkippedModule(nn.Module):
-    """Stands for an embedding, norm or head that this peer does not hold; returns its input."""
+    """Stands for a norm or head that this peer does not hold; returns its input."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return args[0] if args else None
+
+
+class _SkippedEmbedding(nn.Module):
+    """Stands for an embedding; owners add learned positions to what they are given, so it returns a zero."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(())
 
 
 def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -53,12 +68,11 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         raw = json.loads((checkpoint.folder / "config.json").read_text("utf-8"))
         if not isinstance(raw, dict):
             raise ValueError("not a JSON object")
-        if "auto_map" in raw and raw.get("model_type") is None:
+        if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING:
             raise ValueError("it needs code from the repository, which is never run")
         config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as exc:
-        text = str(exc).strip().split("\n", 1)[0][:200]
-        raise CheckpointError(f"config of '{checkpoint.name}' is not usable: {text}") from exc
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as exc:
+        raise CheckpointError(f"config of '{checkpoint.name}' is not usable: {_one_line(exc)}") from exc
     return config
 
 
@@ -75,6 +89,7 @@ def load_span(
 
     Raises:
         CheckpointError: a shard or tensor of the span is missing.
+        UnsupportedCallError: the class cannot be built in part.
         ValueError: the span reaches outside the model.
     """
     skeleton = meta_skeleton(cls, config)
@@ -96,6 +111,8 @@ def load_client_part(
 
     Raises:
         CheckpointError: a shard or tensor is missing.
+        UnsupportedCallError: the class cannot be built in part.
+        TypeError: an unknown one in ``kwargs``.
     """
     stack = find_stack(meta_skeleton(cls, config), config)
     model = _load(checkpoint, config, cls, stack, lambda block: block is None, **kwargs)
@@ -118,8 +135,10 @@ def _load(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> PreTrainedModel:
-    pruned = _pruned_class(cls, stack, keep_block)
+    pruned: Any = _pruned_class(cls, stack, keep_block)  # Any: what from_pretrained returns varies with its options
     shards = checkpoint.shards(lambda key: keep_block(stack.block_of_key(key)))
+    if not shards:
+        raise CheckpointError(f"checkpoint '{checkpoint.name}' has no tensor of the wanted part of {cls.__name__}")
     with _partial_folder(checkpoint, shards) as folder, _quiet_loading():
         if str(device) != "cpu":
             kwargs["device_map"] = {"": device}
@@ -127,20 +146,28 @@ def _load(
             model, info = pruned.from_pretrained(
                 folder, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, **kwargs
             )
-        except (OSError, ValueError, RuntimeError) as exc:
-            text = str(exc).strip().split("\n", 1)[0][:300]
-            raise CheckpointError(f"weights of '{checkpoint.name}' do not load: {text}") from exc
+        except (OSError, ValueError, RuntimeError, SafetensorError) as exc:
+            raise CheckpointError(f"weights of '{checkpoint.name}' do not load: {_one_line(exc)}") from exc
+        except _UnknownArgument as exc:
+            raise TypeError(str(exc)) from exc
+        except (AttributeError, TypeError, LookupError) as exc:  # the class looks into modules that are pruned
+            text = f"{cls.__name__} cannot be loaded in part: {_one_line(exc)}"
+            raise UnsupportedCallError(text) from exc
     missing = sorted(set(info["missing_keys"]))
     if missing:
         raise CheckpointError(f"checkpoint '{checkpoint.name}' lacks {len(missing)} tensors, first '{missing[0]}'")
-    model.__class__ = cls  # generate() decides some things by class name
-    return model
+    loaded: PreTrainedModel = model
+    loaded.__class__ = cls  # generate() decides some things by class name
+    return loaded
 
 
 def _pruned_class(
     cls: type[PreTrainedModel], stack: StackSpec, keep_block: Callable[[int | None], bool]
 ) -> type[PreTrainedModel]:
     def build_then_prune(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        unknown = sorted(kwargs.keys() - inspect.signature(cls.__init__).parameters.keys())
+        if unknown:
+            raise _UnknownArgument(f"unexpected keyword arguments {unknown}; from_pretrained takes none of that name")
         cls.__init__(self, config, *args, **kwargs)
         blocks = stack.blocks(self)
         for index in range(len(blocks)):
@@ -149,7 +176,11 @@ def _pruned_class(
         if not keep_block(None):
             _prune_around(self, stack.path)
 
-    members: dict[str, Any] = {"__init__": build_then_prune, "_keys_to_ignore_on_load_unexpected": [".*"]}
+    members: dict[str, Any] = {
+        "__init__": build_then_prune,
+        "__module__": cls.__module__,  # for classes from elsewhere, transformers skips the renaming of old keys
+        "_keys_to_ignore_on_load_unexpected": [".*"],
+    }
     if not keep_block(None):
         members["_tied_weights_keys"] = {}  # both ends of every tie are pruned
     return type(cls.__name__, (cls,), members)
@@ -161,7 +192,7 @@ def _prune_around(model: nn.Module, path: str) -> None:
     for name, child in list(model.named_children()):
         if name != head:
             if any(True for _ in child.parameters()):
-                setattr(model, name, _SkippedModule())
+                setattr(model, name, _SkippedEmbedding() if isinstance(child, nn.Embedding) else _SkippedModule())
         elif rest:
             _prune_around(child, rest)
 
@@ -197,3 +228,8 @@ def _quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if had_bar:
             transformers_logging.enable_progress_bar()
+
+
+def _one_line(exc: Exception) -> str:
+    lines = str(exc).strip().splitlines()
+    return lines[0][:300] if lines else type(exc).__name__

@@ -1,12 +1,14 @@
 """Running a span by *replaying* the owner's own forward.
 
-The skeleton is complete: masks, rotary tables, per-layer dispatch and cache indexing are computed by the architecture's own code. Blocks before the
-span pass a placeholder on, the true hidden states enter at the first block to run, and an exception leaves with the output of the last.
-This is the reference path of a peer: exact, for every architecture whose blocks return one tensor.
+The skeleton is complete: masks, rotary tables, per-layer dispatch and cache indexing are computed by the
+architecture's own code. Blocks before the span pass a placeholder on, the true hidden states enter at the first block
+to run, and an exception leaves with the output of the last. This is the reference path of a peer: exact, for every
+architecture whose blocks return one tensor.
 """
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +42,7 @@ class OwnerArguments:
     autocast: torch.dtype | None = None
 
 
-class _SpanDone(Exception):  # noqa: N818 - not an error: carries the result past the rest of the owner's forward
+class _SpanDone(Exception):  # not an error: carries the result past the rest of the owner's forward
     def __init__(self, output: object) -> None:
         self.output = output
 
@@ -70,7 +72,7 @@ class _Slot(nn.Module):
             return hidden_states
         if self.index == current.start:
             assert current.entry is not None
-            hidden_states = current.entry
+            hidden_states, current.entry = current.entry, None
         output = self.block(hidden_states, *args, **kwargs)
         if self.index == current.end - 1:
             raise _SpanDone(output)
@@ -98,6 +100,8 @@ class SpanModel:
         self.span = span
         self.hidden_size: int = model.config.get_text_config(decoder=True).hidden_size
         self._owner = stack.owner(model)
+        if "inputs_embeds" not in inspect.signature(self._owner.forward).parameters:
+            raise UnsupportedCallError(f"{type(self._owner).__name__}.forward takes no inputs_embeds")
         self._cache_argument = cache_argument(self._owner)
         self._current = _Pass()
         blocks = stack.blocks(model)
@@ -115,11 +119,16 @@ class SpanModel:
     ) -> torch.Tensor:
         """Run ``hidden_states`` ``[B, T, D]`` through ``blocks``; under the caller's grad mode.
 
-        Tensors may lie anywhere and be of any float dtype; the result is on the model's device in its dtype. ``cache`` grows by T.
+        Tensors may lie anywhere and be of any float dtype; the result is on the model's device in its dtype. ``cache``
+        grows by T.
 
         Raises:
-            UnsupportedCallError: the architecture's blocks do not return one tensor.
+            UnsupportedCallError: the architecture's blocks do not return one tensor, or its owner needs more than
+                hidden states.
+            ValueError: ``cache`` was used for other blocks.
         """
+        if cache is not None:
+            cache.use(blocks)
         current = self._current
         entry = hidden_states.to(self.device, self.dtype)
         current.start, current.end, current.entry = blocks.start, blocks.end, entry
@@ -128,6 +137,12 @@ class SpanModel:
                 self._owner(**self._owner_call(entry, arguments, cache))
         except _SpanDone as done:
             output = done.output
+        except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as exc:
+            if current.entry is None or isinstance(exc, torch.OutOfMemoryError):
+                raise  # inside a block: not for what the owner lacks
+            text = str(exc).strip().partition("\n")[0][:200]
+            name = type(self._owner).__name__
+            raise UnsupportedCallError(f"{name}.forward does not reach block {blocks.start}: {text}") from exc
         else:
             raise UnsupportedCallError(f"{type(self._owner).__name__} did not call block {blocks.end - 1}")
         finally:
@@ -140,7 +155,8 @@ class SpanModel:
         return output
 
     def _owner_call(self, entry: torch.Tensor, arguments: OwnerArguments, cache: SpanCache | None) -> dict[str, Any]:
-        call: dict[str, Any] = {"inputs_embeds": entry, "use_cache": cache is not None or arguments.use_cache}
+        placeholder = torch.zeros_like(entry, requires_grad=False)  # some owners scale it in place
+        call: dict[str, Any] = {"inputs_embeds": placeholder, "use_cache": cache is not None or arguments.use_cache}
         if cache is not None:
             call[self._cache_argument] = cache.cache
         if arguments.position_ids is not None:

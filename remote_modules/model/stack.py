@@ -1,7 +1,7 @@
 """Where a transformers model keeps its decoder blocks, and how their owner is called.
 
-The *owner* is the module whose ``forward`` loops over the list of blocks (``LlamaModel``). Nothing here is per family: the list is
-the largest `ModuleList` with as many entries as the config has hidden layers.
+The *owner* is the module whose ``forward`` loops over the list of blocks (``LlamaModel``). Nothing here is per
+family: the list is the largest `ModuleList` with as many entries as the config has hidden layers.
 """
 
 from __future__ import annotations
@@ -85,8 +85,9 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     mapping = AutoModelForCausalLM._model_mapping  # no public accessor; the name is unchanged since transformers 4.0
     if type(config) not in mapping:
         raise UnsupportedCallError(f"model type '{config.model_type}' has no causal language model in transformers")
-    cls: type[PreTrainedModel] = mapping[type(config)]
-    return cls
+    cls: Any = mapping[type(config)]
+    found: type[PreTrainedModel] = cls
+    return found
 
 
 def meta_skeleton(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -98,8 +99,9 @@ def meta_skeleton(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTr
     try:
         with torch.device("meta"):
             return cls(config)
-    except (ValueError, TypeError, KeyError, AttributeError) as exc:
-        raise CheckpointError(f"config of type '{config.model_type}' builds no {cls.__name__}: {exc}") from exc
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as exc:
+        text = str(exc).strip().partition("\n")[0][:200]
+        raise CheckpointError(f"config of type '{config.model_type}' builds no {cls.__name__}: {text}") from exc
 
 
 def cache_argument(owner: nn.Module) -> str:
