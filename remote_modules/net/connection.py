@@ -1,8 +1,8 @@
 """One connection: the sans-I/O protocol driven over an asyncio transport.
 
-`Connection` is common to both sides; `ClientConnection` adds requests that wait for their answer, and the heartbeat that
-notices a peer which fell silent. Frames are never interleaved: they leave in the order of `send`, bulk in slices, so that at
-most one slice is copied by the transport.
+`Connection` is common to both sides; `ClientConnection` adds requests that wait for their answer, and the heartbeat
+that notices a peer which fell silent. Frames are never interleaved: they leave in the order of `send`, bulk in
+slices, so that at most one slice is copied by the transport.
 """
 
 from __future__ import annotations
@@ -67,15 +67,16 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._outgoing: deque[memoryview] = deque()
         self._can_write = True
+        self._is_closing = False
         self._error: Exception | None = None
-        self.replaced: asyncio.BaseProtocol | None = None  # had the transport before us, and must hear of its end
+        self._close_callbacks: list[Callable[[Exception | None], object]] = []
         self.closed = asyncio.Event()
         self.bytes_sent = 0
         self.bytes_received = 0
 
     @property
     def is_open(self) -> bool:
-        return self._transport is not None and not self.closed.is_set() and not self._transport.is_closing()
+        return not self._is_closing and self._has_transport()
 
     @property
     def max_peer_body_bytes(self) -> int:
@@ -88,13 +89,18 @@ class Connection(asyncio.BufferedProtocol):
         Raises:
             LocalProtocolError: not allowed now, or too large for the other side.
         """
-        self._protocol.send(message, body or ())
-        self._queue(self._protocol.data_to_send())
+        if self.is_open:
+            self._protocol.send(message, body or ())
+            self._queue(self._protocol.data_to_send())
+
+    def on_close(self, callback: Callable[[Exception | None], object]) -> None:
+        """Call once, with the transport's reason, when the connection is gone; keeps ``callback`` alive until then."""
+        self._close_callbacks.append(callback)
 
     def close(self) -> None:
         """Close after what was sent has left."""
-        if self._transport is not None:
-            self._transport.close()
+        self._is_closing = True
+        self._pump()
 
     def abort(self, error: Exception | None = None) -> None:
         """Close at once; `on_lost` gets ``error``."""
@@ -141,8 +147,9 @@ class Connection(asyncio.BufferedProtocol):
             self.closed.set()
             self._outgoing.clear()
             self._on_lost(self._error or exc)
-            if self.replaced is not None:
-                self.replaced.connection_lost(exc)
+            callbacks, self._close_callbacks = self._close_callbacks, []
+            for callback in callbacks:
+                callback(exc)
 
     def pause_writing(self) -> None:
         self._can_write = False
@@ -154,6 +161,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def _progress(self) -> None:
         """Bytes moved, either way."""
+
+    def _has_transport(self) -> bool:
+        return self._transport is not None and not self.closed.is_set() and not self._transport.is_closing()
 
     def _queue(self, buffers: list[Buffer]) -> None:
         if not self.is_open:
@@ -168,13 +178,15 @@ class Connection(asyncio.BufferedProtocol):
         self._pump()
 
     def _pump(self) -> None:
-        while self._outgoing and self._can_write and self.is_open:
+        while self._outgoing and self._can_write and self._has_transport():
             view = self._outgoing.popleft()
             if len(view) > SLICE_BYTES:
                 self._outgoing.appendleft(view[SLICE_BYTES:])
                 view = view[:SLICE_BYTES]
             assert self._transport is not None
             self._transport.write(view)
+        if self._is_closing and not self._outgoing and self._transport is not None:
+            self._transport.close()
 
 
 class ClientConnection(Connection):
@@ -231,6 +243,9 @@ class ClientConnection(Connection):
             raise PeerTimeout(
                 f"peer '{short_id(self.peer_id)}' did not say hello within {timeout_s:.1f} s", peer_id=self.peer_id
             ) from exc
+        except asyncio.CancelledError:
+            self.abort()  # whoever dialled has given up and will not own the connection
+            raise
         self.rtt_s = self._loop.time() - started_s
 
     def new_request_id(self) -> int:

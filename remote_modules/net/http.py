@@ -1,7 +1,7 @@
 """aiohttp on both ends: a peer's one port, and dialling it.
 
-A connection starts as ``GET /api/v1/connect`` with ``Upgrade: remote-modules/1``; after the 101 the transport is handed to
-`net.connection`. The same port answers ``/api/v1/record``, ``/health`` and ``/metrics``.
+A connection starts as ``GET /api/v1/connect`` with ``Upgrade: remote-modules/1``; after the 101 the transport is
+handed to `net.connection`. The same port answers ``/api/v1/record``, ``/health`` and ``/metrics``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
-from weakref import WeakKeyDictionary
 
 import aiohttp
 import msgspec
@@ -42,7 +41,7 @@ class Dialer(Protocol):
         """
 
     async def aclose(self) -> None:
-        """Free what the dialer holds; connections stay their owner's."""
+        """Free what the dialer holds; its connections may be closed with it."""
 
 
 class HttpDialer:
@@ -57,8 +56,6 @@ class HttpDialer:
         self._config = config
         self._software = software
         self._session: aiohttp.ClientSession | None = None
-        # aiohttp closes the transport of a response that is collected, so it lives as long as the connection
-        self._responses: WeakKeyDictionary[ClientConnection, aiohttp.ClientResponse] = WeakKeyDictionary()
 
     async def dial(self, record: PeerRecord) -> ClientConnection:
         errors: list[str] = []
@@ -68,7 +65,7 @@ class HttpDialer:
             except asyncio.TimeoutError:
                 errors.append(f"{address}: no answer within {self._config.connect_timeout_s:.1f} s")
             except (aiohttp.ClientError, OSError, PeerError) as exc:
-                errors.append(f"{address}: {str(exc) or type(exc).__name__}")
+                errors.append(f"{address}: {_why(exc)}")
         text = f"cannot reach peer '{short_id(record.peer_id)}' at {'; '.join(errors)}"
         kind = PeerTimeout if all("no answer" in error for error in errors) else PeerUnreachable
         raise kind(text, peer_id=record.peer_id)
@@ -86,7 +83,7 @@ class HttpDialer:
         response = await self._session.get(
             f"{scheme}://{address}{CONNECT_PATH}",
             headers={"Connection": "Upgrade", "Upgrade": UPGRADE},
-            ssl=True if pin is None else aiohttp.Fingerprint(bytes.fromhex(pin)),
+            ssl=True if pin is None else _fingerprint(record),
             allow_redirects=False,
             read_until_eof=False,
             timeout=aiohttp.ClientTimeout(total=None),
@@ -104,7 +101,9 @@ class HttpDialer:
             software=self._software,
         )
         _take_over(http.transport, connection)
-        self._responses[connection] = response
+        # aiohttp closes the transport of a response that is collected: it must live as long as the connection, and
+        # end with it
+        connection.on_close(lambda _: response.close())
         await connection.handshake(self._config.connect_timeout_s)
         return connection
 
@@ -157,7 +156,8 @@ class PeerSite:
         except OSError as exc:
             await self.aclose()
             raise RemoteModulesError(
-                f"cannot listen on {self._host}:{self._port}: {exc.strerror or exc}; choose another --port (0: any free one)"
+                f"cannot listen on {self._host}:{self._port}: {exc.strerror or exc}; "
+                "choose another --port (0: any free one)"
             ) from exc
         port: int = self._runner.addresses[0][1]
         return port
@@ -173,15 +173,17 @@ class PeerSite:
             return web.Response(status=426, text=f"upgrade to {UPGRADE} expected\n", headers={"Upgrade": UPGRADE})
         connection = self._accept()
         if connection is None:
-            return web.Response(status=503, text="too many connections\n")
+            return web.Response(status=503, text="not ready, or too many connections\n")
         response = web.StreamResponse(status=101, headers={"Connection": "Upgrade", "Upgrade": UPGRADE})
-        await response.prepare(request)
-        await response.write(b"")  # flushes the head
-        transport = request.transport
-        if transport is None:
-            connection.connection_lost(None)
+        try:
+            await response.prepare(request)
+            await response.write(b"")  # flushes the head
+            if request.transport is None:
+                raise ConnectionResetError("client is gone")
+            _take_over(request.transport, connection)
+        except ConnectionError:  # the client is gone already
+            connection.connection_lost(None)  # else it would count as open for ever
             return response
-        _take_over(transport, connection)
         try:
             await connection.closed.wait()
         finally:
@@ -201,8 +203,27 @@ class PeerSite:
         return web.Response(body=self._metrics(), content_type="text/plain")
 
 
+def _fingerprint(record: PeerRecord) -> aiohttp.Fingerprint:
+    try:
+        return aiohttp.Fingerprint(bytes.fromhex(record.certificate_sha256 or ""))
+    except ValueError as exc:
+        raise PeerUnreachable("its record names no SHA-256 of a certificate", peer_id=record.peer_id) from exc
+
+
+def _why(exc: Exception) -> str:
+    """One line for a person: aiohttp's own texts hold newlines, raw digests and object addresses."""
+    text = str(exc)
+    if isinstance(exc, aiohttp.ServerFingerprintMismatch):
+        text = "its TLS certificate is not the one that its record names"
+    elif isinstance(exc, aiohttp.ClientConnectorError):
+        text = str(exc.os_error)
+    elif isinstance(exc, aiohttp.ClientResponseError):
+        text = exc.message
+    return " ".join(text.split()) or type(exc).__name__
+
+
 def _take_over(transport: asyncio.Transport, connection: Connection) -> None:
-    connection.replaced = transport.get_protocol()
+    connection.on_close(transport.get_protocol().connection_lost)
     transport.set_protocol(connection)
     connection.connection_made(transport)
 

@@ -18,13 +18,17 @@ T = TypeVar("T")
 class LoopThread:
     """Runs coroutines for threads that have no loop.
 
-    Uses uvloop where it is installed (a hop costs a third less). The thread is a daemon: it never keeps the interpreter alive.
+    Uses uvloop where it is installed (a hop costs a third less). The thread is a daemon: it never keeps the
+    interpreter alive.
     """
 
     def __init__(self, name: str) -> None:
         self.loop = _new_event_loop()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        has_begun = threading.Event()
+        self.loop.call_soon(has_begun.set)
         self._thread.start()
+        has_begun.wait()  # else `run` could find a loop that does not run yet
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run to the end and return the result, or raise what it raised. Ctrl-C cancels it.

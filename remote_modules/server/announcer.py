@@ -25,6 +25,8 @@ class Announcer:
     Args:
         describe: the record as of now, apart from its sequence and state.
         interval_s: between renewals.
+        first_sequence: milliseconds of wall-clock time, so that a later start has higher numbers than an earlier one
+            and nobody can replay a record of the past; see `discovery.directory`.
     """
 
     def __init__(
@@ -34,27 +36,31 @@ class Announcer:
         *,
         describe: Callable[[], PeerRecord],
         interval_s: float,
+        first_sequence: int,
     ) -> None:
         self._discovery = discovery
         self._identity = identity
         self._describe = describe
         self._interval_s = interval_s
         self._state = PeerState.JOINING
-        self._sequence = 0
-        self._wake = asyncio.Event()
+        self._sequence = first_sequence
         self._task: asyncio.Task[None] | None = None
         self._is_lost = False
         self.signed: SignedRecord | None = None
 
     def start(self) -> None:
-        """Begin announcing as joining."""
-        self._sign()
+        """Renew each interval from now on; `set_state` announces at once."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def set_state(self, state: PeerState) -> None:
         """Change the state and announce it now; failures are logged and mended by the next renewal."""
         self._state = state
         await self._announce()
+
+    def abandon(self) -> None:
+        """Stop without withdrawing, as a killed process does."""
+        if self._task is not None:
+            self._task.cancel()
 
     async def stop(self) -> None:
         """Withdraw and stop; idempotent."""
@@ -72,8 +78,8 @@ class Announcer:
 
     async def _run(self) -> None:
         while True:
-            await self._announce()
             await asyncio.sleep(self._interval_s)
+            await self._announce()
 
     async def _announce(self) -> None:
         try:
@@ -83,8 +89,8 @@ class Announcer:
                 logger.warning("announce failed, trying again every %.0f s: %s", self._interval_s, exc)
             self._is_lost = True
         else:
-            if self._is_lost or self._sequence == 1:
-                logger.info("announced state=%s", self._state.value)
+            if self._is_lost:
+                logger.info("announced again state=%s", self._state.value)
             self._is_lost = False
 
     def _sign(self) -> SignedRecord:

@@ -15,7 +15,6 @@ __all__ = ["choose_blocks", "free_bytes", "parameter_bytes"]
 
 WORKSPACE_BYTES = 512 * 1024 * 1024  # activations and allocator slack
 KV_TOKENS = 8192  # room that a peer keeps when it chooses how many blocks to hold
-DEFAULT_SPEED = 1.0  # of holders that have not measured yet, so that their blocks do not count as uncovered
 
 
 def free_bytes(device: torch.device) -> int:
@@ -59,5 +58,8 @@ def choose_blocks(
             workspace_bytes=WORKSPACE_BYTES,
             num_blocks=num_blocks_of_model,
         )
-    holders = [(record.span, record.decode_tokens_per_s or DEFAULT_SPEED) for record in records]
+    # a holder that is still joining has not measured yet: take it for as fast as the fastest, so that its blocks
+    # count as covered
+    fastest = max((record.decode_tokens_per_s for record in records), default=0.0) or 1.0
+    holders = [(record.span, record.decode_tokens_per_s or fastest) for record in records]
     return choose_span(num_blocks_of_model, min(length, num_blocks_of_model), holders)

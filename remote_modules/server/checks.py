@@ -1,7 +1,7 @@
 """Everything that a request from the network must satisfy before any work is done for it.
 
-Each check raises `PeerRefused` with ``bad_request`` (the client's mistake) or ``not_served`` (this peer's span differs), in one line that says what
-was expected and what came. Nothing here allocates.
+Each check raises `PeerRefused` with ``bad_request`` (the client's mistake) or ``not_served`` (this peer's span
+differs), in one line that says what was expected and what came. Nothing here allocates.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from remote_modules.errors import PeerRefused, RefusalReason
 from remote_modules.spans import Span
 from remote_modules.wire.messages import CacheOp, Request, StepRequest
-from remote_modules.wire.tensors import DTYPES
 
 __all__ = ["check_blocks", "check_ops", "check_tensors", "refuse"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_AUTOCASTS = ("", "bfloat16", "float16")
 _MASK_DTYPES = (torch.int64, torch.int32, torch.bool, torch.float32, torch.uint8)
 
 
@@ -50,19 +50,23 @@ def check_tensors(
     rows, num_tokens, _ = hidden_states.shape
     if rows * num_tokens > max_batch_tokens:
         refuse(f"a request may hold {max_batch_tokens} tokens, got {rows} x {num_tokens}; send smaller ones")
-    if autocast and autocast not in DTYPES:
-        refuse(f"autocast must name a dtype, got '{autocast}'")
+    if autocast not in _AUTOCASTS:
+        refuse(f"autocast must be bfloat16 or float16, got '{autocast}'")
     _check_positions(tensors.get("position_ids"), rows, num_tokens)
     _check_mask(tensors.get("attention_mask"), rows)
     _check_gradient(tensors.get("grad_output"), hidden_states, kind)
     return hidden_states
 
 
-def check_ops(request: StepRequest, tensors: Mapping[str, torch.Tensor], *, position: int, rows: int) -> tuple[int, int]:
-    """(position, rows) after the request's cache operations."""
+def check_ops(
+    request: StepRequest, tensors: Mapping[str, torch.Tensor], *, position: int, rows: int
+) -> tuple[int, int, int]:
+    """(position, rows) after the request's cache operations, and the most rows that the cache has while they run."""
+    most_rows = 0
     for op in request.ops:
         position, rows = _check_op(op, tensors, position, rows)
-    return position, rows
+        most_rows = max(most_rows, rows if position else 0)
+    return position, rows, most_rows
 
 
 def _check_op(op: CacheOp, tensors: Mapping[str, torch.Tensor], position: int, rows: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """What runs on the device thread: steps, forwards and backwards of one span, by replay.
 
-Stateless but for the caches that it is given. Inputs were checked by the handler; what fails here is this peer's own fault.
+Stateless but for the caches that it is given. Inputs were checked by the handler; what fails here is this peer's own
+fault.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The device thread: one, with a bounded priority queue in front of it.
 
-All work on the model happens here, in order of priority and then of arrival: decode before prefill before training, so that a training batch
-never delays a token by more than the batch that already runs.
+All work on the model happens here, in order of priority and then of arrival: decode before prefill before training,
+so that a training batch never delays a token by more than the batch that already runs.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class DeviceThread:
             began_s = time.perf_counter()
             try:
                 value = job.work()
-            except Exception as exc:  # noqa: BLE001 - the device thread's boundary: whatever failed is the job's answer
+            except Exception as exc:  # the device thread's boundary: whatever failed is the job's answer
                 logger.debug("job failed on the device", exc_info=exc)
                 _answer(job, lambda job=job, exc=exc: _set_exception(job.answer, exc))  # type: ignore[misc]
             else:

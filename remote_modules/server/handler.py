@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from remote_modules.errors import PeerRefused, ProtocolError, RefusalReason, RemoteModulesError, RemoteProtocolError
@@ -33,6 +34,7 @@ __all__ = ["Handler", "HandlerLimits"]
 logger = logging.getLogger(__name__)
 
 MAX_REQUESTS_PER_CONNECTION = 64
+HELLO_TIMEOUT_S = 10.0  # a connection that says nothing holds no slot for longer
 
 Reply = tuple[Output, list[Buffer]]
 
@@ -193,8 +195,13 @@ class Handler:
             session.used_s, session.connection_id = self._clock(), connection_id
             if session.last_step_id == request.step_id and session.last_reply is not None:
                 output, body = session.last_reply
-                return messages.msgspec.structs.replace(output, request_id=request.request_id), body
-            return await self._new_step(request, session, blocks, tensors)
+                return msgspec.structs.replace(output, request_id=request.request_id), body
+            try:
+                return await self._new_step(request, session, blocks, tensors)
+            except PeerRefused:
+                if session.last_reply is None:  # it did no step yet: as if it had never been opened
+                    self.sessions.close(session.session_id)
+                raise
 
     def _session(self, request: StepRequest, blocks: Span, hidden_states: torch.Tensor) -> Session:
         session = self.sessions.get(request.session_id)
@@ -219,7 +226,7 @@ class Handler:
         self, request: StepRequest, session: Session, blocks: Span, tensors: dict[str, torch.Tensor]
     ) -> Reply:
         hidden_states = tensors["hidden_states"]
-        position, rows = check_ops(request, tensors, position=session.cache.length, rows=session.rows)
+        position, rows, most_rows = check_ops(request, tensors, position=session.cache.length, rows=session.rows)
         if position != request.position:
             text = f"the session holds {position} tokens, the step expects {request.position}"
             refuse(text, RefusalReason.SESSION_LOST)
@@ -229,12 +236,7 @@ class Handler:
             refuse(f"the session has {rows} rows, got {hidden_states.shape[0]}")
         num_tokens = hidden_states.shape[1]
         mask = _whole_mask(request, session, tensors, position + num_tokens)
-        try:
-            self.sessions.reserve(session, rows=rows, tokens=position + num_tokens)
-        except PeerRefused:
-            if session.cache.length == 0:
-                self.sessions.close(session.session_id)
-            raise
+        self.sessions.reserve(session, rows=max(rows, most_rows), tokens=position + num_tokens)
         arguments = OwnerArguments(
             position_ids=tensors.get("position_ids"),
             attention_mask=mask,
@@ -249,6 +251,8 @@ class Handler:
         except BaseException:
             self.sessions.close(session.session_id)  # its cache may be half written
             raise
+        if most_rows > rows and not session.is_closed:
+            self.sessions.reserve(session, rows=rows, tokens=position + num_tokens)
         session.mask, session.used_s = mask, self._clock()
         reply = self._reply(request, "hidden_states", timed)
         session.last_step_id, session.last_reply = request.step_id, reply
@@ -257,13 +261,12 @@ class Handler:
     async def _run(self, priority: Priority, work: Callable[[], torch.Tensor]) -> Timed[torch.Tensor]:
         try:
             return await self.executor.run(priority, work)
-        except torch.OutOfMemoryError as exc:
-            raise PeerRefused(
-                "the device has no memory for this request", peer_id="", reason=RefusalReason.OUT_OF_MEMORY
-            ) from exc
+        except PeerRefused:
+            raise
         except (RuntimeError, IndexError, ValueError, TypeError, RemoteModulesError) as exc:
-            if isinstance(exc, PeerRefused):
-                raise
+            if isinstance(exc, torch.OutOfMemoryError) or "not enough memory" in str(exc):  # the CPU's has no class
+                text = "the device has no memory for this request"
+                raise PeerRefused(text, peer_id="", reason=RefusalReason.OUT_OF_MEMORY) from exc
             logger.exception("request failed on the device")
             raise PeerRefused("the computation failed", peer_id="", reason=RefusalReason.INTERNAL) from exc
 
@@ -282,7 +285,9 @@ class Handler:
 
 def last_tokens(output: torch.Tensor, num_tokens: int | None) -> torch.Tensor:
     """The last tokens of ``[B, T, D]``, as many as wanted; all for None."""
-    return output if num_tokens is None else output[:, max(0, output.shape[1] - num_tokens) :]
+    if num_tokens is None:
+        return output
+    return output[:, max(0, output.shape[1] - num_tokens) :].clone()  # the reply is kept: do not keep the rest with it
 
 
 _KINDS: dict[type[Request], str] = {StepRequest: "step", ForwardRequest: "forward", BackwardRequest: "backward"}
@@ -297,6 +302,8 @@ def _whole_mask(
         return None
     mask = columns
     if not request.mask_is_whole:
+        if request.ops:  # the mask that the session kept does not follow them
+            refuse("a step with cache operations must bring the whole attention mask")
         kept = session.mask
         if not isinstance(kept, torch.Tensor) or kept.shape[0] != columns.shape[0]:
             refuse("the session has no attention mask to append to; send the whole one")
@@ -315,6 +322,7 @@ class _Served:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._is_open = False
         self.connection = Connection(handler.new_protocol(), on_message=self._receive, on_lost=self._lose)
+        self._hello_timer = asyncio.get_running_loop().call_later(HELLO_TIMEOUT_S, self.connection.abort)
 
     def say_draining(self) -> None:
         if self._is_open and self.connection.is_open:
@@ -335,6 +343,7 @@ class _Served:
                 self.connection.send(messages.Pong(nonce, self._handler.executor.load))
 
     def _greet(self, hello: messages.ClientHello) -> None:
+        self._hello_timer.cancel()
         answer = self._handler.hello(hello)
         self.connection.send(answer)
         if isinstance(answer, messages.Reject):
@@ -364,7 +373,7 @@ class _Served:
             self._refuse(request, exc.reason, str(exc), exc.retry_after_s or 0.0)
         except ProtocolError as exc:
             self.connection.abort(exc)
-        except Exception:  # noqa: BLE001 - the task's boundary: a bug of ours must not leave a client waiting
+        except Exception:  # the task's boundary: a bug of ours must not leave a client waiting
             logger.exception("request failed")
             self._refuse(request, RefusalReason.INTERNAL, "internal error", 0.0)
 
@@ -373,6 +382,7 @@ class _Served:
             self.connection.send(Refused(request.request_id, reason, text[:1000], retry_after_s))
 
     def _lose(self, reason: Exception | None) -> None:
+        self._hello_timer.cancel()
         logger.debug("x connection=%d reason=%s", self.connection_id, reason)
         for task in list(self._tasks.values()):
             task.cancel()

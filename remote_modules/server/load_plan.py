@@ -21,14 +21,9 @@ __all__ = ["LoadPlan", "LoadedSpan"]
 class LoadedSpan:
     """A span in memory and what was measured of it."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, model: SpanModel, key: str, digests: dict[int, str], num_blocks: int
-    ) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, model: SpanModel, digests: dict[int, str]) -> None:
         self.model = model
         self.engine = Engine(model)
-        self.key = key
-        self.num_blocks = num_blocks
         self.digests = tuple(digests.get(block, "") for block in model.span)
         self.speeds = Speeds(0.0, 0.0)
         self.kv_token_bytes = dict.fromkeys(model.span, 1)
@@ -51,6 +46,7 @@ class LoadPlan:
         self._stack: StackSpec = find_stack(self._skeleton, self._model_config)
         self._device = _device(config.device)
         self.key = model_key(self._model_config)
+        self.num_blocks = self._stack.num_blocks
 
     @classmethod
     def read(cls, config: ServerConfig) -> LoadPlan:
@@ -61,16 +57,16 @@ class LoadPlan:
         )
         plan = cls(config, checkpoint)
         if config.blocks is not None:
-            check_span(Span.parse(config.blocks), plan._stack.num_blocks, config.model)
+            check_span(Span.parse(config.blocks), plan.num_blocks, config.model)
         return plan
 
     def choose(self, records: list[PeerRecord]) -> Span:
         text = self._model_config.get_text_config(decoder=True)
-        dtype = self._dtype()
+        dtype = self.dtype
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return choose_blocks(
-            num_blocks_of_model=self._stack.num_blocks,
+            num_blocks_of_model=self.num_blocks,
             wanted=self._config.num_blocks,
             block_bytes=parameter_bytes(self._stack.blocks(self._skeleton)[0], dtype),
             kv_token_bytes=2 * heads * head_size * dtype.itemsize,
@@ -84,17 +80,18 @@ class LoadPlan:
             self._model_config,
             self._cls,
             span,
-            dtype="auto" if self._config.dtype == "auto" else self._dtype(),
+            dtype="auto" if self._config.dtype == "auto" else self.dtype,
             device=self._device,
         )
         digests = block_digests(self._checkpoint, stack, span)
-        return LoadedSpan(self._checkpoint, SpanModel(model, stack, span), self.key, digests, stack.num_blocks)
+        return LoadedSpan(SpanModel(model, stack, span), digests)
 
-    def _dtype(self) -> torch.dtype:
-        if self._config.dtype == "auto":
-            return self._model_config.dtype or torch.float32
-        dtype: torch.dtype = getattr(torch, self._config.dtype)
-        return dtype
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the span will compute in."""
+        named = self._config.dtype
+        dtype = self._model_config.dtype if named == "auto" else getattr(torch, named)
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _device(name: str) -> torch.device:

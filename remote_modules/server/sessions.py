@@ -1,7 +1,7 @@
 """Sessions of a peer, and the memory that their KV caches may take.
 
-Bytes are reserved before work begins and given back when the session ends, so the sum never exceeds the budget: a request that does
-not fit is refused, and nobody else's session is hurt.
+Bytes are reserved before work begins and given back when the session ends, so the sum never exceeds the budget: a
+request that does not fit is refused, and nobody else's session is hurt.
 """
 
 from __future__ import annotations

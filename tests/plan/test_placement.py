@@ -66,10 +66,7 @@ def test_random_swarm_agrees_with_brute_force(seed: int) -> None:
 
     def needs_more(one: Span, other: Span) -> bool:
         """Level by level: whichever window has more blocks at the lowest level that tells them apart."""
-        totals = [
-            sum(tokens_per_s for span, tokens_per_s in holders if block in span)
-            for block in range(num_blocks)
-        ]
+        totals = [sum(tokens_per_s for span, tokens_per_s in holders if block in span) for block in range(num_blocks)]
         for level in sorted(set(totals)):
             here, there = (sum(totals[block] == level for block in span) for span in (one, other))
             if here != there:
