@@ -12,9 +12,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from remote_modules.client.inference_session import InferenceSession
     from remote_modules.client.loader import load
     from remote_modules.client.sequential import RemoteSequential
-    from remote_modules.client.session import InferenceSession
     from remote_modules.client.stats import ClientStats
     from remote_modules.config import ClientConfig, ServerConfig, TrackerConfig
     from remote_modules.errors import (
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         SessionError,
         UnsupportedCallError,
     )
-    from remote_modules.server.peer import Server
+    from remote_modules.server.server import Server
     from remote_modules.server.tracker import Tracker
 
 __all__ = [
@@ -49,9 +49,9 @@ __all__ = [
 _HOMES = {
     "ClientConfig": "config",
     "ClientStats": "client.stats",
-    "InferenceSession": "client.session",
+    "InferenceSession": "client.inference_session",
     "RemoteSequential": "client.sequential",
-    "Server": "server.peer",
+    "Server": "server.server",
     "ServerConfig": "config",
     "Tracker": "server.tracker",
     "TrackerConfig": "config",

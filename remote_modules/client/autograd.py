@@ -1,7 +1,7 @@
 """The one autograd function: remote forward, remote backward.
 
-Peers keep nothing between the two: the inputs of each hop stay here, and a peer recomputes its blocks from them in backward. A hop that fails
-in backward is replaced, and the gradients are those of the failure-free run.
+Peers keep nothing between the two: the inputs of each hop stay here, and a peer recomputes its blocks from them in
+backward. A hop that fails in backward is replaced, and the gradients are those of the failure-free run.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ class RemotePass:
         Raises:
             PeerError, NoRouteError: the swarm could not do it within the deadline.
         """
-        output: torch.Tensor = _RemoteFunction.apply(hidden_states, self)
-        return output
+        # Moved to the CPU outside of the function: its backward then runs on the caller's thread. A CUDA device has
+        # one autograd thread, and a peer in this process would wait for the one that waits for it.
+        output: torch.Tensor = _RemoteFunction.apply(hidden_states.to("cpu"), self)  # type: ignore[no-untyped-call]
+        return output.to(hidden_states.device)
 
     def run(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, list[Segment]]:
         return self.io.run(
@@ -48,8 +50,8 @@ class _RemoteFunction(torch.autograd.Function):
     def forward(ctx: Any, hidden_states: torch.Tensor, remote: RemotePass) -> torch.Tensor:
         output, segments = remote.run(hidden_states)
         ctx.remote, ctx.segments = remote, segments
-        ctx.device, ctx.dtype = hidden_states.device, hidden_states.dtype
-        return output.to(hidden_states.device)
+        ctx.dtype = hidden_states.dtype
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -57,7 +59,7 @@ class _RemoteFunction(torch.autograd.Function):
         remote: RemotePass = ctx.remote
         grad = grad_output.detach().to("cpu", ctx.dtype, copy=True)
         grad_input = remote.io.run(backward(remote.swarm, ctx.segments, grad, remote.arguments))
-        return grad_input.to(ctx.device), None
+        return grad_input, None
 
 
 class _NoBackward(torch.autograd.Function):
@@ -68,11 +70,11 @@ class _NoBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[None, None]:
         raise UnsupportedCallError(
-            "backward through a call that used a KV cache is not carried; call the model without past_key_values to train"
+            "backward through a call that used a KV cache is not carried; call the model without a cache to train"
         )
 
 
 def refuse_backward(output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-    """``output`` of a session step, with a backward that says what is wrong instead of stopping the gradient silently."""
-    result: torch.Tensor = _NoBackward.apply(output, hidden_states)
+    """``output`` of a session step, with a backward that says what is wrong: a silent stop would be worse."""
+    result: torch.Tensor = _NoBackward.apply(output, hidden_states)  # type: ignore[no-untyped-call]
     return result

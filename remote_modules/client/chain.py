@@ -1,8 +1,8 @@
 """THE retry loop: work on hops, in order, until all of it is done or the pass gives up.
 
 Steps, forwards and backwards differ in what they do on one hop; what happens when a hop fails is decided here, by
-`plan.recovery`, the same way for all of them. Only `PeerError` and `NoRouteError` are handled; anything else is a bug or the caller's
-mistake and goes up.
+`plan.recovery`, the same way for all of them. Only `PeerError` and `NoRouteError` are handled; anything else is a
+bug or the caller's mistake and goes up.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 
 from remote_modules.client.stats import HopTiming
 from remote_modules.client.swarm import Swarm
-from remote_modules.errors import NoRouteError, PeerError, PeerRefused, PeerTimeout, RefusalReason
+from remote_modules.errors import LocalProtocolError, NoRouteError, PeerError, PeerRefused, PeerTimeout, RefusalReason
 from remote_modules.net.connection import ClientConnection, Reply
 from remote_modules.peers import PeerId, short_id
 from remote_modules.plan.recovery import GiveUp, Recovery, Replay, Reroute
@@ -72,7 +73,7 @@ class Work(ABC):
     async def replace_hop(self, hop: Hop, hops: tuple[Hop, ...], chain: Chain) -> None:
         """Put ``hops`` in the place of the next one."""
 
-    def forget_hop(self, hop: Hop) -> None:
+    def forget_hop(self, hop: Hop) -> None:  # noqa: B027 - only sessions have something to forget
         """The peer lost the hop's session: build it anew when the hop is done next."""
 
 
@@ -124,7 +125,7 @@ class Chain:
             except NoRouteError as exc:
                 action = self.recovery.on_no_route(exc, now_s=self.swarm.clock())
                 if isinstance(action, GiveUp):
-                    raise action.error from exc
+                    raise action.error from action.error.__cause__  # not from itself: that would hide the last failure
                 logger.warning("no route, waiting wait=%.2fs: %s", action.wait_s, exc)
                 await asyncio.sleep(action.wait_s)
                 await self.swarm.refresh()
@@ -136,13 +137,18 @@ class Chain:
 
         Raises:
             PeerError: no usable answer.
+            LocalProtocolError: the request is larger than we, or the peer, allow.
         """
         swarm = self.swarm
         rows, num_tokens, _ = tensors["hidden_states"].shape
         work = float(rows * num_tokens * len(hop.span))
         metas, body = encode_tensors(tensors)
+        num_bytes, limit = sum(map(len, body)), swarm.config.max_request_bytes
+        if num_bytes > limit:  # the answer, of like size, would be refused here and look like the peer's fault
+            text = f"request of {num_bytes} bytes exceeds max_request_bytes={limit}; send fewer tokens"
+            raise LocalProtocolError(text)
         timeout_s = min(self._timeout_s(hop, kind, work), max(0.1, self.recovery.deadline_s - swarm.clock()))
-        message = messages.msgspec.structs.replace(message, tensors=metas, timeout_s=timeout_s)
+        message = msgspec.structs.replace(message, tensors=metas, timeout_s=timeout_s)
         began_s = swarm.clock()
         try:
             output, replies = await connection.request(message, body, timeout_s=timeout_s)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -27,7 +30,10 @@ from remote_modules.peers import check_address
 __all__ = ["SwarmHandle", "connect_swarm"]
 
 
-@dataclass(slots=True, weakref_slot=True)
+EXIT_TIMEOUT_S = 2.0
+
+
+@dataclass(eq=False)
 class SwarmHandle:
     """A client's swarm and the thread that drives it; shared by a `RemoteSequential` and its slices."""
 
@@ -100,8 +106,22 @@ def connect_swarm(
         num_blocks=stack.num_blocks,
         hidden_size=model_config.get_text_config(decoder=True).hidden_size,
     )
-    weakref.finalize(handle, _close_later, io, swarm)
+    weakref.finalize(handle, _close_later, io, swarm).atexit = False
+    if not _open_handles:
+        atexit.register(_close_all)
+    _open_handles.add(handle)
     return handle
+
+
+_open_handles: weakref.WeakSet[SwarmHandle] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """The interpreter ends: say goodbye to peers and sockets, briefly."""
+    for handle in list(_open_handles):
+        if handle.io.loop.is_running():
+            with contextlib.suppress(TimeoutError, FutureTimeoutError):
+                handle.io.submit(handle.swarm.aclose()).result(timeout=EXIT_TIMEOUT_S)
 
 
 def _close_later(io: LoopThread, swarm: Swarm) -> None:

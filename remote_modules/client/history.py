@@ -1,7 +1,8 @@
 """What a session has fed to its hops, so that a lost KV cache can be built again.
 
-`History` holds the inputs of one block boundary, `SideInputs` what all hops share (positions, mask). Both follow the cache's
-operations, so that rollback, beam reorder and repeat apply to them as to the peers' caches. The position of a session is the
+`History` holds the inputs of one block boundary, `SideInputs` what all hops share (positions, mask). Both follow the
+cache's operations, so that rollback, beam reorder and repeat apply to them as to the peers' caches. The position of a
+session is the
 length of its history: it is kept nowhere else.
 """
 
@@ -19,8 +20,8 @@ __all__ = ["History", "SideInputs"]
 class History:
     """Hidden states ``[B, P, D]`` that went into one block, as a list of chunks.
 
-    A batch selection (beam reorder) is only noted: it costs one index vector per step, and is folded into the chunks when the
-    history is read.
+    A batch selection (beam reorder) is only noted: it costs one index vector per step, and is folded into the chunks
+    when the history is read.
     """
 
     def __init__(self, chunks: Sequence[torch.Tensor] = ()) -> None:
@@ -102,7 +103,8 @@ class SideInputs:
         """These inputs after a step of ``num_tokens`` at ``position``; self is unchanged.
 
         Raises:
-            UnsupportedCallError: the mask has not one column for each token, or was given in earlier steps and is missing now.
+            UnsupportedCallError: the positions are not ``[B or 1, T]``, the mask has not one column for each token, or
+                was given in earlier steps and is missing now.
         """
         result = SideInputs()
         if attention_mask is not None and attention_mask.shape[1] != position + num_tokens:
@@ -111,6 +113,9 @@ class SideInputs:
         if attention_mask is None and self.attention_mask is not None:
             raise UnsupportedCallError("attention_mask was given in earlier steps of this cache; give it in every step")
         result.attention_mask = attention_mask
+        if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != num_tokens):
+            got = list(position_ids.shape)
+            raise UnsupportedCallError(f"position_ids must be [B, {num_tokens}] or [1, {num_tokens}], got {got}")
         if position_ids is None and self.position_ids is None:
             return result
         old = _positions(self.position_ids, 0, position)

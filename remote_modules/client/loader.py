@@ -31,7 +31,7 @@ def load(
     config: ClientConfig | None = None,
     **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
-    """The stock class with embeddings, norms and head in memory (only their shards are read) and remote blocks in place.
+    """The stock class with only embeddings, norms and head in memory, and remote blocks in place.
 
     Args:
         model: hub id or local checkpoint folder.
@@ -58,8 +58,7 @@ def load(
     hub = {name: from_pretrained_kwargs.pop(name, None) for name in _HUB_OPTIONS}
     checkpoint = open_checkpoint(str(model), **hub)
     model_config = read_config(checkpoint)
-    loaded, stack = load_client_part(
-        checkpoint, model_config, causal_lm_class(model_config), **from_pretrained_kwargs
-    )
+    loaded, stack = load_client_part(checkpoint, model_config, causal_lm_class(model_config), **from_pretrained_kwargs)
     setattr(stack.owner(loaded), stack.list_name, layers)
-    return loaded.eval()
+    loaded.eval()
+    return loaded

@@ -1,7 +1,8 @@
 """`RemoteSequential`: an `nn.ModuleList` whose blocks run elsewhere.
 
-Inside a call of its owner (``LlamaModel.forward``), all proxies but the last pass their input on, and the last one runs all blocks, with what
-the owner itself was called with. Outside of one, a proxy runs its own block at once. Each proxy checks that its input *is* what its
+Inside a call of its owner (``LlamaModel.forward``), all proxies but the last pass their input on, and the last one
+runs all blocks, with what the owner itself was called with. Outside of one, a proxy runs its own block at once. Each
+proxy checks that its input *is* what its
 predecessor returned: work between blocks would otherwise be lost silently.
 """
 
@@ -18,7 +19,8 @@ from transformers import PreTrainedModel
 from remote_modules.client.autograd import RemotePass, refuse_backward
 from remote_modules.client.chain import PassArguments
 from remote_modules.client.connect import SwarmHandle, connect_swarm
-from remote_modules.client.session import InferenceSession, SessionState
+from remote_modules.client.inference_session import InferenceSession, check_hidden_states
+from remote_modules.client.session import SessionState
 from remote_modules.client.stats import ClientStats
 from remote_modules.config import ClientConfig
 from remote_modules.errors import UnsupportedCallError
@@ -33,8 +35,8 @@ __all__ = ["RemoteSequential"]
 class RemoteSequential(nn.ModuleList):
     """Blocks of a model that live in a swarm; build one with `from_swarm`.
 
-    Assign it where the model has its list of blocks (``model.model.layers = layers``), or call it with hidden states ``[B, T, D]``.
-    Slices share the connection.
+    Assign it where the model has its list of blocks (``model.model.layers = layers``), or call it with hidden states
+    ``[B, T, D]``. Slices share the connection.
     """
 
     def __init__(self, handle: SwarmHandle, blocks: Span, *, local: nn.ModuleList | None = None) -> None:
@@ -67,7 +69,8 @@ class RemoteSequential(nn.ModuleList):
         Nothing is sent before the first use, and peers that join later are found then.
 
         Args:
-            model: hub id, local checkpoint folder, `PreTrainedConfig`, or `PreTrainedModel` (whose other blocks stay local).
+            model: hub id, local checkpoint folder, `PreTrainedConfig`, or `PreTrainedModel` (whose other blocks stay
+                local).
             trackers: HTTP(S) tracker URLs; default ``$REMOTE_MODULES_TRACKERS`` (comma separated).
             mdns: also look on the LAN.
             peers: static peer addresses ``host:port``.
@@ -128,14 +131,15 @@ class RemoteSequential(nn.ModuleList):
         """A context manager for step-wise use without transformers' cache."""
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be positive, got {max_tokens}")
-        return InferenceSession(self._new_state(), self._handle.io, max_tokens=max_tokens)
+        state, handle = self._new_state(), self._handle
+        return InferenceSession(state, handle.io, hidden_size=handle.hidden_size, max_tokens=max_tokens)
 
     def stats(self) -> ClientStats:
         """Counters since creation, the route, and the last steps' waterfall."""
         return self._handle.stats.snapshot()
 
     def close(self) -> None:
-        """Close connections and discovery; idempotent. Slices share them."""
+        """Close connections and discovery, slices' too; idempotent. Later use raises `SessionError`."""
         self._handle.close()
 
     def __enter__(self) -> RemoteSequential:
@@ -144,7 +148,7 @@ class RemoteSequential(nn.ModuleList):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    @overload  # type: ignore[override]
+    @overload
     def __getitem__(self, index: slice) -> RemoteSequential: ...
     @overload
     def __getitem__(self, index: SupportsIndex) -> nn.Module: ...
@@ -168,9 +172,9 @@ class RemoteSequential(nn.ModuleList):
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteSequential:
         """A copy that shares the connection; local blocks, if any, are copied."""
         if any(not isinstance(module, RemoteBlock) for module in self):
-            local: nn.ModuleList | None = nn.ModuleList([
-                nn.Identity() if isinstance(module, RemoteBlock) else copy.deepcopy(module, memo) for module in self
-            ])
+            local: nn.ModuleList | None = nn.ModuleList(
+                [nn.Identity() if isinstance(module, RemoteBlock) else copy.deepcopy(module, memo) for module in self]
+            )
         else:
             local = None
         copied = RemoteSequential(self._handle, self._blocks, local=local)
@@ -240,10 +244,10 @@ class RemoteSequential(nn.ModuleList):
     def _run_alone(self, blocks: Span, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         unknown = set(kwargs) - {"attention_mask", "position_ids"}
         if unknown:
-            raise TypeError(f"unexpected keyword arguments {sorted(unknown)}; attention_mask and position_ids are taken")
-        hidden_size = self._handle.hidden_size
-        if hidden_states.dim() != 3 or hidden_states.shape[2] != hidden_size:
-            raise ValueError(f"hidden states must be [B, T, {hidden_size}], got {list(hidden_states.shape)}")
+            raise TypeError(
+                f"unexpected keyword arguments {sorted(unknown)}; attention_mask and position_ids are taken"
+            )
+        check_hidden_states(hidden_states, self._handle.hidden_size)
         arguments = PassArguments(
             position_ids=_small(kwargs.get("position_ids")),
             attention_mask=_small(kwargs.get("attention_mask")),

@@ -1,9 +1,9 @@
 """Sessions: generation with KV caches on peers, that survives the loss of any of them.
 
-A `SessionState` keeps, for each boundary between hops, the history of inputs (`client.history`). A step appends to it only when the whole
-pass is done, so the position (the length of the first history) always says what is certain. A hop that is behind — new, or its
-peer lost the cache — is fed its history first, in bounded requests; its outputs become the history of the next boundary if
-that is new too.
+A `SessionState` keeps, for each boundary between hops, the history of inputs (`client.history`). A step appends to
+it only when the whole pass is done, so the position (the length of the first history) always says what is certain. A
+hop that is behind — new, or its peer lost the cache — is fed its history first, in bounded requests; its outputs
+become the history of the next boundary if that is new too.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from remote_modules.client.history import History, SideInputs
 from remote_modules.client.swarm import Swarm
 from remote_modules.errors import SessionError
 from remote_modules.net.connection import ClientConnection
-from remote_modules.net.loop import LoopThread
 from remote_modules.plan.routing import Hop
 from remote_modules.spans import Span
 from remote_modules.wire import messages
 from remote_modules.wire.messages import CacheOp
 
-__all__ = ["InferenceSession", "SessionState"]
+__all__ = ["SessionState"]
 
 KV_TOKENS_AHEAD = 256  # room to ask for beyond what is known to be needed
 
@@ -47,7 +46,7 @@ class SessionState:
     Cache operations (`crop`, `select`, `repeat`, `reset`) are queued: they cost no message of their own.
     """
 
-    def __init__(self, swarm: Swarm, blocks: Span, submit: Callable[[Callable[[], object]], None]) -> None:
+    def __init__(self, swarm: Swarm, blocks: Span, submit: Callable[[Callable[[], object]], object]) -> None:
         self.swarm = swarm
         self.blocks = blocks
         self.is_closed = False
@@ -101,7 +100,7 @@ class SessionState:
     def remember(
         self, inputs: torch.Tensor, position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> None:
-        """Note inputs ``[B, T, D]`` that were run without a session: peers get them by replay, should the session go on."""
+        """Note inputs ``[B, T, D]`` that were run without a session: peers get them by replay if it goes on."""
         self._sides = self._sides.extended(self.position, inputs.shape[1], position_ids, attention_mask)
         self._histories[self.blocks.start].append(inputs)
 
@@ -259,7 +258,8 @@ class _Step(Work):
             return [new]
         old = self.histories[hop.span.start].read()
         length = max(1, max_tokens // old.shape[0])
-        return torch.cat([old, new], dim=1).split(length, dim=1)
+        chunks: tuple[torch.Tensor, ...] = torch.cat([old, new], dim=1).split(length, dim=1)
+        return chunks
 
     async def _send(
         self,
@@ -331,70 +331,3 @@ def _cache_ops(cache: _PeerCache) -> tuple[tuple[CacheOp, ...], dict[str, torch.
             tensors[name] = op
             ops.append(CacheOp("select", tensor=name))
     return tuple(ops), tensors, position
-
-
-class InferenceSession:
-    """Step-wise use of remote blocks without transformers' cache; from `RemoteSequential.session`.
-
-    Args:
-        max_tokens: refuse to grow beyond; None for no limit of ours.
-    """
-
-    def __init__(self, state: SessionState, io: LoopThread, *, max_tokens: int | None) -> None:
-        self._state = state
-        self._io = io
-        self._max_tokens = max_tokens
-
-    @property
-    def position(self) -> int:
-        """Tokens in the session."""
-        return self._state.position
-
-    def step(
-        self,
-        hidden_states: torch.Tensor,
-        *,
-        position_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Run new tokens ``[B, T, D]`` through the blocks; output of the same shape, dtype and device.
-
-        Args:
-            position_ids: int64 ``[B, T]`` or ``[1, T]``; None: they follow the position.
-            attention_mask: ``[B, P + T]``, all tokens so far and the new ones.
-
-        Raises:
-            SessionError: closed, or full.
-            PeerError, NoRouteError: the swarm could not do it within the deadline; the session is as before.
-        """
-        num_tokens = hidden_states.shape[1]
-        if self._max_tokens is not None and self.position + num_tokens > self._max_tokens:
-            raise SessionError(
-                f"session is full: {self.position} of {self._max_tokens} tokens used, step needs {num_tokens}; "
-                "open a session with larger max_tokens"
-            )
-        sides = [None if side is None else side.detach().cpu() for side in (position_ids, attention_mask)]
-        work = self._state.step(
-            hidden_states.detach().to("cpu", copy=True), position_ids=sides[0], attention_mask=sides[1]
-        )
-        return self._io.run(work).to(hidden_states.device)
-
-    def rollback(self, position: int) -> None:
-        """Forget all tokens after ``position``.
-
-        Raises:
-            ValueError: it is not in 0..the current position.
-        """
-        if not 0 <= position <= self.position:
-            raise ValueError(f"rollback position must be in 0..{self.position}, got {position}")
-        self._state.crop(position)
-
-    def close(self) -> None:
-        """Free the KV caches on the peers; idempotent."""
-        self._io.run(self._state.close())
-
-    def __enter__(self) -> InferenceSession:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

@@ -6,11 +6,12 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Mapping
 from random import Random
+from weakref import WeakKeyDictionary
 
 from remote_modules.client.stats import StatsRecorder
 from remote_modules.config import ClientConfig
 from remote_modules.discovery.base import Discovery
-from remote_modules.errors import DiscoveryError, NoRouteError, PeerUnreachable
+from remote_modules.errors import DiscoveryError, NoRouteError, PeerUnreachable, SessionError
 from remote_modules.net.connection import ClientConnection
 from remote_modules.net.http import Dialer
 from remote_modules.peers import PeerId, PeerRecord, PeerState, short_id
@@ -66,7 +67,8 @@ class Swarm:
         self._lookup_error: DiscoveryError | None = None
         self._connections: dict[tuple[PeerId, str], ClientConnection] = {}
         self._dialling: dict[tuple[PeerId, str], asyncio.Task[ClientConnection]] = {}
-        self._counted: dict[int, tuple[int, int]] = {}
+        self._counted: WeakKeyDictionary[ClientConnection, tuple[int, int]] = WeakKeyDictionary()
+        self._is_closed = False
 
     def record(self, peer_id: PeerId) -> PeerRecord:
         """The latest record of a peer on a route.
@@ -84,11 +86,13 @@ class Swarm:
         return record.instance_id if record is not None else ""
 
     async def route(self, blocks: Span, demand: Demand, *, avoid: Collection[PeerId] = ()) -> tuple[Hop, ...]:
-        """The best hops for ``blocks`` now; looks the swarm up first when nothing is known, and again when nothing fits.
+        """The best hops for ``blocks`` now; looks the swarm up when nothing is known, and when nothing fits.
 
         Raises:
             NoRouteError: nobody covers some of the blocks.
+            SessionError: `aclose` was called.
         """
+        self._check_open()
         age_s = self.clock() - self._looked_up_s
         if not self._records:
             await self.refresh()
@@ -119,7 +123,9 @@ class Swarm:
 
         Raises:
             PeerError: the peer cannot be reached.
+            SessionError: `aclose` was called.
         """
+        self._check_open()
         if (connection := self.open_connection(peer_id, lane)) is not None:
             return connection
         key = (peer_id, lane)
@@ -137,13 +143,14 @@ class Swarm:
 
     def count_bytes(self, connection: ClientConnection) -> None:
         """Add what moved on a connection since the last call to the statistics."""
-        sent, received = self._counted.get(id(connection), (0, 0))
+        sent, received = self._counted.get(connection, (0, 0))
         self.stats.bytes_sent += connection.bytes_sent - sent
         self.stats.bytes_received += connection.bytes_received - received
-        self._counted[id(connection)] = (connection.bytes_sent, connection.bytes_received)
+        self._counted[connection] = (connection.bytes_sent, connection.bytes_received)
 
     async def aclose(self) -> None:
         """Close connections and discovery; idempotent."""
+        self._is_closed = True
         pending = [task for task in (self._lookup, *self._dialling.values()) if task is not None]
         for task in pending:
             task.cancel()
@@ -158,6 +165,10 @@ class Swarm:
                 connection.abort()
         await self._dialer.aclose()
         await self._discovery.aclose()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise SessionError("these remote blocks are closed; make new ones with from_swarm")
 
     def _route_now(self, blocks: Span, demand: Demand, avoid: Collection[PeerId]) -> tuple[Hop, ...]:
         candidates = [
@@ -197,9 +208,7 @@ class Swarm:
 
     async def _look_up(self) -> None:
         try:
-            found = await asyncio.wait_for(
-                self._discovery.lookup(self._model_key), self.config.lookup_timeout_s
-            )
+            found = await asyncio.wait_for(self._discovery.lookup(self._model_key), self.config.lookup_timeout_s)
             records = matching([r for r in found if r.num_blocks == self.num_blocks], self._known_digests)
         except asyncio.TimeoutError:
             self._lookup_error = DiscoveryError(f"no answer within {self.config.lookup_timeout_s:.1f} s")
