@@ -1,0 +1,275 @@
+"""``remote-modules serve``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from remote_modules.cli import output
+from remote_modules.cli.options import (
+    SWARM,
+    CacheDirOption,
+    JsonOption,
+    MdnsOption,
+    ModelArgument,
+    PeersOption,
+    RevisionOption,
+    Sources,
+    TokenOption,
+    TrackersOption,
+)
+from remote_modules.cli.signals import StopSignals
+from remote_modules.config import ServerConfig
+from remote_modules.peers import short_id
+
+if TYPE_CHECKING:
+    from remote_modules.server.server import Server
+
+__all__ = ["serve"]
+
+MAX_INTERRUPT_DRAIN_S = 1.5  # whoever presses Ctrl-C waits for nothing longer: 2 s with what stopping itself takes
+DEFAULTS = ServerConfig(model="any")
+BLOCKS = "Blocks"
+LIMITS = "Limits"
+NETWORK = "Network"
+
+
+def serve(
+    model: ModelArgument,
+    trackers: TrackersOption = None,
+    peers: PeersOption = None,
+    mdns: MdnsOption = True,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            "--blocks",
+            metavar="A:B",
+            help="Span to hold. [dim]Default: what is needed most.[/dim]",
+            rich_help_panel=BLOCKS,
+        ),
+    ] = None,
+    num_blocks: Annotated[
+        int | None,
+        typer.Option(
+            "--num-blocks",
+            min=1,
+            metavar="N",
+            help="How many to hold. [dim]Default: all that fit.[/dim]",
+            rich_help_panel=BLOCKS,
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute.", rich_help_panel=BLOCKS)
+    ] = DEFAULTS.device,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            metavar="auto|float32|bfloat16|float16",
+            help="'auto' is the checkpoint's.",
+            rich_help_panel=BLOCKS,
+        ),
+    ] = DEFAULTS.dtype,
+    quantization: Annotated[
+        str, typer.Option("--quantization", metavar="none", help="Of the weights.", rich_help_panel=BLOCKS)
+    ] = DEFAULTS.quantization,
+    host: Annotated[
+        str, typer.Option("--host", help="Where to listen; 0.0.0.0 for all interfaces.", rich_help_panel=NETWORK)
+    ] = DEFAULTS.host,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, metavar="PORT", help="0: any free one.", rich_help_panel=NETWORK)
+    ] = DEFAULTS.port,
+    announce: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--announce",
+            metavar="HOST:PORT",
+            help="What others dial, if not where it listens (port forwarding); up to 4.",
+            rich_help_panel=NETWORK,
+        ),
+    ] = None,
+    identity: Annotated[
+        Path | None,
+        typer.Option(
+            "--identity",
+            metavar="PATH",
+            help="Key file, made when missing. [dim]Default: a new identity each time.[/dim]",
+            rich_help_panel=NETWORK,
+        ),
+    ] = None,
+    kv_gib: Annotated[
+        float | None,
+        typer.Option(
+            "--kv-gib",
+            metavar="GIB",
+            help="Memory for KV caches. [dim]Default: half of what is free.[/dim]",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None,
+    num_threads: Annotated[
+        int | None,
+        typer.Option("--threads", "--num-threads", min=1, metavar="N", help="CPU threads.", rich_help_panel=LIMITS),
+    ] = None,
+    max_batch_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-batch-tokens", min=1, metavar="N", help="Rows x tokens of one request.", rich_help_panel=LIMITS
+        ),
+    ] = DEFAULTS.max_batch_tokens,
+    max_sessions: Annotated[
+        int, typer.Option("--max-sessions", min=1, metavar="N", help="Open at once.", rich_help_panel=LIMITS)
+    ] = DEFAULTS.max_sessions,
+    max_queue: Annotated[
+        int, typer.Option("--max-queue", min=1, metavar="N", help="Requests that may wait.", rich_help_panel=LIMITS)
+    ] = DEFAULTS.max_queue,
+    max_connections: Annotated[
+        int, typer.Option("--max-connections", min=1, metavar="N", help="Open at once.", rich_help_panel=LIMITS)
+    ] = DEFAULTS.max_connections,
+    session_idle_s: Annotated[
+        float,
+        typer.Option(
+            "--session-idle-s", metavar="SECONDS", help="Idle sessions are dropped after this.", rich_help_panel=LIMITS
+        ),
+    ] = DEFAULTS.session_idle_s,
+    orphan_session_s: Annotated[
+        float,
+        typer.Option(
+            "--orphan-session-s", metavar="SECONDS", help="The same once the client is gone.", rich_help_panel=LIMITS
+        ),
+    ] = DEFAULTS.orphan_session_s,
+    announce_interval_s: Annotated[
+        float,
+        typer.Option("--announce-interval-s", metavar="SECONDS", help="Between announcements.", rich_help_panel=SWARM),
+    ] = DEFAULTS.announce_interval_s,
+    drain_s: Annotated[
+        float,
+        typer.Option(
+            "--drain-s",
+            min=0.0,
+            metavar="SECONDS",
+            help=f"Longest wait for running sessions on SIGTERM; Ctrl-C waits {MAX_INTERRUPT_DRAIN_S:g} s at most.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = DEFAULTS.drain_s,
+    revision: RevisionOption = None,
+    cache_dir: CacheDirOption = None,
+    token: TokenOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Hold some blocks of a model and run them for others.
+
+    SIGTERM and Ctrl-C drain: clients move to other peers before this one stops. A second Ctrl-C stops at once.
+    """
+    sources = Sources.of(trackers, peers, mdns)
+    config = ServerConfig(
+        model=model,
+        blocks=blocks,
+        num_blocks=num_blocks,
+        host=host,
+        port=port,
+        announce_addresses=tuple(announce or ()),
+        trackers=sources.trackers,
+        mdns=sources.mdns,
+        peers=sources.peers,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        revision=revision,
+        cache_dir=None if cache_dir is None else str(cache_dir),
+        token=token,
+        identity_path=identity,
+        kv_budget_bytes=None if kv_gib is None else int(kv_gib * 2**30),
+        max_batch_tokens=max_batch_tokens,
+        max_sessions=max_sessions,
+        max_queue=max_queue,
+        max_connections=max_connections,
+        session_idle_s=session_idle_s,
+        orphan_session_s=orphan_session_s,
+        announce_interval_s=announce_interval_s,
+        drain_s=drain_s,
+        num_threads=num_threads,
+    )
+    _run(config, sources, as_json=as_json)
+
+
+def _run(config: ServerConfig, sources: Sources, *, as_json: bool) -> None:
+    with StopSignals() as signals:
+        server = _start(config)
+        try:
+            if as_json:
+                _print_online(server)
+            else:
+                _describe(server, sources)
+            received = signals.wait()
+            _drain(server, received)
+        finally:
+            server.stop()
+    if received == signal.SIGINT:
+        raise KeyboardInterrupt
+
+
+def _start(config: ServerConfig) -> Server:
+    with _progress() as show:
+        show("importing torch and transformers", 0.0)
+        output.quiet_transformers()
+        from remote_modules.server.server import Server
+
+        show("reading the checkpoint", 0.05)
+        server = Server(config, on_progress=show)
+        server.start()
+    return server
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar on stderr, if that is a terminal; gone when done."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=output.err, transient=True, disable=not output.err.is_terminal) as progress:
+        task = progress.add_task("", total=1.0)
+        yield lambda stage, fraction: progress.update(task, description=stage, completed=fraction)
+
+
+def _print_online(server: Server) -> None:
+    output.print_json(
+        {
+            "event": "online",
+            "peer_id": server.peer_id,
+            "address": server.address,
+            "span": str(server.span),
+            "pid": os.getpid(),
+        }
+    )
+
+
+def _describe(server: Server, sources: Sources) -> None:
+    config = server.config
+    how = sources.arguments()
+    if not sources.trackers:
+        how = f"--peer {server.address}"
+    rows = {
+        "model": config.model,
+        "peer": short_id(server.peer_id),
+        "blocks": f"{server.span} ({len(server.span)})",
+        "address": server.address,
+        "announced to": str(sources) if sources.trackers or sources.mdns else "nobody; clients must name its address",
+    }
+    output.out.print(output.fields_table(rows))
+    output.print_command("use it by", f'remote-modules generate {shlex.quote(config.model)} --prompt "..." {how}')
+    output.out.print("Ctrl-C drains and stops it.", style="dim")
+
+
+def _drain(server: Server, received: signal.Signals) -> None:
+    limit_s = server.config.drain_s
+    if received == signal.SIGINT:
+        limit_s = min(limit_s, MAX_INTERRUPT_DRAIN_S)
+    output.err.print(f"draining: no new sessions, running ones have {limit_s:g} s to end or move")
+    server.drain(limit_s)
+    output.err.print("stopped")
