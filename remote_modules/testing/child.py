@@ -1,7 +1,7 @@
 """The process behind a `LocalSwarm` peer or tracker: ``python -m remote_modules.testing.child``.
 
-Reads one line of JSON (``{"kind": "peer" | "tracker", "config": {...}}``) from standard input, prints one line of JSON when it is up, and runs until
-SIGTERM (drains), or until standard input ends: the death of the parent.
+Reads one line of JSON (``{"kind": "peer" | "tracker", "config": {...}}``) from standard input, prints one line of
+JSON when it is up, and runs until SIGTERM (drains), or until standard input ends: the death of the parent.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _run_tracker(options: dict[str, object], stop: threading.Event) -> None:
 
 
 def _run_peer(options: dict[str, object], stop: threading.Event) -> None:
-    from remote_modules.server.peer import Server
+    from remote_modules.server.server import Server
 
     for name in ("trackers", "peers", "announce_addresses"):
         options[name] = tuple(options.get(name) or ())  # type: ignore[arg-type]

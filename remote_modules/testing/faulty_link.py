@@ -1,7 +1,7 @@
 """A TCP link on loopback that breaks on command.
 
-Put it in front of a peer (or a tracker) and let clients dial the link's address: bytes pass unchanged until a fault is armed. Each fault
-counts when it happens, so that a test can assert that it did.
+Put it in front of a peer (or a tracker) and let clients dial the link's address: bytes pass unchanged until a fault
+is armed. Each fault counts when it happens, so that a test can assert that it did.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class FaultyLink:
         Args:
             after_bytes: bytes from the target that still pass before it happens.
             delay_s: for `Fault.SLOW`.
-            times: how often it may happen; None for every time. `Fault.STALL`, `Fault.SLOW` and `Fault.SLICE` last until `clear`.
+            times: how often it may happen; None for every time. `Fault.STALL`, `Fault.SLOW` and `Fault.SLICE` last
+                until `clear`.
         """
         self._passed = self.fired = 0
         self._armed = _Armed(fault, after_bytes, delay_s, times)
@@ -154,7 +155,7 @@ class FaultyLink:
         if armed.fault is Fault.STALL:
             self.fired += 1
             await _send(writer, data[:room])
-            while self._armed is armed:
+            while self._armed is armed:  # noqa: ASYNC110 - cleared from another thread
                 await asyncio.sleep(0.02)
             return True
         if armed.fault is Fault.SLOW:

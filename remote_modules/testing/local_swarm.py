@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import select
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from remote_modules.config import ServerConfig, TrackerConfig
-from remote_modules.errors import RemoteModulesError
-from remote_modules.peers import PeerId
 from remote_modules.spans import Span
 from remote_modules.testing.faulty_link import FaultyLink
+from remote_modules.testing.local_peer import LocalPeer, ProcessPeer, ThreadPeer
+from remote_modules.testing.local_tracker import LocalTracker, ProcessTracker, ThreadTracker
 
 if TYPE_CHECKING:
-    from remote_modules.server.peer import Server
-    from remote_modules.server.tracker import Tracker
+    pass
 
-__all__ = ["LocalPeer", "LocalSwarm", "LocalTracker"]
+__all__ = ["LocalSwarm"]
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
@@ -102,11 +92,20 @@ class LocalSwarm:
             raise
 
     def add(self, span: str, **options: Any) -> LocalPeer:
-        """One more peer; ``options`` override the swarm's. Returns when it is online."""
+        """One more peer; ``options`` override the swarm's. Returns when it is online.
+
+        Raises:
+            RemoteModulesError, ValueError: it did not start, and is not among `peers`.
+        """
+        Span.parse(span)
         peer = self._new_peer(span, options)
+        try:
+            peer._begin()
+            peer._await_online()
+        except BaseException:
+            peer.close()
+            raise
         self.peers.append(peer)
-        peer._begin()
-        peer._await_online()
         return peer
 
     def stop(self) -> None:
@@ -139,271 +138,3 @@ class LocalSwarm:
             merged["announce_addresses"] = (link.address,)
         kind = ProcessPeer if self._mode == "process" else ThreadPeer
         return kind(merged, link)
-
-
-class LocalPeer(ABC):
-    """One peer of a `LocalSwarm`.
-
-    Attributes:
-        peer_id, address, span: known once it is online; ``address`` is what clients dial.
-        link: the `FaultyLink` in front of it, if the swarm has links.
-    """
-
-    def __init__(self, options: dict[str, Any], link: FaultyLink | None) -> None:
-        self.peer_id = PeerId("")
-        self.address = ""
-        self.span = Span.parse(options["blocks"])
-        self.link = link
-        self._options = options
-
-    @property
-    @abstractmethod
-    def pid(self) -> int:
-        """Of the process that it runs in."""
-
-    @abstractmethod
-    def kill(self) -> None:
-        """SIGKILL: gone at once, nobody is told."""
-
-    @abstractmethod
-    def freeze(self) -> None:
-        """SIGSTOP: connections stay open, nothing is answered."""
-
-    @abstractmethod
-    def thaw(self) -> None:
-        """SIGCONT."""
-
-    @abstractmethod
-    def drain(self) -> None:
-        """SIGTERM: finishes what runs, takes nothing new, then ends. Does not wait: see `wait`."""
-
-    @abstractmethod
-    def wait(self, timeout_s: float) -> int | None:
-        """The exit status once it has ended, or None after ``timeout_s``."""
-
-    def restart(self) -> None:
-        """A new process (or thread) with the same identity; returns when it is online."""
-        self.kill()
-        self._begin()
-        self._await_online()
-
-    def close(self) -> None:
-        """End it and its link."""
-        self.kill()
-        if self.link is not None:
-            self.link.close()
-
-    @abstractmethod
-    def _begin(self) -> None:
-        """Start without waiting."""
-
-    @abstractmethod
-    def _await_online(self) -> None:
-        """Wait until it is online."""
-
-    def _set_online(self, peer_id: str, address: str) -> None:
-        self.peer_id = PeerId(peer_id)
-        if self.link is not None:
-            self.address = self.link.address
-        else:
-            self.address = address
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.span} at {self.address})"
-
-
-class ThreadPeer(LocalPeer):
-    """A peer in this process."""
-
-    _server: Server | None = None
-    _drainer: threading.Thread | None = None
-
-    @property
-    def pid(self) -> int:
-        return os.getpid()
-
-    def kill(self) -> None:
-        server, self._server = self._server, None
-        if server is not None:
-            server.kill()
-
-    def freeze(self) -> None:
-        self._running().freeze()
-
-    def thaw(self) -> None:
-        self._running().thaw()
-
-    def drain(self) -> None:
-        self._drainer = threading.Thread(target=self._running().drain, name="remote-modules-drain")
-        self._drainer.start()
-
-    def wait(self, timeout_s: float) -> int | None:
-        if self._drainer is None:
-            return None
-        self._drainer.join(timeout_s)
-        if self._drainer.is_alive():
-            return None
-        self._server = None
-        return 0
-
-    def close(self) -> None:
-        if self._drainer is not None:
-            self._drainer.join(STOP_TIMEOUT_S)
-        super().close()
-
-    def _begin(self) -> None:
-        from remote_modules.server.peer import Server  # torch takes seconds to import, and processes do without it here
-
-        self._server = Server(ServerConfig(**self._options))
-        self._server.start()
-
-    def _await_online(self) -> None:
-        server = self._running()
-        if self.link is not None:
-            self.link.target = server.listening_address
-        self._set_online(server.peer_id, server.address)
-
-    def _running(self) -> Server:
-        if self._server is None:
-            raise RemoteModulesError("peer is not running; call restart() first")
-        return self._server
-
-
-class _Child:
-    """A process of `testing.child`."""
-
-    def __init__(self, kind: str, config: dict[str, Any]) -> None:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "remote_modules.testing.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"kind": kind, "config": config}, default=str) + "\n")
-        self.process.stdin.flush()
-
-    def first_line(self) -> dict[str, Any]:
-        """What it says when it is up.
-
-        Raises:
-            RemoteModulesError: it failed, or said nothing in time.
-        """
-        assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], START_TIMEOUT_S)
-        line = self.process.stdout.readline() if ready else ""
-        message: dict[str, Any] = json.loads(line) if line else {"error": "it ended or said nothing in time"}
-        if "error" in message:
-            self.end()
-            raise RemoteModulesError(f"process did not start: {message['error']}")
-        return message
-
-    def signal(self, number: signal.Signals) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-
-    def end(self) -> None:
-        """SIGKILL and reap; idempotent."""
-        self.signal(signal.SIGKILL)
-        self.process.wait(STOP_TIMEOUT_S)
-        for stream in (self.process.stdin, self.process.stdout):
-            if stream is not None:
-                stream.close()
-
-
-class ProcessPeer(LocalPeer):
-    """A peer in a process of its own."""
-
-    _child: _Child | None = None
-
-    @property
-    def pid(self) -> int:
-        return self._running().process.pid
-
-    def kill(self) -> None:
-        child, self._child = self._child, None
-        if child is not None:
-            child.end()
-
-    def freeze(self) -> None:
-        self._running().signal(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        self._running().signal(signal.SIGCONT)
-
-    def drain(self) -> None:
-        self._running().signal(signal.SIGTERM)
-
-    def wait(self, timeout_s: float) -> int | None:
-        try:
-            return self._running().process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return None
-
-    def _begin(self) -> None:
-        self._child = _Child("peer", self._options)
-
-    def _await_online(self) -> None:
-        message = self._running().first_line()
-        if self.link is not None:
-            self.link.target = message["listening"]
-        self._set_online(message["peer_id"], message["address"])
-
-    def _running(self) -> _Child:
-        if self._child is None:
-            raise RemoteModulesError("peer is not running; call restart() first")
-        return self._child
-
-
-class LocalTracker(ABC):
-    """The tracker of a `LocalSwarm`; `restart` comes back empty on the same port."""
-
-    url: str = ""
-
-    @abstractmethod
-    def kill(self) -> None:
-        """Gone at once, with all leases."""
-
-    @abstractmethod
-    def restart(self) -> None:
-        """Start anew on the same port; returns when it listens."""
-
-    def _config(self) -> dict[str, Any]:
-        return {"port": int(self.url.rpartition(":")[2]) if self.url else 0}
-
-
-class ThreadTracker(LocalTracker):
-    """A tracker in this process."""
-
-    _tracker: Tracker | None = None
-
-    def kill(self) -> None:
-        tracker, self._tracker = self._tracker, None
-        if tracker is not None:
-            tracker.stop()
-
-    def restart(self) -> None:
-        self.kill()
-        from remote_modules.server.tracker import Tracker
-
-        self._tracker = Tracker(TrackerConfig(**self._config()))
-        self._tracker.start()
-        self.url = self._tracker.url
-
-
-class ProcessTracker(LocalTracker):
-    """A tracker in a process of its own."""
-
-    _child: _Child | None = None
-
-    def kill(self) -> None:
-        child, self._child = self._child, None
-        if child is not None:
-            child.end()
-
-    def restart(self) -> None:
-        self.kill()
-        self._child = _Child("tracker", self._config())
-        self.url = self._child.first_line()["url"]

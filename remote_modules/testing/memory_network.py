@@ -1,13 +1,14 @@
 """Links in memory, with faults: what TCP connections are to a real swarm.
 
-A link delivers bytes in order, after a delay, in slices of random length. A host can crash (its connections are reset), freeze
-(nothing goes in or out until it thaws), or be cut off (bytes wait, nobody is told: as TCP does until it gives up). Works on any
-event loop; meant for `virtual_time`.
+A link delivers bytes in order, after a delay, in slices of random length. A host can crash (its connections are
+reset), freeze (nothing goes in or out until it thaws), or be cut off (bytes wait, nobody is told: as TCP does until
+it gives up). Works on any event loop; meant for `virtual_time`.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -36,7 +37,7 @@ class MemoryHost:
         self.address = address
         self.is_stalled = False
         self._network = network
-        self._held: list[Callable[[], None]] = []
+        self._held: deque[Callable[[], None]] = deque()
         self._ends: list[_End] = []
 
     def crash(self) -> None:
@@ -56,14 +57,20 @@ class MemoryHost:
         self.is_stalled = True
 
     def heal(self) -> None:
-        """Undo `stall`; what was held goes on its way."""
+        """Undo `stall`; what was held goes on its way, before anything that arrives later."""
         self.is_stalled = False
-        held, self._held = self._held, []
-        for deliver in held:
-            asyncio.get_running_loop().call_soon(deliver)
+        asyncio.get_running_loop().call_soon(self._release)
 
-    def hold(self, deliver: Callable[[], None]) -> None:
-        self._held.append(deliver)
+    def deliver(self, deliver: Callable[[], None]) -> None:
+        """Deliver now, or hold."""
+        if self.is_stalled or self._held:
+            self._held.append(deliver)
+        else:
+            deliver()
+
+    def _release(self) -> None:
+        while self._held and not self.is_stalled:
+            self._held.popleft()()
 
 
 class MemoryNetwork:
@@ -93,7 +100,7 @@ class MemoryNetwork:
         """
         host = self.host(address)
         await asyncio.sleep(2 * host.delay_s)
-        while host.is_stalled:
+        while host.is_stalled:  # noqa: ASYNC110 - a dial that hangs; virtual time makes polling free
             await asyncio.sleep(0.05)
         accepted = host.accept() if host.accept is not None else None
         if accepted is None:
@@ -146,6 +153,7 @@ class _End(asyncio.Transport):
         self._host = host
         self._connection: Connection
         self._arrives_s = 0.0
+        self._on_the_way: deque[Callable[[], None]] = deque()
         self._is_closing = False
         self._is_lost = False
 
@@ -183,13 +191,11 @@ class _End(asyncio.Transport):
         """Deliver after the delay, after what was sent before, and not while the host is stalled."""
         loop = asyncio.get_running_loop()
         self._arrives_s = max(self._arrives_s, loop.time() + self._host.delay_s)
-        loop.call_at(self._arrives_s, self._deliver, deliver)
+        self._on_the_way.append(deliver)
+        loop.call_at(self._arrives_s, self._deliver_next)  # timers of equal time fire in any order
 
-    def _deliver(self, deliver: Callable[[], None]) -> None:
-        if self._host.is_stalled:
-            self._host.hold(deliver)
-        else:
-            deliver()
+    def _deliver_next(self) -> None:
+        self._host.deliver(self._on_the_way.popleft())
 
     def _arrive(self, data: bytes) -> None:
         view = memoryview(data)
@@ -206,5 +212,3 @@ class _End(asyncio.Transport):
             if self in self._host._ends:
                 self._host._ends.remove(self)
             self._connection.connection_lost(exc)
-
-

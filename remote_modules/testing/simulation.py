@@ -1,7 +1,7 @@
 """A whole swarm in one process under virtual time: client, peers, tracker and everything that can happen to them.
 
-The code under test is the real one (`client`, `server.handler`, `wire`, `plan`, the lease table, the model); only sockets, the device
-thread and the clock are replaced. A run is decided by its seed alone.
+The code under test is the real one (`client`, `server.handler`, `wire`, `plan`, the lease table, the model); only
+sockets, the device thread and the clock are replaced. A run is decided by its seed alone.
 """
 
 from __future__ import annotations
@@ -247,9 +247,7 @@ class SimulatedSwarm:
         self.clock = asyncio.get_running_loop().time
         self.network = MemoryNetwork(Random(seed + 1))
         self.tracker = SimulatedTracker(self.clock)
-        self.peers = [
-            SimulatedPeer(self, holding, number=number) for number, holding in enumerate(holdings, start=1)
-        ]
+        self.peers = [SimulatedPeer(self, holding, number=number) for number, holding in enumerate(holdings, start=1)]
 
     async def start(self) -> None:
         for peer in self.peers:

@@ -13,7 +13,7 @@ from remote_modules.client.session import SessionState
 from remote_modules.client.swarm import Swarm
 from remote_modules.spans import Span
 from remote_modules.testing.simulation import SimulatedPeer, SimulatedSwarm
-from tests.simulation.tiny import PAD, VOCABULARY, TinyModel
+from .tiny import PAD, VOCABULARY, TinyModel
 
 SETTLE_S = 300.0  # longer than any lease, ban or session timeout of the simulation
 
@@ -234,9 +234,7 @@ def reference(model: TinyModel, tokens: torch.Tensor, mask: torch.Tensor | None)
     return logits
 
 
-def local_pass(
-    model: TinyModel, inputs: torch.Tensor, grad_output: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def local_pass(model: TinyModel, inputs: torch.Tensor, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Output of the local blocks and the gradient of their input."""
     inputs = inputs.clone().requires_grad_()
     norm, model.local.model.norm = model.local.model.norm, torch.nn.Identity()

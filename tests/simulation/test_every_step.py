@@ -14,8 +14,8 @@ from remote_modules.client.session import SessionState
 from remote_modules.client.swarm import Swarm
 from remote_modules.testing.simulation import SimulatedPeer, SimulatedSwarm
 from remote_modules.testing.virtual_time import run_virtual
-from tests.simulation.scenario import blocks_of, local_pass
-from tests.simulation.tiny import TinyModel, tiny_model
+from .scenario import blocks_of, local_pass
+from .tiny import TinyModel, tiny_model
 
 SPANS = ("0:3", "3:6", "6:8")
 SPARES = {"same": SPANS, "longer": ("0:8",), "other_cuts": ("0:4", "2:7", "5:8")}

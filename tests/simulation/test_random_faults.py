@@ -1,7 +1,7 @@
 """Hundreds of swarms under random faults: tokens and gradients are the local model's, memory returns, deadlines hold.
 
-``REMOTE_MODULES_SIMULATION_SEED`` moves the first seed; a failing seed is named in the failure and reproduces by itself:
-``pytest tests/simulation/test_random_faults.py --seed N``.
+``REMOTE_MODULES_SIMULATION_SEED`` moves the first seed; a failing seed is named in the failure and reproduces by
+itself: ``pytest tests/simulation/test_random_faults.py --seed N``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 
 from remote_modules.testing.virtual_time import run_virtual
-from tests.simulation.scenario import Report, random_run
-from tests.simulation.tiny import tiny_model
+from .scenario import Report, random_run
+from .tiny import tiny_model
 
 SWARMS = {
     "pairs": ("0:2", "0:2", "2:4", "2:4"),

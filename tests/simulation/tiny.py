@@ -40,11 +40,13 @@ class TinyModel:
         return int(self.local.config.num_hidden_layers)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.local.model.embed_tokens(tokens).detach()
+        embedded: torch.Tensor = self.local.model.embed_tokens(tokens).detach()
+        return embedded
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return self.local.lm_head(self.local.model.norm(hidden_states))  # type: ignore[no-any-return]
+            logits: torch.Tensor = self.local.lm_head(self.local.model.norm(hidden_states))
+        return logits
 
 
 @functools.cache
