@@ -2,9 +2,9 @@
 
     python benchmarks/overhead.py [--hidden 256 1024] [--tokens 64] [--rounds 9]
 
-One peer process holds all blocks; client and peer use one torch thread each. Local and remote bursts of greedy decoding are
-interleaved; the ratio is the median over rounds of local seconds / remote seconds of the same round (1.0: remoteness is free). The hop
-cost is the median difference per token.
+One peer process holds all blocks; client and peer use one torch thread each. Local and remote bursts of greedy
+decoding are interleaved; the ratio is the median over rounds of local seconds / remote seconds of the same round
+(1.0: remoteness is free). The hop cost is the median difference per token.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from remote_modules import load
@@ -48,7 +49,7 @@ def build_checkpoint(folder: Path, hidden_size: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def burst(model: PreTrainedModel, tokens: torch.Tensor, num_new: int) -> tuple[float, torch.Tensor]:
+def burst(model: Any, tokens: torch.Tensor, num_new: int) -> tuple[float, torch.Tensor]:
     """Seconds per decoded token, prefill apart, and the tokens."""
     seconds = []
     began_s = time.perf_counter()
@@ -71,9 +72,9 @@ def measure(hidden_size: int, num_new: int, rounds: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build_checkpoint(folder, hidden_size)
-        local = LlamaForCausalLM.from_pretrained(folder).eval()
+        local: Any = LlamaForCausalLM.from_pretrained(folder).eval()
         with LocalSwarm(folder, spans=[f"0:{NUM_BLOCKS}"], mode="process", num_threads=1) as swarm:
-            remote = load(folder, trackers=swarm.trackers, mdns=False)
+            remote: Any = load(folder, trackers=swarm.trackers, mdns=False)
             tokens = torch.randint(1, 1024, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
             for model in (local, remote):
                 burst(model, tokens, num_new)
