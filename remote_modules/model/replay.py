@@ -57,6 +57,15 @@ class _Pass:
         self.entry: torch.Tensor | None = None
 
 
+class _Blocks(nn.ModuleList):
+    """Many owners loop over ``layers[:num_hidden_layers]``: torch would build and register a new list for each token."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice) and index.indices(len(self)) == (0, len(self), 1):
+            return self
+        return super().__getitem__(index)
+
+
 class _Slot(nn.Module):
     """A held block in its place: runs, is passed over, or ends the pass."""
 
@@ -110,6 +119,7 @@ class SpanModel:
         self.dtype = parameter.dtype
         for index in span:
             blocks[index] = _Slot(blocks[index], index, self._current)
+        setattr(self._owner, stack.list_name, _Blocks(blocks))
 
     def new_cache(self) -> SpanCache:
         return SpanCache(self.config, self.span)
