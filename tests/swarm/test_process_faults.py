@@ -1,0 +1,131 @@
+"""Real processes, SIGKILL and SIGSTOP: a sample of what `tests/simulation/test_every_step.py` does exhaustively in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from remote_modules import load
+from remote_modules.model.checkpoint import built_in_path
+from remote_modules.testing import LocalSwarm
+
+SPANS = ["0:3", "3:6", "6:8"]
+NUM_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def swarm() -> Iterator[LocalSwarm]:
+    with LocalSwarm(built_in_path(), spans=SPANS * 2, mode="process", num_threads=1) as swarm:
+        yield swarm
+
+
+@pytest.fixture
+def remote(swarm: LocalSwarm) -> Iterator[Any]:
+    model: Any = load(built_in_path(), trackers=swarm.trackers, mdns=False)
+    yield model
+    model.model.layers.close()
+
+
+@pytest.fixture(scope="module")
+def local() -> Any:
+    return AutoModelForCausalLM.from_pretrained(built_in_path()).eval()
+
+
+@pytest.fixture(scope="module")
+def prompt() -> torch.Tensor:
+    ids: torch.Tensor = AutoTokenizer.from_pretrained(built_in_path())(
+        "The function returns a", return_tensors="pt"
+    ).input_ids
+    return ids
+
+
+def generate(model: Any, tokens: torch.Tensor, at: int = -1, lose: Callable[[], None] | None = None) -> torch.Tensor:
+    """Greedy tokens; ``lose`` is called after token ``at``."""
+    count = 0
+
+    def note(input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == at and lose is not None:
+            lose()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    output: torch.Tensor = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=NUM_TOKENS,
+        min_new_tokens=NUM_TOKENS,
+        do_sample=False,
+        stopping_criteria=[note],
+    )
+    return output
+
+
+def peer_of_hop(swarm: LocalSwarm, remote: Any, hop: int) -> Any:
+    peer_id = remote.model.layers.stats().route[hop].peer_id
+    return next(peer for peer in swarm.peers if peer.peer_id == peer_id)
+
+
+@pytest.mark.parametrize(("hop", "step"), [(0, 1), (1, 5), (2, 11)])
+def test_killed_process_changes_no_token(
+    swarm: LocalSwarm, remote: Any, local: Any, prompt: torch.Tensor, hop: int, step: int
+) -> None:
+    lost: list[Any] = []
+
+    def kill() -> None:
+        lost.append(peer_of_hop(swarm, remote, hop))
+        lost[0].kill()
+
+    output = generate(remote, prompt, step, kill)
+    stats = remote.model.layers.stats()
+    assert lost
+    assert stats.failovers >= 1
+    assert stats.replayed_tokens > 0
+    assert torch.equal(output, generate(local, prompt))
+    lost[0].restart()
+
+
+def test_frozen_process_changes_no_token_and_serves_again(
+    swarm: LocalSwarm, remote: Any, local: Any, prompt: torch.Tensor
+) -> None:
+    frozen: list[Any] = []
+
+    def freeze() -> None:
+        frozen.append(peer_of_hop(swarm, remote, 1))
+        frozen[0].freeze()
+
+    expected = generate(local, prompt)
+    try:
+        assert torch.equal(generate(remote, prompt, 4, freeze), expected)
+        assert remote.model.layers.stats().failovers >= 1
+    finally:
+        frozen[0].thaw()
+    assert torch.equal(generate(remote, prompt), expected)
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_killed_process_changes_no_gradient(
+    swarm: LocalSwarm, remote: Any, local: Any, prompt: torch.Tensor, when: str
+) -> None:
+    def loss_and_grad(model: Any, between: Callable[[], None]) -> tuple[float, torch.Tensor]:
+        inputs = model.get_input_embeddings()(prompt).detach().requires_grad_()
+        loss = model(inputs_embeds=inputs, labels=prompt).loss
+        between()
+        loss.backward()
+        grad: torch.Tensor = inputs.grad
+        return float(loss.detach()), grad
+
+    loss_and_grad(remote, lambda: None)  # meet the peers
+    lost = [peer_of_hop(swarm, remote, 1)]
+    if when == "forward":
+        lost[0].kill()
+    result = loss_and_grad(remote, lost[0].kill if when == "backward" else lambda: None)
+    expected = loss_and_grad(local, lambda: None)
+    assert remote.model.layers.stats().failovers >= 1
+    assert result[0] == expected[0]
+    assert torch.equal(result[1], expected[1])
+    lost[0].restart()
