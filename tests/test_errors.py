@@ -63,9 +63,7 @@ def test_peer_error_keeps_the_peer(error: type[PeerError]) -> None:
 
 
 def test_refusal_keeps_reason_and_hint() -> None:
-    refused = PeerRefused(
-        "peer 'a3f09c' is busy", peer_id="a3f09c77be10", reason=RefusalReason.BUSY, retry_after_s=0.5
-    )
+    refused = PeerRefused("peer 'a3f09c' is busy", peer_id="a3f09c77be10", reason=RefusalReason.BUSY, retry_after_s=0.5)
     assert str(refused) == "peer 'a3f09c' is busy"
     assert refused.peer_id == "a3f09c77be10"
     assert refused.reason is RefusalReason.BUSY

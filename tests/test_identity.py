@@ -88,9 +88,7 @@ def test_corrupt_key_file_is_named_and_kept(tmp_path: Path, content: bytes) -> N
 
 def test_encrypted_key_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "identity.pem"
-    path.write_bytes(
-        ALICE.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"x"))
-    )
+    path.write_bytes(ALICE.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"x")))
     with pytest.raises(ValueError, match="holds no PEM key"):
         Identity.load_or_create(path)
 
@@ -179,9 +177,7 @@ def test_well_signed_garbage_is_refused(payload: bytes) -> None:
 
 def test_hello_proves_the_peer_id() -> None:
     signature = ALICE.sign_hello(nonce=NONCE, certificate_sha256="00ff")
-    proven = verify_hello(
-        public_key=ALICE.public_key, signature=signature, nonce=NONCE, certificate_sha256="00ff"
-    )
+    proven = verify_hello(public_key=ALICE.public_key, signature=signature, nonce=NONCE, certificate_sha256="00ff")
     assert proven == ALICE.peer_id
 
 
@@ -204,14 +200,10 @@ def test_hello_proves_the_peer_id() -> None:
         "another key",
     ],
 )
-def test_hello_for_another_connection_is_refused(
-    nonce: bytes, certificate_sha256: str, public_key: bytes
-) -> None:
+def test_hello_for_another_connection_is_refused(nonce: bytes, certificate_sha256: str, public_key: bytes) -> None:
     signature = ALICE.sign_hello(nonce=NONCE, certificate_sha256="00ff")
     with pytest.raises(RemoteProtocolError, match="signature of the hello does not fit its key"):
-        verify_hello(
-            public_key=public_key, signature=signature, nonce=nonce, certificate_sha256=certificate_sha256
-        )
+        verify_hello(public_key=public_key, signature=signature, nonce=nonce, certificate_sha256=certificate_sha256)
 
 
 def test_record_signature_is_no_hello() -> None:

@@ -15,9 +15,9 @@ __all__ = ["Discovery"]
 class Discovery(Protocol):
     """Where records are published and found. All methods run on one event loop.
 
-    Guarantees: `lookup` returns only records whose signature was verified, at most one for each peer id (the one with the
-    newest instance, then the highest sequence), in no particular order. Nothing else is guaranteed: a record may be stale,
-    and a peer that announced may not be seen yet.
+    Guarantees: `lookup` returns only records whose signature was verified, at most one for each peer id (the one
+    with the newest instance, then the highest sequence), in no particular order. Nothing else is guaranteed: a
+    record may be stale, and a peer that announced may not be seen yet.
     """
 
     async def announce(self, signed: SignedRecord) -> None:

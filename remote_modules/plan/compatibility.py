@@ -1,7 +1,8 @@
 """Which peers may share a route: equal weights, and equal dtype unless mixing is allowed.
 
-Every peer announces a digest for each of its blocks. A client that has the checkpoint knows the right ones; without it, peers that
-announce different digests for one block cannot be told right from wrong, and the client must be told which model it means.
+Every peer announces a digest for each of its blocks. A client that has the checkpoint knows the right ones; without
+it, peers that announce different digests for one block cannot be told right from wrong, and the client must be told
+which model it means.
 """
 
 from __future__ import annotations

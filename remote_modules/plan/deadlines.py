@@ -1,10 +1,11 @@
 """How long to wait for a peer: two questions, answered apart.
 
-*Is it alive?* A peer with work of ours must say something (an answer, a pong, bytes of either) within the silence timeout. A pong costs it nothing even while it
-computes, so a frozen or unreachable peer is noticed in seconds whatever the work is.
+*Is it alive?* A peer with work of ours must say something (an answer, a pong, bytes of either) within the silence
+timeout. A pong costs it nothing even while it computes, so a frozen or unreachable peer is noticed in seconds
+whatever the work is.
 
-*Does it get on?* A live peer gets several times the time that the same work took before, doubled after each miss, as TCP does
-for its retransmissions (RFC 6298).
+*Does it get on?* A live peer gets several times the time that the same work took before, doubled after each miss, as
+TCP does for its retransmissions (RFC 6298).
 """
 
 from __future__ import annotations

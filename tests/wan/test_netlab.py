@@ -1,6 +1,7 @@
 """Real processes on emulated hosts: a LAN that finds itself, and a WAN of 100 ms; run by ``make test-wan`` as root.
 
-Each host is a network namespace; nothing leaves them. Certificates, pinning and mDNS are on as they are by default outside loopback.
+Each host is a network namespace; nothing leaves them. Certificates, pinning and mDNS are on as they are by default
+outside loopback.
 """
 
 from __future__ import annotations
