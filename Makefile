@@ -1,0 +1,60 @@
+# Needs Python >= 3.10, make and git; everything else is put into .venv by the first target that needs it.
+#   make demo [ARGS=--json]      a swarm on this machine: text, a killed peer, a few training steps
+#   make test [ARGS=tests/wire]  all tests but those that need a network laboratory
+#   make test-wan                those: delay, NAT and multicast (root, gcc and ../shared/netlab)
+#   make lint | cover | docs | bench | clean
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= fast,test
+JOBS ?= 2
+SCENARIOS ?= overhead recovery memory
+ARGS ?=
+
+NETLAB = ../shared/netlab
+
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.PHONY: demo test test-wan lint cover docs bench clean
+
+demo: $(READY)
+	@$(BIN)/remote-modules demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=worksteal $(ARGS)
+
+# On its own: the laboratory's hosts are namespaces of this one machine, and two at a time would share its clock.
+test-wan: $(READY)
+	@if [ -d $(NETLAB) ]; then $(BIN)/python -m pytest tests/wan $(ARGS); \
+	else echo "the WAN tests did not run: they need $(NETLAB), which is not here"; fi
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# wire and plan are covered by their own tests, every branch of them (setup.cfg).
+cover: $(READY)
+	COVERAGE_FILE=$(VENV)/.coverage $(BIN)/coverage run -m pytest -q tests/wire tests/plan
+	COVERAGE_FILE=$(VENV)/.coverage $(BIN)/coverage report
+
+# Links resolve, code blocks run or parse, the protocol's tables say what the code does.
+docs: $(READY)
+	$(BIN)/python -m pytest tests/test_documents.py tests/wire/test_protocol_document.py $(ARGS)
+
+# Those that need no accelerator, or those that are named: make bench SCENARIOS=device ARGS="--device cuda"
+bench: $(READY)
+	@for name in $(SCENARIOS); do echo "== $$name" >&2; $(BIN)/remote-modules bench $$name $(ARGS) || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What is printed goes to stderr: `make demo ARGS=--json` has nothing but JSON on stdout.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or later is needed; try make PYTHON=python3.12")' >&2
+	@echo "setting up $(VENV), once" >&2
+	@$(PYTHON) -m venv $(VENV) >&2 || { echo "$(PYTHON) makes no virtual environment; on Debian: apt install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]' >&2
+	@touch $(READY)
