@@ -13,6 +13,7 @@ from remote_modules.client.session import SessionState
 from remote_modules.client.swarm import Swarm
 from remote_modules.spans import Span
 from remote_modules.testing.simulation import SimulatedPeer, SimulatedSwarm
+
 from .tiny import PAD, VOCABULARY, TinyModel
 
 SETTLE_S = 300.0  # longer than any lease, ban or session timeout of the simulation

@@ -14,6 +14,7 @@ from remote_modules.client.session import SessionState
 from remote_modules.client.swarm import Swarm
 from remote_modules.testing.simulation import SimulatedPeer, SimulatedSwarm
 from remote_modules.testing.virtual_time import run_virtual
+
 from .scenario import blocks_of, local_pass
 from .tiny import TinyModel, tiny_model
 

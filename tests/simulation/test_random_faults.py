@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 
 from remote_modules.testing.virtual_time import run_virtual
+
 from .scenario import Report, random_run
 from .tiny import tiny_model
 

@@ -1,0 +1,116 @@
+"""The public names are the promised ones, importing them costs nothing, and each source file has tests of its own."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import remote_modules
+import remote_modules.testing
+from remote_modules import RemoteSequential, load
+from remote_modules.testing import LocalSwarm
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "remote_modules"
+
+PUBLIC = {
+    *("RemoteSequential", "load", "InferenceSession", "ClientConfig", "ClientStats"),
+    *("Server", "ServerConfig", "Tracker", "TrackerConfig"),
+    *("RemoteModulesError", "NoRouteError", "PeerError", "ProtocolError", "SessionError", "UnsupportedCallError"),
+}
+# What importing the package, or what a program needs to parse its arguments, must not load.
+HEAVY = ("torch", "transformers", "aiohttp", "zeroconf", "huggingface_hub", "cryptography", "prometheus_client")
+
+MIRRORED = ("wire", "plan", "discovery", "net", "model", "client", "server")
+# Source files, or whole folders of them, without a test file of their own, and the tests that are theirs.
+TESTED_BY = {
+    "client": "tests/swarm",  # needs peers: whole swarms over sockets there, and under virtual time in tests/simulation
+    "discovery.base": "tests/discovery/test_conformance.py",  # an interface: every implementation runs the suite
+    "discovery.http_json": "tests/discovery/test_tracker_client.py",
+    "server.load_plan": "tests/swarm",
+    "server.peer": "tests/swarm",
+    "server.server": "tests/swarm",
+    "server.tracker": "tests/swarm",
+}
+
+
+def source_modules() -> list[str]:
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in paths]
+
+
+def test_public_names_are_those_that_are_promised() -> None:
+    assert set(remote_modules.__all__) == PUBLIC
+    assert sorted(remote_modules.__all__) == list(remote_modules.__all__)
+    assert dir(remote_modules) == remote_modules.__all__
+    assert {"LocalSwarm", "FaultyLink"} <= set(remote_modules.testing.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_public_name_is_importable(name: str) -> None:
+    assert getattr(remote_modules, name).__name__ == name
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        remote_modules.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("module", [name for name in source_modules() if not name.endswith("__main__")])
+def test_module_exports_what_it_says(module: str) -> None:
+    imported = importlib.import_module(f"remote_modules.{module}".removesuffix(".__init__"))
+    names = getattr(imported, "__all__", ())
+    assert [name for name in names if not hasattr(imported, name)] == []
+
+
+def test_importing_the_package_starts_and_loads_nothing() -> None:
+    program = (
+        "import sys, threading, remote_modules\n"
+        f"print([name for name in {HEAVY} if name in sys.modules], threading.active_count())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[] 1\n"
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (
+            RemoteSequential.from_swarm,
+            ["trackers", "mdns", "peers", "invite", "start", "end", "revision", "config"],
+        ),
+        (load, ["auto_class", "trackers", "mdns", "peers", "invite", "config"]),
+        (LocalSwarm, ["spans", "mode", "tracker"]),
+    ],
+    ids=["from_swarm", "load", "LocalSwarm"],
+)
+def test_arguments_after_the_first_are_keywords(function: Callable[..., object], names: list[str]) -> None:
+    first, *others = [
+        parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    assert first.kind is first.POSITIONAL_OR_KEYWORD
+    assert {parameter.kind for parameter in others} == {inspect.Parameter.KEYWORD_ONLY}
+    assert set(names) <= {parameter.name for parameter in others}
+
+
+@pytest.mark.parametrize(
+    "module", [name for name in source_modules() if name.startswith(MIRRORED) and not name.endswith("__init__")]
+)
+def test_source_file_has_tests_of_its_own(module: str) -> None:
+    area, name = module.split(".")
+    own = f"tests/{area}/test_{name}.py"
+    assert (ROOT / own).exists() or (ROOT / TESTED_BY.get(module, TESTED_BY.get(area, own))).exists(), (
+        f"{own} is missing"
+    )
+
+
+def test_exceptions_name_what_exists() -> None:
+    assert TESTED_BY.keys() <= {*source_modules(), *MIRRORED}
