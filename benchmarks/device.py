@@ -65,9 +65,10 @@ def measure(device: str, dtype_name: str, hidden_size: int, rounds: int) -> dict
         folder = Path(name)
         build(folder, hidden_size, dtype)
         local: Any = LlamaForCausalLM.from_pretrained(folder)
-        local.to(device).eval()
+        local = local.to(device).eval()
         with LocalSwarm(folder, spans=["0:4", "4:8", "4:8"], device=device) as swarm:
-            remote: Any = load(folder, trackers=swarm.trackers, mdns=False).to(device)
+            remote: Any = load(folder, trackers=swarm.trackers, mdns=False)
+            remote = remote.to(device)
             tokens = torch.randint(1, 2048, (1, 64), generator=torch.Generator().manual_seed(1)).to(device)
             with torch.no_grad():
                 logit_difference = (local(tokens).logits - remote(tokens).logits).abs().max().item()

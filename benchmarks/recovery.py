@@ -2,9 +2,9 @@
 
     python benchmarks/recovery.py [--repeats 5]
 
-Six processes hold the built-in model as 0:3, 3:6, 6:8, twice. For each hop and each fault, a greedy generation of 24 tokens loses the
-hop's peer at some token; the stall is the longest gap between two tokens. Every run must give the local model's tokens. Prints one line of
-JSON for each fault: medians and the longest, in seconds.
+Six processes hold the built-in model as 0:3, 3:6, 6:8, twice. For each hop and each fault, a greedy generation of 24
+tokens loses the hop's peer at some token; the stall is the longest gap between two tokens. Every run must give the
+local model's tokens. Prints one line of JSON for each fault: medians and the longest, in seconds.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class _Pass:
 
 
 class _Blocks(nn.ModuleList):
-    """Many owners loop over ``layers[:num_hidden_layers]``: torch would build and register a new list for each token."""
+    """Many owners loop over ``layers[:num_hidden_layers]``, for which torch would build a new list at each token."""
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice) and index.indices(len(self)) == (0, len(self), 1):

@@ -54,7 +54,7 @@ def test_logits_of_prefill_and_decode_are_equal(model: PreTrainedModel, local: P
         with torch.no_grad():
             for start, end in ((0, 5), (5, 6), (6, 9)):
                 positions = (mask[:, :end].cumsum(-1) - 1).clamp(min=0)[:, start:]
-                given = {} if cache is None else {cache[0]: cache[1]}
+                given: dict[str, Any] = {} if cache is None else {cache[0]: cache[1]}
                 output = which(
                     PROMPTS[:, start:end], attention_mask=mask[:, :end], position_ids=positions, use_cache=True, **given
                 )

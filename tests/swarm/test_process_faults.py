@@ -1,4 +1,4 @@
-"""Real processes, SIGKILL and SIGSTOP: a sample of what `tests/simulation/test_every_step.py` does exhaustively in memory."""
+"""Real processes, SIGKILL and SIGSTOP: a sample of what `tests/simulation/test_every_step.py` does for all steps."""
 
 from __future__ import annotations
 
