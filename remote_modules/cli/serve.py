@@ -204,6 +204,7 @@ def _run(config: ServerConfig, sources: Sources, *, as_json: bool) -> None:
     with StopSignals() as signals:
         server = _start(config)
         try:
+            signals.keep()
             if as_json:
                 _print_online(server)
             else:

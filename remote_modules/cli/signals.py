@@ -3,7 +3,7 @@
 ::
 
     starting --signal--> raises         (KeyboardInterrupt, or SystemExit on SIGTERM)
-    waiting  --signal--> `wait` returns it; then a Ctrl-C raises, and a SIGTERM says nothing new
+    keeping  --signal--> `wait` returns it; then a Ctrl-C raises, and a SIGTERM says nothing new
 
 Once a signal has raised, cleaning up has `GRACE_S`; then the process ends hard, whatever is still stuck. Some senders
 (timeout(1), for one) signal a process and its group, so a signal that comes at once after another is the same one.
@@ -52,9 +52,12 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def wait(self) -> signal.Signals:
-        """The next signal."""
+    def keep(self) -> None:
+        """From now on the next signal is kept for `wait`; call it before saying that the service is up."""
         self._is_waiting = True
+
+    def wait(self) -> signal.Signals:
+        """The next signal since `keep`."""
         while True:
             with contextlib.suppress(queue.Empty):
                 return signal.Signals(self._received.get(timeout=POLL_S))

@@ -32,6 +32,7 @@ def tracker(
         from remote_modules.server.tracker import Tracker
 
         with Tracker(config) as running:
+            signals.keep()
             if as_json:
                 output.print_json({"event": "online", "url": running.url, "pid": os.getpid()})
             else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,12 +118,14 @@ class Chain:
         """A route for ``blocks``, waiting for peers to appear until the deadline.
 
         Raises:
-            NoRouteError: none did.
+            NoRouteError: none did, or (at once) nobody has ever answered a lookup.
         """
         while True:
             try:
                 return await self.swarm.route(blocks, demand)
             except NoRouteError as exc:
+                if self.swarm.is_unanswered:
+                    raise
                 action = self.recovery.on_no_route(exc, now_s=self.swarm.clock())
                 if isinstance(action, GiveUp):
                     raise action.error from action.error.__cause__  # not from itself: that would hide the last failure
@@ -174,7 +177,7 @@ class Chain:
         if output is None or tuple(output.shape) != expected or output.dtype != like.dtype:
             got = "nothing" if output is None else f"{output.dtype} {list(output.shape)}"
             raise self._nonsense(hop, f"expected {like.dtype} {list(expected)}, got {got}")
-        if not bool(torch.isfinite(output.sum())) and not bool(torch.isfinite(output).all()):
+        if not math.isfinite(output.sum().item()) and not bool(torch.isfinite(output).all()):
             self.suspects.add(hop.peer_id)
             if len(self.suspects) < 2 and bool(torch.isfinite(like).all()):
                 raise self._nonsense(hop, "values are not finite")

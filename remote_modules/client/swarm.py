@@ -65,6 +65,7 @@ class Swarm:
         self._looked_up_s = float("-inf")
         self._lookup: asyncio.Task[None] | None = None
         self._lookup_error: DiscoveryError | None = None
+        self._has_found = False
         self._connections: dict[tuple[PeerId, str], ClientConnection] = {}
         self._dialling: dict[tuple[PeerId, str], asyncio.Task[ClientConnection]] = {}
         self._counted: WeakKeyDictionary[ClientConnection, tuple[int, int]] = WeakKeyDictionary()
@@ -105,6 +106,11 @@ class Swarm:
                 raise
         await self.refresh()
         return self._route_now(blocks, demand, avoid)
+
+    @property
+    def is_unanswered(self) -> bool:
+        """Whether no source of discovery has ever given a usable answer: waiting would only hide a wrong address."""
+        return self._lookup_error is not None and not self._has_found
 
     def has_route(self, blocks: Span, demand: Demand, *, avoid: Collection[PeerId]) -> bool:
         """Whether others than ``avoid`` cover ``blocks``, by what is known now."""
@@ -224,6 +230,7 @@ class Swarm:
                 if peer_id not in fresh and self._is_connected(peer_id):
                     fresh[peer_id] = record  # its lease ran out, but we are talking to it
             self._records = fresh
+            self._has_found = True
         self._looked_up_s = self.clock()
 
     def _is_connected(self, peer_id: PeerId) -> bool:

@@ -267,20 +267,20 @@ class ClientConnection(Connection):
         self.send(message, body)
         self._answers[message.request_id] = answer
         self._start_heart()
+        timer = self._loop.call_later(timeout_s, self._expire, answer, message, timeout_s)
         try:
-            event = await asyncio.wait_for(answer, timeout_s)
-        except asyncio.TimeoutError as exc:
-            raise PeerTimeout(
-                f"peer '{short_id(self.peer_id)}' did not answer a {_name_of(message)} of blocks "
-                f"{message.start}:{message.end} within {timeout_s:.1f} s",
-                peer_id=self.peer_id,
-            ) from exc
+            event = await answer
         finally:
-            if self._answers.pop(message.request_id, None) is not None and not answer.done():
-                self._cancel(message.request_id)
-            elif answer.cancelled():
+            timer.cancel()
+            if self._answers.pop(message.request_id, None) is not None:  # no answer came, and none is awaited any more
                 self._cancel(message.request_id)
         return self._read_reply(event)
+
+    def _expire(self, answer: asyncio.Future[MessageReceived], message: messages.Request, timeout_s: float) -> None:
+        if not answer.done():
+            text = f"a {_name_of(message)} of blocks {message.start}:{message.end} within {timeout_s:.1f} s"
+            error = PeerTimeout(f"peer '{short_id(self.peer_id)}' did not answer {text}", peer_id=self.peer_id)
+            answer.set_exception(error)
 
     def _read_reply(self, event: MessageReceived) -> Reply:
         reply = event.message

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from remote_modules.cli import output
 from remote_modules.testing import LocalSwarm
 
 from .program import NAMES
@@ -17,6 +18,8 @@ def unchanged_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith("REMOTE_MODULES_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "100")
+    for console in (output.out, output.err):  # a console may have taken its width from the environment already
+        monkeypatch.setattr(console, "width", 100)
     loggers = [logging.getLogger(name) for name in ("remote_modules", "remote_modules.client", "asyncio")]
     before = [(logger.level, list(logger.handlers)) for logger in loggers]
     yield

@@ -67,9 +67,7 @@ def test_peer_serves_until_a_signal_and_keeps_its_identity(tmp_path: Path, swarm
             peer_ids.add(online["peer_id"])
             models = invoke("status", *where, "--json").json["models"]
             assert online["peer_id"] in {peer["peer_id"] for peer in models[0]["peers"]}
-            began_s = time.monotonic()
             outcome = stop(process, number)
-            assert time.monotonic() - began_s < 2.5
         assert (outcome.code, outcome.out) == (code, "")
         assert outcome.err.splitlines()[-1] == "stopped"
         models = invoke("status", *where, "--json").json["models"]

@@ -16,6 +16,7 @@ def _raise_soon(number: signal.Signals) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_wait_returns_the_signal(number: signal.Signals) -> None:
     with StopSignals() as signals:
+        signals.keep()
         _raise_soon(number)
         assert signals.wait() is number
 
@@ -30,6 +31,7 @@ def test_signal_before_waiting_raises(number: signal.Signals, kind: type[BaseExc
 
 def test_second_interrupt_raises_but_not_at_once() -> None:
     with StopSignals() as signals:
+        signals.keep()
         _raise_soon(signal.SIGINT)
         signals.wait()
         signal.raise_signal(signal.SIGINT)  # the same one, sent to the group too
@@ -40,6 +42,7 @@ def test_second_interrupt_raises_but_not_at_once() -> None:
 
 def test_second_terminate_says_nothing_new() -> None:
     with StopSignals() as signals:
+        signals.keep()
         _raise_soon(signal.SIGTERM)
         signals.wait()
         time.sleep(SAME_S)
