@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 
 from remote_modules.peers import check_address, is_loopback
@@ -53,7 +53,7 @@ class ClientConfig:
             raise ValueError(f"max_ban_s must be at least ban_s, got {self.max_ban_s} and {self.ban_s}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
     """What one peer serves, and within which limits.
 
@@ -62,6 +62,7 @@ class ServerConfig:
     """
 
     model: str  # hub id, local checkpoint folder, or the name of the built-in model
+    _: KW_ONLY
     blocks: str | None = None  # "start:end"; None: choose by what the swarm needs most
     num_blocks: int | None = None  # how many to choose; None: as many as fit
     host: str = "127.0.0.1"

@@ -168,11 +168,11 @@ def test_tracker_port_out_of_range_is_refused(port: int) -> None:
 
 
 @pytest.mark.parametrize("config", [ClientConfig(), ServerConfig(model="tiny"), TrackerConfig()])
-def test_config_is_frozen_and_keyword_only(config: Any) -> None:
+def test_config_is_frozen_and_keyword_only_after_the_first(config: Any) -> None:
     name = dataclasses.fields(config)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(config, name, getattr(config, name))
     with pytest.raises(TypeError):
-        type(config)("positional")
+        type(config)("the first", "another")
     with pytest.raises(TypeError, match="surprise"):
         dataclasses.replace(config, surprise=1)

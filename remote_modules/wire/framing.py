@@ -26,10 +26,11 @@ import zlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from remote_modules.errors import LocalProtocolError, RemoteProtocolError
 
-__all__ = ["Frame", "FrameReader", "encode_frame"]
+__all__ = ["ByteSink", "Frame", "FrameReader", "encode_frame", "feed"]
 
 MAGIC = b"RM"
 FRAME_FORMAT = 1
@@ -67,6 +68,25 @@ def encode_frame(header: bytes, body: Sequence[Buffer] = ()) -> list[Buffer]:
     lengths = _LENGTHS.pack(MAGIC, FRAME_FORMAT, 0, len(header), body_bytes)
     header_crc = zlib.crc32(header, zlib.crc32(lengths))
     return [lengths + _CHECKSUMS.pack(header_crc, body_crc) + header, *body]
+
+
+class ByteSink(Protocol):
+    """Takes bytes in the memory that it hands out."""
+
+    def get_buffer(self) -> memoryview: ...
+
+    def buffer_updated(self, num_bytes: int) -> None: ...
+
+
+def feed(sink: ByteSink, data: Buffer) -> None:
+    """Copy bytes that lie elsewhere into ``sink``. Raises what its `buffer_updated` raises."""
+    view = memoryview(data)
+    while view:
+        buffer = sink.get_buffer()
+        num_bytes = min(len(buffer), len(view))
+        buffer[:num_bytes] = view[:num_bytes]
+        view = view[num_bytes:]
+        sink.buffer_updated(num_bytes)
 
 
 class FrameReader:
@@ -126,13 +146,7 @@ class FrameReader:
 
     def receive_data(self, data: Buffer) -> None:
         """`buffer_updated` for bytes that lie elsewhere; copies them."""
-        view = memoryview(data)
-        while view:
-            buffer = self.get_buffer()
-            num_bytes = min(len(buffer), len(view))
-            buffer[:num_bytes] = view[:num_bytes]
-            view = view[num_bytes:]
-            self.buffer_updated(num_bytes)
+        feed(self, data)
 
     def next_frame(self) -> Frame | None:
         return self._frames.popleft() if self._frames else None

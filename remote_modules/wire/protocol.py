@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from remote_modules.errors import LocalProtocolError, RemoteProtocolError
 from remote_modules.wire import messages
-from remote_modules.wire.framing import Buffer, FrameReader, encode_frame
+from remote_modules.wire.framing import Buffer, FrameReader, encode_frame, feed
 from remote_modules.wire.messages import Message, decode_message, encode_message
 
 __all__ = ["MessageReceived", "Protocol", "Role", "State"]
@@ -106,13 +106,7 @@ class Protocol:
 
     def receive_data(self, data: Buffer) -> None:
         """Take bytes that lie elsewhere. Raises as `buffer_updated`."""
-        view = memoryview(data)
-        while view:
-            buffer = self.get_buffer()
-            num_bytes = min(len(buffer), len(view))
-            buffer[:num_bytes] = view[:num_bytes]
-            view = view[num_bytes:]
-            self.buffer_updated(num_bytes)
+        feed(self, data)
 
     def receive_eof(self) -> None:
         """Take the end of the stream.
