@@ -33,10 +33,10 @@ TESTED_BY = {
     "client": "tests/swarm",  # needs peers: whole swarms over sockets there, and under virtual time in tests/simulation
     "discovery.base": "tests/discovery/test_conformance.py",  # an interface: every implementation runs the suite
     "discovery.http_json": "tests/discovery/test_tracker_client.py",
-    "server.load_plan": "tests/swarm",
-    "server.peer": "tests/swarm",
-    "server.server": "tests/swarm",
-    "server.tracker": "tests/swarm",
+    "net.client_connection": "tests/net/test_connection.py",  # one side is tested with the other
+    "server.load_plan": "tests/server/test_server.py",
+    "server.peer": "tests/server/test_server.py",
+    "server.tracker": "tests/server/test_server.py",
 }
 
 

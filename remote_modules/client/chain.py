@@ -20,7 +20,7 @@ import torch
 from remote_modules.client.stats import HopTiming
 from remote_modules.client.swarm import Swarm
 from remote_modules.errors import LocalProtocolError, NoRouteError, PeerError, PeerRefused, PeerTimeout, RefusalReason
-from remote_modules.net.connection import ClientConnection, Reply
+from remote_modules.net.client_connection import ClientConnection, Reply
 from remote_modules.peers import PeerId, short_id
 from remote_modules.plan.recovery import GiveUp, Recovery, Replay, Reroute
 from remote_modules.plan.routing import Demand, Hop

@@ -19,7 +19,7 @@ from remote_modules.client.chain import Chain, Work, demand_of, leave_draining
 from remote_modules.client.history import History, SideInputs
 from remote_modules.client.swarm import Swarm
 from remote_modules.errors import SessionError
-from remote_modules.net.connection import ClientConnection
+from remote_modules.net.client_connection import ClientConnection
 from remote_modules.plan.routing import Hop
 from remote_modules.spans import Span
 from remote_modules.wire import messages

@@ -12,7 +12,7 @@ from remote_modules.client.stats import StatsRecorder
 from remote_modules.config import ClientConfig
 from remote_modules.discovery.base import Discovery
 from remote_modules.errors import DiscoveryError, NoRouteError, PeerUnreachable, SessionError
-from remote_modules.net.connection import ClientConnection
+from remote_modules.net.client_connection import ClientConnection
 from remote_modules.net.http import Dialer
 from remote_modules.peers import PeerId, PeerRecord, PeerState, short_id
 from remote_modules.plan.compatibility import group_of, matching

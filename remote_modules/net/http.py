@@ -21,7 +21,8 @@ from aiohttp import web
 from remote_modules.config import ClientConfig
 from remote_modules.errors import PeerError, PeerTimeout, PeerUnreachable, RemoteModulesError
 from remote_modules.identity import Certificate
-from remote_modules.net.connection import ClientConnection, Connection
+from remote_modules.net.client_connection import ClientConnection
+from remote_modules.net.connection import Connection
 from remote_modules.peers import PeerId, PeerRecord, SignedRecord, short_id
 
 __all__ = ["Dialer", "HttpDialer", "PeerSite"]

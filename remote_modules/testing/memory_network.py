@@ -15,7 +15,8 @@ from typing import Any
 
 from remote_modules.config import ClientConfig
 from remote_modules.errors import PeerTimeout, PeerUnreachable
-from remote_modules.net.connection import ClientConnection, Connection
+from remote_modules.net.client_connection import ClientConnection
+from remote_modules.net.connection import Connection
 from remote_modules.peers import PeerId, PeerRecord, short_id
 
 __all__ = ["MemoryDialer", "MemoryHost", "MemoryNetwork"]

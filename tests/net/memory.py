@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from remote_modules.identity import Identity
-from remote_modules.net.connection import ClientConnection, Connection
+from remote_modules.net.client_connection import ClientConnection
+from remote_modules.net.connection import Connection
 from remote_modules.peers import PeerId
 from remote_modules.wire import messages
 from remote_modules.wire.messages import Message

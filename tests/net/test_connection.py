@@ -18,7 +18,8 @@ from remote_modules.errors import (
     RemoteProtocolError,
 )
 from remote_modules.identity import Identity
-from remote_modules.net.connection import SLICE_BYTES, ClientConnection, Reply
+from remote_modules.net.client_connection import ClientConnection, Reply
+from remote_modules.net.connection import SLICE_BYTES
 from remote_modules.peers import short_id
 from remote_modules.wire import messages
 from remote_modules.wire.framing import encode_frame

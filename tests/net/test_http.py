@@ -19,7 +19,8 @@ import torch
 from remote_modules.config import ClientConfig
 from remote_modules.errors import PeerError, PeerTimeout, PeerUnreachable, RemoteModulesError
 from remote_modules.identity import Certificate, Identity, verify_record
-from remote_modules.net.connection import ClientConnection, Connection
+from remote_modules.net.client_connection import ClientConnection
+from remote_modules.net.connection import Connection
 from remote_modules.net.http import HttpDialer, PeerSite
 from remote_modules.peers import PeerRecord, PeerState, SignedRecord, short_id
 from remote_modules.wire import messages

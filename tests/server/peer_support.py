@@ -11,7 +11,7 @@ import torch
 from net.memory import MAX_BODY_BYTES, SERVER, PlainEnd, client_connection, client_hello, join
 
 from remote_modules.model.kv import MIN_CAPACITY_TOKENS
-from remote_modules.net.connection import ClientConnection
+from remote_modules.net.client_connection import ClientConnection
 from remote_modules.server.engine import Engine
 from remote_modules.server.executor import DeviceThread
 from remote_modules.server.handler import Handler, HandlerLimits

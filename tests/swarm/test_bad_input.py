@@ -43,7 +43,7 @@ from remote_modules.errors import (
     PeerRefused,
     RefusalReason,
 )
-from remote_modules.net.connection import ClientConnection
+from remote_modules.net.client_connection import ClientConnection
 from remote_modules.testing import LocalSwarm
 from remote_modules.wire import messages
 from remote_modules.wire.framing import encode_frame

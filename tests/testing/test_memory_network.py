@@ -12,7 +12,8 @@ import pytest
 from remote_modules.config import ClientConfig
 from remote_modules.errors import PeerError, PeerTimeout, PeerUnreachable
 from remote_modules.identity import Identity
-from remote_modules.net.connection import ClientConnection, Connection
+from remote_modules.net.client_connection import ClientConnection
+from remote_modules.net.connection import Connection
 from remote_modules.peers import PeerId, PeerRecord, PeerState
 from remote_modules.testing.memory_network import MAX_SLICE_BYTES, MemoryDialer, MemoryHost, MemoryNetwork
 from remote_modules.testing.virtual_time import run_virtual

@@ -1,0 +1,232 @@
+"""The client's side of a connection: a hello that proves the peer, requests and their answers, and a heartbeat.
+
+While answers are awaited, a peer that says nothing is pinged, and given up when it stays silent (`plan.deadlines`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+
+from remote_modules.errors import (
+    PeerError,
+    PeerRefused,
+    PeerTimeout,
+    PeerUnreachable,
+    RemoteProtocolError,
+)
+from remote_modules.identity import verify_hello
+from remote_modules.net.connection import Connection
+from remote_modules.peers import PeerId, short_id
+from remote_modules.plan.deadlines import Beat, Heartbeat
+from remote_modules.wire import messages
+from remote_modules.wire.framing import Buffer
+from remote_modules.wire.messages import Output, Refused
+from remote_modules.wire.protocol import MessageReceived, Protocol, Role
+from remote_modules.wire.tensors import decode_tensors
+
+__all__ = ["ClientConnection", "Reply"]
+
+Reply: TypeAlias = tuple[Output, dict[str, torch.Tensor]]
+
+
+class ClientConnection(Connection):
+    """The client's side: a hello that proves the peer, then requests.
+
+    Args:
+        peer_id: the peer that must be at the other end.
+        certificate_sha256: of the TLS certificate in use, or "" without TLS; the peer's hello is bound to it.
+        silence_timeout_s: see `plan.deadlines.Heartbeat`.
+        max_body_bytes: largest answer to accept.
+        software: what we say we are.
+    """
+
+    def __init__(
+        self,
+        peer_id: PeerId,
+        *,
+        nonce: bytes,
+        certificate_sha256: str,
+        silence_timeout_s: float,
+        max_body_bytes: int,
+        software: str,
+    ) -> None:
+        protocol = Protocol(Role.CLIENT, max_body_bytes=max_body_bytes)
+        super().__init__(protocol, on_message=self._receive, on_lost=self._lose)
+        self.peer_id = peer_id
+        self.is_draining = False
+        self.load = 0
+        self.rtt_s: float | None = None
+        self._loop = asyncio.get_running_loop()
+        self._hello = messages.ClientHello(
+            messages.VERSION_MAJOR, messages.VERSION_MINOR, nonce, max_body_bytes, software
+        )
+        self._certificate_sha256 = certificate_sha256
+        self._opened: asyncio.Future[None] = self._loop.create_future()
+        self._answers: dict[int, asyncio.Future[MessageReceived]] = {}
+        self._next_id = 0
+        self._heart = Heartbeat(silence_timeout_s=silence_timeout_s)
+        self._ticker: asyncio.TimerHandle | None = None
+        self._ping_sent_s: float | None = None
+
+    async def handshake(self, timeout_s: float) -> None:
+        """Exchange hellos over the transport at hand.
+
+        Raises:
+            PeerError: no answer in time, refused, another identity, or not a peer at all.
+        """
+        started_s = self._loop.time()
+        self.send(self._hello)
+        try:
+            await asyncio.wait_for(self._opened, timeout_s)
+        except asyncio.TimeoutError as exc:
+            self.abort()
+            raise PeerTimeout(
+                f"peer '{short_id(self.peer_id)}' did not say hello within {timeout_s:.1f} s", peer_id=self.peer_id
+            ) from exc
+        except asyncio.CancelledError:
+            self.abort()  # whoever dialled has given up and will not own the connection
+            raise
+        self.rtt_s = self._loop.time() - started_s
+
+    def new_request_id(self) -> int:
+        self._next_id += 1
+        return self._next_id
+
+    async def request(self, message: messages.Request, body: list[Buffer], *, timeout_s: float) -> Reply:
+        """Send a request and wait for its output.
+
+        Raises:
+            PeerRefused: the peer answered no.
+            PeerTimeout: no answer within ``timeout_s``, or no sign of life.
+            PeerUnreachable: the connection broke, or the peer broke the protocol.
+            LocalProtocolError: larger than the peer takes.
+        """
+        if not self.is_open:
+            raise self._unreachable(None)
+        answer: asyncio.Future[MessageReceived] = self._loop.create_future()
+        self.send(message, body)
+        self._answers[message.request_id] = answer
+        self._start_heart()
+        timer = self._loop.call_later(timeout_s, self._expire, answer, message, timeout_s)
+        try:
+            event = await answer
+        finally:
+            timer.cancel()
+            if self._answers.pop(message.request_id, None) is not None:  # no answer came, and none is awaited any more
+                self._cancel(message.request_id)
+        return self._read_reply(event)
+
+    def _expire(self, answer: asyncio.Future[MessageReceived], message: messages.Request, timeout_s: float) -> None:
+        if not answer.done():
+            text = f"a {_name_of(message)} of blocks {message.start}:{message.end} within {timeout_s:.1f} s"
+            error = PeerTimeout(f"peer '{short_id(self.peer_id)}' did not answer {text}", peer_id=self.peer_id)
+            answer.set_exception(error)
+
+    def _read_reply(self, event: MessageReceived) -> Reply:
+        reply = event.message
+        if isinstance(reply, Refused):
+            raise PeerRefused(
+                f"peer '{short_id(self.peer_id)}' refused: {reply.text}",
+                peer_id=self.peer_id,
+                reason=reply.reason,
+                retry_after_s=reply.retry_after_s or None,
+            )
+        assert isinstance(reply, Output)
+        self.load = reply.load
+        try:
+            return reply, decode_tensors(reply.tensors, event.body)
+        except RemoteProtocolError as exc:
+            self.abort(exc)
+            raise self._unreachable(exc) from exc
+
+    def _cancel(self, request_id: int) -> None:
+        if self.is_open:
+            self.send(messages.Cancel(request_id))
+
+    def _receive(self, event: MessageReceived) -> None:
+        match event.message:
+            case messages.ServerHello() as hello:
+                self._check_hello(hello)
+            case messages.Reject(text):
+                raise RemoteProtocolError(f"connection rejected: {text}")
+            case Output(request_id) | Refused(request_id):
+                answer = self._answers.pop(request_id, None)
+                if answer is not None and not answer.done():  # else cancelled or timed out: late, ignored
+                    answer.set_result(event)
+            case messages.Ping(nonce):
+                self.send(messages.Pong(nonce))
+            case messages.Pong(_, load):
+                self._hear_pong(load)
+            case messages.Draining():
+                self.is_draining = True
+
+    def _check_hello(self, hello: messages.ServerHello) -> None:
+        proven = verify_hello(
+            public_key=hello.public_key,
+            signature=hello.signature,
+            nonce=self._hello.nonce,
+            certificate_sha256=self._certificate_sha256,
+        )
+        if proven != self.peer_id:
+            raise RemoteProtocolError(f"expected peer '{short_id(self.peer_id)}', found '{short_id(proven)}'")
+        if not self._opened.done():
+            self._opened.set_result(None)
+
+    def _hear_pong(self, load: int) -> None:
+        self.load = load
+        if self._ping_sent_s is not None:
+            sample_s = self._loop.time() - self._ping_sent_s
+            self.rtt_s = sample_s if self.rtt_s is None else min(self.rtt_s, sample_s)
+            self._ping_sent_s = None
+
+    def _lose(self, reason: Exception | None) -> None:
+        if self._ticker is not None:
+            self._ticker.cancel()
+            self._ticker = None
+        error = reason if isinstance(reason, PeerError) else self._unreachable(reason)
+        if not self._opened.done():
+            self._opened.set_exception(error)
+            self._opened.exception()  # seen, even when nobody awaits it any more
+        answers, self._answers = self._answers, {}
+        for answer in answers.values():
+            if not answer.done():
+                answer.set_exception(error)
+
+    def _unreachable(self, reason: Exception | None) -> PeerUnreachable:
+        why = f": {reason}" if reason is not None and str(reason) else ""
+        error = PeerUnreachable(f"connection to peer '{short_id(self.peer_id)}' is lost{why}", peer_id=self.peer_id)
+        error.__cause__ = reason
+        return error
+
+    # heartbeat
+
+    def _progress(self) -> None:
+        self._heart.heard(self._loop.time())
+
+    def _start_heart(self) -> None:
+        if len(self._answers) == 1:
+            self._heart.wait_begins(self._loop.time())
+        if self._ticker is None:
+            self._ticker = self._loop.call_later(self._heart.interval_s, self._tick)
+
+    def _tick(self) -> None:
+        self._ticker = None
+        beat = self._heart.beat(self._loop.time(), awaits_answer=bool(self._answers))
+        if beat is Beat.DEAD:
+            error = PeerTimeout(f"peer '{short_id(self.peer_id)}' gives no sign of life", peer_id=self.peer_id)
+            self.abort(error)
+            return
+        if beat is Beat.PING:
+            self._ping_sent_s = self._loop.time()
+            self.send(messages.Ping(0))
+        if self._answers:
+            self._ticker = self._loop.call_later(self._heart.interval_s, self._tick)
+
+
+def _name_of(message: messages.Request) -> str:
+    names: Mapping[type[Any], str] = {messages.StepRequest: "step", messages.ForwardRequest: "forward"}
+    return names.get(type(message), "backward")
