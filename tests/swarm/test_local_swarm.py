@@ -24,6 +24,7 @@ from remote_modules.testing.local_peer import LocalPeer
 
 from .conftest import Connect, generate, noise, poll, prompt, run_locally, with_blocks
 
+PATIENT = ClientConfig(refresh_interval_s=0.2)  # with processes, a busy machine alone can silence one for half a second
 IMPATIENT = ClientConfig(silence_timeout_s=0.5, connect_timeout_s=1.0, ban_s=0.1, refresh_interval_s=0.2)
 NUM_NEW = 12
 OURS = ("remote-modules-peer", "remote-modules-device", "remote-modules-tracker", "remote-modules-drain")
@@ -346,7 +347,7 @@ def test_restarted_tracker_is_full_within_an_announce_interval(pair: LocalSwarm,
 
 def test_processes_keep_the_same_contract(checkpoint: Path, connect: Connect, local: PreTrainedModel) -> None:
     with LocalSwarm(checkpoint, spans=["0:8", "0:8"], mode="process", num_threads=1, drain_s=10.0) as swarm:
-        layers = connect(trackers=swarm.trackers, config=IMPATIENT)
+        layers = connect(trackers=swarm.trackers, config=PATIENT)
         model = with_blocks(local, layers)
         pids = [peer.pid for peer in swarm.peers]
         assert len({*pids, os.getpid()}) == 3
@@ -360,7 +361,7 @@ def test_processes_keep_the_same_contract(checkpoint: Path, connect: Connect, lo
         assert victim.peer_id == peer_id
         assert victim.pid not in pids
         pids = [peer.pid for peer in swarm.peers]
-        layers = connect(trackers=swarm.trackers, config=IMPATIENT)  # knows the victim's new address
+        layers = connect(trackers=swarm.trackers, config=PATIENT)  # knows the victim's new address
         leaving = struck(swarm, with_blocks(local, layers), layers, local, lambda peer: peer.drain())
         assert leaving.wait(10.0) == 0
         assert announced(swarm) == {peer.peer_id for peer in swarm.peers} - {leaving.peer_id}
