@@ -129,9 +129,9 @@ def _verdict(summary: dict[str, Any]) -> Text:
 
 
 def _peer_table(peers: Sequence[dict[str, Any]]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for name in ("peer", "blocks", "state", "dtype", "address"):
-        table.add_column(name, no_wrap=name != "address", overflow="fold")
+        table.add_column(name, no_wrap=True, overflow="fold")
     for name in ("decode", "prefill", "KV room", "load"):
         table.add_column(name, justify="right", no_wrap=True)
     for peer in peers:
@@ -143,12 +143,12 @@ def _peer_table(peers: Sequence[dict[str, Any]]) -> Table:
             Text(state.value, style=_STATE_STYLES[state]),
             Text(dtype),
             Text("\n".join(peer["addresses"])),
-            f"{_short(peer['decode_tokens_per_s'])} tok/s",
-            f"{_short(peer['prefill_tokens_per_s'])} tok/s",
-            f"{_short(peer['free_kv_tokens'])} tok",
+            _short(peer["decode_tokens_per_s"]),
+            _short(peer["prefill_tokens_per_s"]),
+            _short(peer["free_kv_tokens"]),
             str(peer["load"]),
         )
-    table.caption = "decode and prefill: through one block, as each peer measured itself"
+    table.caption = "decode, prefill: tokens per second through one block, as measured by the peer; KV room: tokens"
     table.caption_justify = "left"
     return table
 
