@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -18,7 +20,7 @@ from remote_modules.client.stats import StatsRecorder
 from remote_modules.client.swarm import Swarm
 from remote_modules.config import ClientConfig, check_tracker_urls, default_trackers
 from remote_modules.discovery.merged import build_discovery
-from remote_modules.errors import CheckpointError
+from remote_modules.errors import CheckpointError, UnsupportedCallError
 from remote_modules.model.checkpoint import BUILT_IN, Checkpoint, open_checkpoint
 from remote_modules.model.fingerprint import block_digests, model_key
 from remote_modules.model.loading import read_config
@@ -40,9 +42,18 @@ class SwarmHandle:
     swarm: Swarm
     io: LoopThread
     stats: StatsRecorder
-    model_name: str
+    model_config: PreTrainedConfig
+    checkpoint: Checkpoint | None
     num_blocks: int
-    hidden_size: int
+
+    @property
+    def hidden_size(self) -> int:
+        size: int = self.model_config.get_text_config(decoder=True).hidden_size
+        return size
+
+    @property
+    def model_name(self) -> str:
+        return self.checkpoint.name if self.checkpoint is not None else str(self.model_config.model_type)
 
     def close(self) -> None:
         """Close connections and discovery; idempotent."""
@@ -56,15 +67,23 @@ def connect_swarm(
     trackers: Sequence[str],
     mdns: bool,
     peers: Sequence[str],
-    revision: str | None,
-    config: ClientConfig,
+    invite: str | None,
+    config: ClientConfig | None,
+    **hub: Any,
 ) -> SwarmHandle:
     """Prepare everything; the first pass will look peers up.
+
+    Args:
+        hub: ``revision``, ``cache_dir`` and ``token`` of `open_checkpoint`, for a model that is named.
 
     Raises:
         ValueError, TypeError: bad arguments, before any I/O.
         CheckpointError: the model's config cannot be read.
+        UnsupportedCallError: an invite, or an architecture that is not carried.
     """
+    if invite is not None:
+        raise UnsupportedCallError("invites are not carried yet; give trackers or peers")
+    config = config or ClientConfig()
     check_tracker_urls(trackers)
     if isinstance(peers, str):
         raise TypeError(f"peers must be a list of HOST:PORT, got the string {peers!r}; write [{peers!r}]")
@@ -73,7 +92,7 @@ def connect_swarm(
     urls = tuple(trackers) or default_trackers()
     if not (urls or mdns or peers):
         raise ValueError("nowhere to look for peers: give trackers or peers, or leave mdns on")
-    model_config, checkpoint = _resolve(model, revision)
+    model_config, checkpoint = _resolve(model, hub)
     stack = find_stack(meta_skeleton(causal_lm_class(model_config), model_config), model_config)
     digests: Mapping[int, str] = {}
     if checkpoint is not None:
@@ -102,18 +121,22 @@ def connect_swarm(
         swarm=swarm,
         io=io,
         stats=stats,
-        model_name=checkpoint.name if checkpoint is not None else model_config.model_type,
+        model_config=model_config,
+        checkpoint=checkpoint,
         num_blocks=stack.num_blocks,
-        hidden_size=model_config.get_text_config(decoder=True).hidden_size,
     )
     weakref.finalize(handle, _close_later, io, swarm).atexit = False
-    if not _open_handles:
-        atexit.register(_close_all)
+    _close_at_exit()
     _open_handles.add(handle)
     return handle
 
 
 _open_handles: weakref.WeakSet[SwarmHandle] = weakref.WeakSet()
+
+
+@functools.cache
+def _close_at_exit() -> None:
+    atexit.register(_close_all)
 
 
 def _close_all() -> None:
@@ -129,13 +152,13 @@ def _close_later(io: LoopThread, swarm: Swarm) -> None:
     io.call_soon(lambda: io.loop.create_task(swarm.aclose()))
 
 
-def _resolve(model: object, revision: str | None) -> tuple[PreTrainedConfig, Checkpoint | None]:
+def _resolve(model: object, hub: Mapping[str, Any]) -> tuple[PreTrainedConfig, Checkpoint | None]:
     if isinstance(model, PreTrainedModel):
         return model.config, _local_checkpoint(model.config)
     if isinstance(model, PreTrainedConfig):
         return model, _local_checkpoint(model)
     if isinstance(model, str | Path):
-        checkpoint = open_checkpoint(str(model), revision=revision)
+        checkpoint = open_checkpoint(str(model), **hub)
         return read_config(checkpoint), checkpoint
     kind = type(model).__name__
     raise TypeError(f"model must be a hub id, folder, PreTrainedConfig or PreTrainedModel, got {kind}")

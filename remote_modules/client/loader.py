@@ -8,12 +8,13 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from remote_modules.client.connect import connect_swarm
 from remote_modules.client.sequential import RemoteSequential
 from remote_modules.config import ClientConfig
 from remote_modules.errors import UnsupportedCallError
-from remote_modules.model.checkpoint import open_checkpoint
-from remote_modules.model.loading import load_client_part, read_config
+from remote_modules.model.loading import load_client_part
 from remote_modules.model.stack import causal_lm_class
+from remote_modules.spans import Span
 
 __all__ = ["load"]
 
@@ -46,18 +47,11 @@ def load(
     """
     if auto_class is not AutoModelForCausalLM:
         raise UnsupportedCallError(f"{auto_class.__name__} is not carried yet; AutoModelForCausalLM is")
-    layers = RemoteSequential.from_swarm(
-        str(model),
-        trackers=trackers,
-        mdns=mdns,
-        peers=peers,
-        invite=invite,
-        revision=from_pretrained_kwargs.get("revision"),
-        config=config,
-    )
     hub = {name: from_pretrained_kwargs.pop(name, None) for name in _HUB_OPTIONS}
-    checkpoint = open_checkpoint(str(model), **hub)
-    model_config = read_config(checkpoint)
+    handle = connect_swarm(str(model), trackers=trackers, mdns=mdns, peers=peers, invite=invite, config=config, **hub)
+    layers = RemoteSequential(handle, Span(0, handle.num_blocks))
+    checkpoint, model_config = handle.checkpoint, handle.model_config
+    assert checkpoint is not None, "a model that is named has one"
     loaded, stack = load_client_part(checkpoint, model_config, causal_lm_class(model_config), **from_pretrained_kwargs)
     setattr(stack.owner(loaded), stack.list_name, layers)
     loaded.eval()

@@ -2,14 +2,13 @@
 
 Inside a call of its owner (``LlamaModel.forward``), all proxies but the last pass their input on, and the last one
 runs all blocks, with what the owner itself was called with. Outside of one, a proxy runs its own block at once. Each
-proxy checks that its input *is* what its
-predecessor returned: work between blocks would otherwise be lost silently.
+proxy checks that its input *is* what its predecessor returned: work between blocks would otherwise be lost silently.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, SupportsIndex, overload
 
 import torch
@@ -84,10 +83,8 @@ class RemoteSequential(nn.ModuleList):
             CheckpointError: the model's config cannot be read.
             UnsupportedCallError: the architecture is not carried.
         """
-        if invite is not None:
-            raise UnsupportedCallError("invites are not carried yet; give trackers or peers")
         handle = connect_swarm(
-            model, trackers=trackers, mdns=mdns, peers=peers, revision=revision, config=config or ClientConfig()
+            model, trackers=trackers, mdns=mdns, peers=peers, invite=invite, config=config, revision=revision
         )
         end = handle.num_blocks if end is None else end
         if not 0 <= start < end <= handle.num_blocks:
@@ -166,9 +163,6 @@ class RemoteSequential(nn.ModuleList):
         part._capture = self._capture
         return part
 
-    def __iter__(self) -> Iterator[nn.Module]:
-        return super().__iter__()
-
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteSequential:
         """A copy that shares the connection; local blocks, if any, are copied."""
         if any(not isinstance(module, RemoteBlock) for module in self):
@@ -208,25 +202,25 @@ class RemoteSequential(nn.ModuleList):
             return self._step(call, self._state_of(call.cache), hidden_states)
         made_by_owner = next((value for value in kwargs.values() if hasattr(value, "layers")), None)
         if made_by_owner is None:
-            return self._pass(call, hidden_states)
+            return self._pass(self._blocks, hidden_states, call)
         state = self._state_of(made_by_owner)
         if not is_grad_on:
             return self._step(call, state, hidden_states)
         # Training calls leave the model's use_cache default on and drop the cache: open nothing on the peers, but let a
         # caller who does keep it go on from the history.
-        output = self._pass(call, hidden_states)
+        output = self._pass(self._blocks, hidden_states, call)
         state.needs_grad = hidden_states.requires_grad
         state.remember(_to_cpu(hidden_states), _small(call.position_ids), _small(call.attention_mask))
         return output
 
-    def _pass(self, call: OwnerCall, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _pass(self, blocks: Span, hidden_states: torch.Tensor, call: OwnerCall) -> torch.Tensor:
         arguments = PassArguments(
             position_ids=_small(call.position_ids),
             attention_mask=_small(call.attention_mask),
             use_cache=call.use_cache,
             autocast=_autocast_name(hidden_states),
         )
-        return RemotePass(self._handle.swarm, self._handle.io, self._blocks, arguments)(hidden_states)
+        return RemotePass(self._handle.swarm, self._handle.io, blocks, arguments)(hidden_states)
 
     def _step(self, call: OwnerCall, state: SessionState, hidden_states: torch.Tensor) -> torch.Tensor:
         is_differentiated = torch.is_grad_enabled() and hidden_states.requires_grad
@@ -248,12 +242,7 @@ class RemoteSequential(nn.ModuleList):
                 f"unexpected keyword arguments {sorted(unknown)}; attention_mask and position_ids are taken"
             )
         check_hidden_states(hidden_states, self._handle.hidden_size)
-        arguments = PassArguments(
-            position_ids=_small(kwargs.get("position_ids")),
-            attention_mask=_small(kwargs.get("attention_mask")),
-            autocast=_autocast_name(hidden_states),
-        )
-        return RemotePass(self._handle.swarm, self._handle.io, blocks, arguments)(hidden_states)
+        return self._pass(blocks, hidden_states, OwnerCall(**kwargs))
 
     def _state_of(self, cache: Any) -> SessionState:
         link = link_of(cache, self._blocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from tiny_models import load_whole
@@ -130,6 +132,22 @@ def test_load_gives_the_stock_class_without_blocks(swarm: LocalSwarm, checkpoint
         assert torch.equal(generate(model, prompt()), generate(local, prompt()))
         whole = {name: tensor for name, tensor in local.state_dict().items() if ".layers." not in name}
         assert set(model.state_dict()) == set(whole)
+
+
+def test_load_reads_the_hub_cache_that_it_is_told(
+    swarm: LocalSwarm, checkpoint: Path, local: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    commit = "0" * 40
+    root = tmp_path / "models--org--tiny"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    shutil.copytree(checkpoint, root / "snapshots" / commit)
+    model = load("org/tiny", trackers=swarm.trackers, mdns=False, cache_dir=str(tmp_path))
+    layers = model.model.layers
+    assert isinstance(layers, RemoteSequential)
+    with layers:
+        assert torch.equal(logits(model, prompt()), logits(local, prompt()))
 
 
 def test_load_passes_dtype_on(swarm: LocalSwarm, checkpoint: Path) -> None:
