@@ -133,3 +133,9 @@ class CheckpointError(RemoteModulesError):
 
 class UnsupportedCallError(RemoteModulesError):
     """transformers, or the caller, asked for something that remote blocks do not carry."""
+
+
+def first_line(exc: BaseException) -> str:
+    """What another library's error says, cut to one line for a message of ours."""
+    lines = str(exc).strip().splitlines()
+    return lines[0][:300] if lines else type(exc).__name__

@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import msgspec
 import torch
@@ -20,18 +21,20 @@ import torch
 from remote_modules.client.stats import HopTiming
 from remote_modules.client.swarm import Swarm
 from remote_modules.errors import LocalProtocolError, NoRouteError, PeerError, PeerRefused, PeerTimeout, RefusalReason
-from remote_modules.net.client_connection import ClientConnection, Reply
+from remote_modules.net.client_connection import ClientConnection
 from remote_modules.peers import PeerId, short_id
 from remote_modules.plan.recovery import GiveUp, Recovery, Replay, Reroute
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
 from remote_modules.wire import messages
-from remote_modules.wire.messages import Request
+from remote_modules.wire.messages import Output, Request
 from remote_modules.wire.tensors import encode_tensors
 
-__all__ = ["Chain", "Segment", "forward", "backward"]
+__all__ = ["Chain", "PassArguments", "Segment", "Work", "backward", "demand_of", "forward"]
 
 logger = logging.getLogger(__name__)
+
+StatelessRequest: TypeAlias = messages.ForwardRequest | messages.BackwardRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,10 @@ class PassArguments:
     def tensors(self) -> dict[str, torch.Tensor]:
         named = {"position_ids": self.position_ids, "attention_mask": self.attention_mask}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def request(self, kind: type[StatelessRequest], request_id: int, hop: Hop) -> StatelessRequest:
+        """A request without its tensors and timeout, which `Chain.request` fills in."""
+        return kind(request_id, hop.span.start, hop.span.end, (), 0.0, use_cache=self.use_cache, autocast=self.autocast)
 
 
 @dataclass(slots=True)
@@ -133,6 +140,18 @@ class Chain:
                 await asyncio.sleep(action.wait_s)
                 await self.swarm.refresh()
 
+    async def connect(self, hop: Hop, lane: str, demand: Demand) -> ClientConnection:
+        """The connection to the hop's peer; moves off a peer that is leaving, if anybody else covers its blocks.
+
+        Raises:
+            PeerError: it cannot be reached, or is leaving; the retry loop reroutes.
+        """
+        connection = await self.swarm.connect(hop.peer_id, lane)
+        if connection.is_draining and self.swarm.has_route(hop.span, demand, avoid={hop.peer_id}):
+            text = f"peer '{short_id(hop.peer_id)}' is leaving"
+            raise PeerRefused(text, peer_id=hop.peer_id, reason=RefusalReason.DRAINING)
+        return connection
+
     async def request(
         self, hop: Hop, kind: str, message: Request, tensors: Mapping[str, torch.Tensor], connection: ClientConnection
     ) -> dict[str, torch.Tensor]:
@@ -162,7 +181,7 @@ class Chain:
             swarm.count_bytes(connection)
         took_s = swarm.clock() - began_s
         swarm.estimator.observe(hop.peer_id, kind, work=work, took_s=took_s)
-        self._note(hop, num_tokens, took_s, (output, replies))
+        self._note(hop, num_tokens, took_s, output)
         return replies
 
     def check_output(self, hop: Hop, output: torch.Tensor | None, like: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -193,8 +212,7 @@ class Chain:
         rate = record.decode_tokens_per_s if kind == "decode" else record.prefill_tokens_per_s
         return self.swarm.estimator.timeout_s(hop.peer_id, kind, work=work, announced_rate=rate)
 
-    def _note(self, hop: Hop, num_tokens: int, took_s: float, reply: Reply) -> None:
-        output, _ = reply
+    def _note(self, hop: Hop, num_tokens: int, took_s: float, output: Output) -> None:
         self.timings.append(
             HopTiming(
                 hop=hop,
@@ -230,18 +248,6 @@ class Chain:
         await work.replace_hop(hop, hops, self)
 
 
-async def leave_draining(chain: Chain, hop: Hop, demand: Demand, connection: ClientConnection) -> None:
-    """Move off a peer that says it is leaving, if anybody else covers its blocks.
-
-    Raises:
-        PeerRefused: ``draining``; the retry loop reroutes.
-    """
-    if connection.is_draining and chain.swarm.has_route(hop.span, demand, avoid={hop.peer_id}):
-        raise PeerRefused(
-            f"peer '{short_id(hop.peer_id)}' is leaving", peer_id=hop.peer_id, reason=RefusalReason.DRAINING
-        )
-
-
 class _Forward(Work):
     """A stateless forward; keeps each hop's inputs for the backward."""
 
@@ -253,18 +259,9 @@ class _Forward(Work):
         self._arguments = arguments
 
     async def do_hop(self, hop: Hop, chain: Chain) -> None:
-        connection = await chain.swarm.connect(hop.peer_id, "bulk")
-        await leave_draining(chain, hop, self.demand, connection)
+        connection = await chain.connect(hop, "bulk", self.demand)
         inputs = self.outputs
-        message = messages.ForwardRequest(
-            connection.new_request_id(),
-            hop.span.start,
-            hop.span.end,
-            (),
-            0.0,
-            use_cache=self._arguments.use_cache,
-            autocast=self._arguments.autocast,
-        )
+        message = self._arguments.request(messages.ForwardRequest, connection.new_request_id(), hop)
         tensors = {"hidden_states": inputs, **self._arguments.tensors()}
         replies = await chain.request(hop, "forward", message, tensors, connection)
         self.outputs = chain.check_output(hop, replies.get("hidden_states"), inputs, inputs.shape[1])
@@ -286,18 +283,9 @@ class _Backward(Work):
         self._arguments = arguments
 
     async def do_hop(self, hop: Hop, chain: Chain) -> None:
-        connection = await chain.swarm.connect(hop.peer_id, "bulk")
-        await leave_draining(chain, hop, self.demand, connection)
+        connection = await chain.connect(hop, "bulk", self.demand)
         inputs = self._segments[0].inputs
-        message = messages.BackwardRequest(
-            connection.new_request_id(),
-            hop.span.start,
-            hop.span.end,
-            (),
-            0.0,
-            use_cache=self._arguments.use_cache,
-            autocast=self._arguments.autocast,
-        )
+        message = self._arguments.request(messages.BackwardRequest, connection.new_request_id(), hop)
         tensors = {"hidden_states": inputs, "grad_output": self.grad, **self._arguments.tensors()}
         replies = await chain.request(hop, "backward", message, tensors, connection)
         self.grad = chain.check_output(hop, replies.get("grad_input"), inputs, inputs.shape[1])

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from remote_modules.client.chain import Chain, Work, demand_of, leave_draining
+from remote_modules.client.chain import Chain, Work, demand_of
 from remote_modules.client.history import History, SideInputs
 from remote_modules.client.swarm import Swarm
 from remote_modules.errors import SessionError
 from remote_modules.net.client_connection import ClientConnection
-from remote_modules.plan.routing import Hop
+from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
 from remote_modules.wire import messages
 from remote_modules.wire.messages import CacheOp
@@ -144,8 +144,7 @@ class SessionState:
         )
         if not self._hops:
             self._hops = list(await chain.route(self.blocks, demand))
-        work = _Step(self, hidden_states, sides, autocast)
-        work.demand = demand
+        work = _Step(self, hidden_states, sides, demand, autocast)
         try:
             await chain.drive(work)
         except BaseException:
@@ -194,8 +193,11 @@ class SessionState:
 class _Step(Work):
     """One step under way: walks the hops, feeding those that are behind."""
 
-    def __init__(self, session: SessionState, hidden_states: torch.Tensor, sides: SideInputs, autocast: str) -> None:
+    def __init__(
+        self, session: SessionState, hidden_states: torch.Tensor, sides: SideInputs, demand: Demand, autocast: str
+    ) -> None:
         self.session = session
+        self.demand = demand
         self.hops = list(session._hops)
         self.done: list[Hop] = []
         self.outputs = hidden_states
@@ -206,8 +208,7 @@ class _Step(Work):
         self._autocast = autocast
 
     async def do_hop(self, hop: Hop, chain: Chain) -> None:
-        connection = await chain.swarm.connect(hop.peer_id, "step")
-        await leave_draining(chain, hop, self.demand, connection)
+        connection = await chain.connect(hop, "step", self.demand)
         cache = self.session._caches.setdefault(hop.span, _PeerCache())
         start = hop.span.start
         history = self.histories.setdefault(start, History())

@@ -25,6 +25,8 @@ __all__ = ["Swarm"]
 
 logger = logging.getLogger(__name__)
 
+FRESH_S = 0.05  # a view of this age was looked up for the very route that is asked for
+
 
 class Swarm:
     """Records, bans, measured times and connections of one client.
@@ -102,7 +104,7 @@ class Swarm:
         try:
             return self._route_now(blocks, demand, avoid)
         except NoRouteError:
-            if age_s < 0.05:
+            if self.clock() - self._looked_up_s < FRESH_S:
                 raise
         await self.refresh()
         return self._route_now(blocks, demand, avoid)

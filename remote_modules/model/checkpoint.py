@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-from remote_modules.errors import CheckpointError
+from remote_modules.errors import CheckpointError, first_line
 
 __all__ = ["BUILT_IN", "Checkpoint", "built_in_path", "open_checkpoint"]
 
@@ -168,17 +168,13 @@ def _hub_file(name: str, file_name: str, revision: str | None, cache_dir: str | 
     try:
         path = huggingface_hub.hf_hub_download(name, file_name, revision=revision, cache_dir=cache_dir, token=token)
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as exc:
-        raise CheckpointError(f"'{name}' is neither a local folder nor a model on the hub: {_one_line(exc)}") from exc
+        raise CheckpointError(f"'{name}' is neither a local folder nor a model on the hub: {first_line(exc)}") from exc
     except LocalEntryNotFoundError as exc:
         raise CheckpointError(
-            f"'{file_name}' of '{name}' is not in the hub cache, and the hub cannot be asked: {_one_line(exc)}"
+            f"'{file_name}' of '{name}' is not in the hub cache, and the hub cannot be asked: {first_line(exc)}"
         ) from exc
     except EntryNotFoundError as exc:
         raise CheckpointError(f"'{name}' has no '{file_name}' on the hub; only safetensors are loaded") from exc
     except (HfHubHTTPError, OSError) as exc:
-        raise CheckpointError(f"cannot get '{file_name}' of '{name}' from the hub: {_one_line(exc)}") from exc
+        raise CheckpointError(f"cannot get '{file_name}' of '{name}' from the hub: {first_line(exc)}") from exc
     return Path(path)
-
-
-def _one_line(exc: Exception) -> str:
-    return str(exc).strip().split("\n", 1)[0][:200]

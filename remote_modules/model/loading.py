@@ -23,7 +23,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from remote_modules.errors import CheckpointError, UnsupportedCallError
+from remote_modules.errors import CheckpointError, UnsupportedCallError, first_line
 from remote_modules.model.checkpoint import INDEX_NAME, Checkpoint
 from remote_modules.model.stack import StackSpec, find_stack, meta_skeleton
 from remote_modules.spans import Span
@@ -72,7 +72,7 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
             raise ValueError("it needs code from the repository, which is never run")
         config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as exc:
-        raise CheckpointError(f"config of '{checkpoint.name}' is not usable: {_one_line(exc)}") from exc
+        raise CheckpointError(f"config of '{checkpoint.name}' is not usable: {first_line(exc)}") from exc
     return config
 
 
@@ -147,11 +147,11 @@ def _load(
                 folder, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, **kwargs
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as exc:
-            raise CheckpointError(f"weights of '{checkpoint.name}' do not load: {_one_line(exc)}") from exc
+            raise CheckpointError(f"weights of '{checkpoint.name}' do not load: {first_line(exc)}") from exc
         except _UnknownArgument as exc:
             raise TypeError(str(exc)) from exc
         except (AttributeError, TypeError, LookupError) as exc:  # the class looks into modules that are pruned
-            text = f"{cls.__name__} cannot be loaded in part: {_one_line(exc)}"
+            text = f"{cls.__name__} cannot be loaded in part: {first_line(exc)}"
             raise UnsupportedCallError(text) from exc
     missing = sorted(set(info["missing_keys"]))
     if missing:
@@ -228,8 +228,3 @@ def _quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if had_bar:
             transformers_logging.enable_progress_bar()
-
-
-def _one_line(exc: Exception) -> str:
-    lines = str(exc).strip().splitlines()
-    return lines[0][:300] if lines else type(exc).__name__

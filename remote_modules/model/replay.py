@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from remote_modules.errors import UnsupportedCallError
+from remote_modules.errors import UnsupportedCallError, first_line
 from remote_modules.model.kv import SpanCache
 from remote_modules.model.stack import StackSpec, cache_argument
 from remote_modules.spans import Span
@@ -150,7 +150,7 @@ class SpanModel:
         except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as exc:
             if current.entry is None or isinstance(exc, torch.OutOfMemoryError):
                 raise  # inside a block: not for what the owner lacks
-            text = str(exc).strip().partition("\n")[0][:200]
+            text = first_line(exc)
             name = type(self._owner).__name__
             raise UnsupportedCallError(f"{name}.forward does not reach block {blocks.start}: {text}") from exc
         else:

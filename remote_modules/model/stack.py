@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from remote_modules.errors import CheckpointError, UnsupportedCallError
+from remote_modules.errors import CheckpointError, UnsupportedCallError, first_line
 
 __all__ = ["StackSpec", "causal_lm_class", "find_stack", "meta_skeleton"]
 
@@ -100,7 +100,7 @@ def meta_skeleton(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTr
         with torch.device("meta"):
             return cls(config)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as exc:
-        text = str(exc).strip().partition("\n")[0][:200]
+        text = first_line(exc)
         raise CheckpointError(f"config of type '{config.model_type}' builds no {cls.__name__}: {text}") from exc
 
 

@@ -6,8 +6,7 @@ While answers are awaited, a peer that says nothing is pinged, and given up when
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
@@ -122,7 +121,7 @@ class ClientConnection(Connection):
 
     def _expire(self, answer: asyncio.Future[MessageReceived], message: messages.Request, timeout_s: float) -> None:
         if not answer.done():
-            text = f"a {_name_of(message)} of blocks {message.start}:{message.end} within {timeout_s:.1f} s"
+            text = f"a {messages.kind_of(message)} of blocks {message.start}:{message.end} within {timeout_s:.1f} s"
             error = PeerTimeout(f"peer '{short_id(self.peer_id)}' did not answer {text}", peer_id=self.peer_id)
             answer.set_exception(error)
 
@@ -225,8 +224,3 @@ class ClientConnection(Connection):
             self.send(messages.Ping(0))
         if self._answers:
             self._ticker = self._loop.call_later(self._heart.interval_s, self._tick)
-
-
-def _name_of(message: messages.Request) -> str:
-    names: Mapping[type[Any], str] = {messages.StepRequest: "step", messages.ForwardRequest: "forward"}
-    return names.get(type(message), "backward")

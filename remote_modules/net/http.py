@@ -60,6 +60,7 @@ class HttpDialer:
 
     async def dial(self, record: PeerRecord) -> ClientConnection:
         errors: list[str] = []
+        kind: type[PeerError] = PeerTimeout
         for address in record.addresses:
             try:
                 return await asyncio.wait_for(self._dial(record, address), self._config.connect_timeout_s)
@@ -67,8 +68,8 @@ class HttpDialer:
                 errors.append(f"{address}: no answer within {self._config.connect_timeout_s:.1f} s")
             except (aiohttp.ClientError, OSError, PeerError) as exc:
                 errors.append(f"{address}: {_why(exc)}")
+                kind = PeerUnreachable
         text = f"cannot reach peer '{short_id(record.peer_id)}' at {'; '.join(errors)}"
-        kind = PeerTimeout if all("no answer" in error for error in errors) else PeerUnreachable
         raise kind(text, peer_id=record.peer_id)
 
     async def aclose(self) -> None:

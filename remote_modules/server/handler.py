@@ -146,7 +146,7 @@ class Handler:
         """
         tensors = decode_tensors(request.tensors, body)
         blocks = check_blocks(request, self.engine.model.span, self._num_blocks)
-        kind = _KINDS[type(request)]
+        kind = messages.kind_of(request)
         self.num_requests[kind] = self.num_requests.get(kind, 0) + 1
         hidden_states = check_tensors(
             tensors,
@@ -290,9 +290,6 @@ def last_tokens(output: torch.Tensor, num_tokens: int | None) -> torch.Tensor:
     return output[:, max(0, output.shape[1] - num_tokens) :].clone()  # the reply is kept: do not keep the rest with it
 
 
-_KINDS: dict[type[Request], str] = {StepRequest: "step", ForwardRequest: "forward", BackwardRequest: "backward"}
-
-
 def _whole_mask(
     request: StepRequest, session: Session, tensors: dict[str, torch.Tensor], num_columns: int
 ) -> torch.Tensor | None:
@@ -305,7 +302,7 @@ def _whole_mask(
         if request.ops:  # the mask that the session kept does not follow them
             refuse("a step with cache operations must bring the whole attention mask")
         kept = session.mask
-        if not isinstance(kept, torch.Tensor) or kept.shape[0] != columns.shape[0]:
+        if kept is None or kept.shape[0] != columns.shape[0]:
             refuse("the session has no attention mask to append to; send the whole one")
         mask = torch.cat([kept, columns.to(kept.dtype)], dim=1)
     if mask.shape[1] != num_columns:

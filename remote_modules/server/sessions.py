@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+import torch
+
 from remote_modules.errors import PeerRefused, RefusalReason
 from remote_modules.model.kv import SpanCache, grown_capacity
 from remote_modules.spans import Span
@@ -78,7 +80,7 @@ class Session:
     used_s: float
     capacity: int = 0
     reserved_bytes: int = 0
-    mask: object | None = None
+    mask: torch.Tensor | None = None
     last_step_id: int = -1
     last_reply: tuple[Output, list[Buffer]] | None = None
     connection_id: int | None = None

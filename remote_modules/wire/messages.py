@@ -34,6 +34,7 @@ __all__ = [
     "TensorMeta",
     "decode_message",
     "encode_message",
+    "kind_of",
 ]
 
 VERSION_MAJOR = 1
@@ -278,6 +279,12 @@ Message: TypeAlias = (
     | Pong
     | Draining
 )
+
+
+def kind_of(request: Request) -> str:
+    """``"step"``, ``"forward"`` or ``"backward"``: the request's tag."""
+    return str(request.__struct_config__.tag)
+
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

@@ -248,3 +248,8 @@ def test_claim_of_four_billion_items_is_refused_before_allocation(claim: bytes) 
     finally:
         tracemalloc.stop()
     assert peak_bytes < 100_000
+
+
+def test_requests_are_named_by_their_tags() -> None:
+    named = {messages.kind_of(example) for example in EXAMPLES if isinstance(example, messages.Request)}
+    assert named == {"step", "forward", "backward"}
