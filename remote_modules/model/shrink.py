@@ -11,6 +11,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from remote_modules.errors import CheckpointError, first_line
@@ -60,6 +61,8 @@ _QWEN4 = {
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
 }
+_MROPE = {"rope_parameters": _ROPE | {"mrope_section": [16, 24, 24]}}
+_GLM_MROPE = {"rope_parameters": _ROPE | {"mrope_section": [8, 12, 12]}}
 # Constructor arguments of types whose defaults build no model, or lose a kind of block when few blocks stay.
 TINY_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -76,6 +79,10 @@ TINY_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "gemma4_assistant": {
         "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
     },
+    "glm46v": {"text_config": _GLM_MROPE},
+    "glm4v": {"text_config": _GLM_MROPE},
+    "glm4v_moe": {"text_config": _GLM_MROPE},
+    "glm_ocr": {"text_config": _GLM_MROPE},
     "granitemoehybrid": {"num_hidden_layers": 4, "layer_types": _HYBRID},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
@@ -89,6 +96,9 @@ TINY_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
+    "paddleocr_vl": {"text_config": _MROPE},
+    "qwen2_5_vl": {"text_config": _MROPE},
+    "qwen2_vl": {"text_config": _MROPE},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
     "reformer": {
@@ -136,8 +146,11 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
     num_blocks = block_count(fields)
     if num_blocks > SHALLOW:
         num_blocks = min(max(len(set(kinds(fields))), TINY_BLOCKS[0]), TINY_BLOCKS[-1])
-    given = {"is_decoder": True} if fields.get("is_decoder") is False else {}
-    return changed(shrunk(config, num_blocks=num_blocks), given | changes)
+    small = shrunk(config, num_blocks=num_blocks)
+    given: dict[str, Any] = {"is_decoder": True} if fields.get("is_decoder") is False else {}
+    if small.to_dict().get("pad_token_id", 0) is None:
+        given["pad_token_id"] = 0
+    return changed(small, given | changes)
 
 
 def tiny_model(config: PreTrainedConfig, *, seed: int = 0, cls: type[PreTrainedModel] | None = None) -> PreTrainedModel:
@@ -177,8 +190,9 @@ def changed(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedC
 def rebuilt(cls: type[PreTrainedConfig], fields: Fields, attention: str | None) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = cls.from_dict(dict(fields))
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as exc:
-        raise CheckpointError(f"{cls.__name__} does not take the sizes of a tiny model: {first_line(exc)}") from exc
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as exc:
+        reason = first_line(exc.__cause__ or exc)
+        raise CheckpointError(f"{cls.__name__} does not take the sizes of a tiny model: {reason}") from exc
     config._attn_implementation = attention
     return config
 

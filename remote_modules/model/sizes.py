@@ -156,7 +156,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"feed_forward_size", at_most(96)),
     (r"hidden_size_per_layer_input|conv_dim|.*_embed_dim", at_most(HEAD_DIM)),
     (
-        r"(.*out_hidden|backbone_hidden|adapter_in|adapter_input|adapter_out|cross_attention_hidden|.*projection|proj)_(size|dim)",
+        r"(.*out_hidden|backbone_hidden|text_hidden|adapter_in|adapter_input|adapter_out|cross_attention_hidden|.*projection|proj)_(size|dim)",
         at_most(HIDDEN),
     ),
     (r".*hidden_size(_global)?|.*embedding_size|" + "|".join(HIDDEN_NAMES), width),
@@ -172,7 +172,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
         r".*sliding_window|.*sliding_window_size|attention_window_size|attention_chunk_size|local_attention",
         at_most(WINDOW),
     ),
-    (r"index_topk|indexer_budget", at_most(8)),
+    (r"index_topk|index_kpool|indexer_budget", at_most(8)),
     (r"index_topk_blocks", at_most(2)),
     # positions
     (r"original_max_position_embeddings", original_positions),
@@ -216,9 +216,13 @@ def small_rope(rope: Mapping[str, Any], small: Mapping[str, Any], old: Old) -> d
             name: small_rope(value, small, old) if isinstance(value, Mapping) else value for name, value in rope.items()
         }
     sizes = Old(small, tokens={})
-    dim = sizes.first(["qk_rope_head_dim", "head_dim"]) or sizes.first(HIDDEN_NAMES) // max(sizes.first(HEADS_NAMES), 1)
-    half = int(dim * (rope.get("partial_rotary_factor") or small.get("partial_rotary_factor") or 1.0)) // 2
+    dim = sizes.first(["head_dim"]) or sizes.first(HIDDEN_NAMES) // max(sizes.first(HEADS_NAMES), 1)
+    rotated = sizes.first(["qk_rope_head_dim"])
+    share = rope.get("partial_rotary_factor") or small.get("partial_rotary_factor") or 1.0
+    half = (rotated or int(dim * share)) // 2
     changed = dict(rope)
+    if rotated and rope.get("partial_rotary_factor", 1.0) < 1.0:
+        changed["partial_rotary_factor"] = rotated / dim
     for name in ("short_factor", "long_factor"):
         if name in rope:
             changed[name] = [rope[name][index * len(rope[name]) // half] for index in range(half)]
