@@ -25,7 +25,7 @@ __all__ = ["ShadowTensor", "is_shadow", "shadow_block"]
 
 WeightReader = Callable[[str], torch.Tensor]
 
-_TENSOR = torch.Tensor
+_TENSOR: Any = torch.Tensor  # mypy takes its properties for what they return
 # What is known without values. Everything that is in no table here reads the weight.
 _KNOWN = {
     *(
@@ -124,7 +124,7 @@ class ShadowTensor(torch.Tensor):
                 )
         return func(*_true_values(args), **_true_values(kwargs))
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"ShadowTensor('{self.shadow_name}', {list(self.shape)}, {dtype}, {self.device})"
 
@@ -182,26 +182,25 @@ class _Shadow(nn.Module):
             )
         super().__setattr__(name, value)
 
-    def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *self._weights]
-
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of a module without parameters; but ``recurse=False`` lists the shadows, frozen, for peft's
-        ``target_parameters``, which finds fused expert weights in no other way."""
+        """Adapters; with ``recurse=False`` the module's own shadows, too: peft finds fused experts in no other way."""
         yield from super().named_parameters(prefix, recurse, remove_duplicate)
         if not recurse:
-            for name, weight in self._weights.items():
-                if weight.is_parameter:
-                    yield f"{prefix}.{name}" if prefix else name, ShadowTensor.of(weight)  # type: ignore[misc]
+            yield from ((f"{prefix}.{name}" if prefix else name, shadow) for name, shadow in self._shadows())
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Adapters, and the module's own shadows: peft asks the first one where it is. Models never call this one."""
         yield from (parameter for _, parameter in super().named_parameters(recurse=recurse))
+        yield from (shadow for _, shadow in self._shadows())
+
+    def _shadows(self) -> Iterator[tuple[str, Any]]:
+        return ((name, ShadowTensor.of(weight)) for name, weight in self._weights.items() if weight.is_parameter)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         # What to(), half(), cuda() and the like call: no public method sees them all.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for weight in self._weights.values():
             weight.apply(fn)
         return self
@@ -264,7 +263,7 @@ class _Maker:
         """The shadow of ``module``; the same one where a module is in the tree twice."""
         if id(module) in self.made:
             return self.made[id(module)]
-        cls = _shadow_class(type(module))
+        cls = _shadow_class(type(module))  # type: ignore[arg-type]
         shadow = self.made[id(module)] = cls.__new__(cls)
         # The attributes of the architecture, but torch's own state (hooks, parameters, buffers, children) of a new one.
         shadow.__dict__.update({**module.__dict__, **nn.Module().__dict__})
