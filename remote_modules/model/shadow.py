@@ -124,7 +124,7 @@ class ShadowTensor(torch.Tensor):
                 )
         return func(*_true_values(args), **_true_values(kwargs))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self) -> str:  # type: ignore[override]
         dtype = str(self.dtype).removeprefix("torch.")
         return f"ShadowTensor('{self.shadow_name}', {list(self.shape)}, {dtype}, {self.device})"
 
