@@ -12,6 +12,9 @@ from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model_st
 
 from tests.model.peft_support import FAMILIES, adapted, local_model, remote_twin, token_ids, train, trainable
 
+# peft asks transformers in a way that it will not answer in version 6.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+
 ATTENTION: dict[str, list[str]] = {
     "gpt2": ["c_attn"],
     "bloom": ["query_key_value"],
