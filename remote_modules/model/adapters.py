@@ -169,7 +169,7 @@ class Adapter:
             raise RemoteProtocolError(f"adapter has {len(tensors)} tensors, its {len(entries)} entries need {count}")
         for entry, own in _with_tensors(entries, tensors):
             _check_tensors(entry, own)
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        if not all(math.isfinite(torch.linalg.vector_norm(tensor, math.inf)) for tensor in tensors):  # reads it once
             raise RemoteProtocolError("adapter holds values that are not finite; did the training diverge?")
         return Adapter(tuple(entries), tuple(tensors))
 
@@ -384,7 +384,7 @@ def _check_tensors(entry: Entry, tensors: Sequence[torch.Tensor]) -> None:
         is_right = is_right and (len(shapes) == 2 or shapes[2] == shapes[1][:1])
         if isinstance(entry, ParameterLora):
             is_right = is_right and shapes[0][0] % entry.num_experts == 0
-    if not is_right:
+    if not is_right or not all(tensor.numel() for tensor in tensors):
         raise RemoteProtocolError(f"adapter of '{entry.module}' of block {entry.block} claims shapes {shapes}")
     if not all(tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) for tensor in tensors):
         raise RemoteProtocolError(f"adapter of '{entry.module}' has dtype {tensors[0].dtype}, expected a float of it")
