@@ -43,8 +43,8 @@ MAX_HEADER_BYTES = 2**25  # safetensors describes each tensor in about 80 bytes,
 CARRIED = "LoRA (with rsLoRA, DoRA and target_parameters) and IA3 on linear layers"
 
 BlockIndex: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**16)]
-ModulePath: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^\w+(\.\w+)*$", max_length=256)]
-ParameterName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^\w+$", max_length=64)]
+ModulePath: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z", max_length=256)]
+ParameterName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_]+\Z", max_length=64)]
 Probability: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model_state_dict
 
-from tests.model.peft_support import FAMILIES, adapted, local_model, remote_twin, token_ids, train, trainable
+from tests.model.peft_support import FAMILIES, adapted, local_model, remote_twin, train, trainable
 
 # peft asks transformers in a way that it will not answer in version 6.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")

@@ -157,7 +157,7 @@ def test_weight_can_neither_be_replaced_nor_trained(block: nn.Module) -> None:
 def test_weight_of_another_shape_is_refused() -> None:
     layer = make(real_block(), read_weight=lambda name: torch.zeros(3)).get_submodule("mlp.up_proj")
     with pytest.raises(UnsupportedCallError, match=r"read with shape \[3\], expected \[48, 32\]"):
-        layer.weight + 1  # noqa: B018
+        layer.weight + 1
 
 
 def test_weight_that_is_reached_unseen_is_nan(block: nn.Module) -> None:
