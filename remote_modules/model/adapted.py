@@ -173,7 +173,8 @@ def _dora(item: _Item, x: torch.Tensor, result: torch.Tensor, seed: int | None) 
         base = F.linear(x, by_output)
     elif module.bias is not None:
         base = base - module.bias
-    return result + ((scale - 1) * base + scale * lora * scaling)
+    output: torch.Tensor = result + ((scale - 1) * base + scale * lora * scaling)
+    return output
 
 
 def _weight(module: Any) -> torch.Tensor:
@@ -196,7 +197,8 @@ def _dropped(item: _Item, x: torch.Tensor, seed: int | None) -> torch.Tensor:
     digest = hashlib.sha256(text.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     keep = torch.rand(x.shape, generator=generator) >= entry.dropout
-    return x * keep.to(x.device, x.dtype) / (1.0 - entry.dropout)
+    dropped: torch.Tensor = x * keep.to(x.device, x.dtype) / (1.0 - entry.dropout)
+    return dropped
 
 
 def _adapted_parameter(items: Sequence[_Item]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from tiny_models import load_whole, save_tiny
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,7 +21,6 @@ from remote_modules.model.adapted import applied
 from remote_modules.model.adapters import collect, decode, encode
 from remote_modules.model.shadow import shadow_block
 from remote_modules.model.stack import find_stack, meta_skeleton
-from tests.tiny_models import load_whole, save_tiny
 
 FAMILIES = ("llama", "gpt2", "gemma2", "qwen3_moe", "mixtral", "bloom", "falcon")
 
@@ -85,7 +85,9 @@ class _Remote(torch.autograd.Function):
 
 
 def local_model(folder: Path, family: str) -> PreTrainedModel:
-    changes = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}  # it has dropout
+    changes: dict[str, Any] = (
+        {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}
+    )  # it has dropout
     model = load_whole(save_tiny(folder / family, family, **changes), attn_implementation="eager")
     model.config.use_cache = False
     return model
@@ -116,7 +118,8 @@ def adapted(model: PreTrainedModel, *configs: PeftConfig, seed: int = 7) -> Peft
         for number, config in enumerate(configs[1:], 1):
             wrapped.add_adapter(f"a{number}", copy.deepcopy(config))
         if len(configs) > 1:
-            wrapped.base_model.set_adapter([f"a{number}" for number in range(len(configs))])
+            tuner: Any = wrapped.base_model
+            tuner.set_adapter([f"a{number}" for number in range(len(configs))])
     with torch.no_grad():
         for _, parameter in trainable(wrapped):
             parameter.add_(torch.randn_like(parameter) * 0.1)

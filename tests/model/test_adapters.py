@@ -24,6 +24,7 @@ from peft import (
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
 
+from model.peft_support import adapted, local_model, remote_twin, token_ids
 from remote_modules.errors import RemoteProtocolError, UnsupportedCallError
 from remote_modules.model.adapters import (
     Adapter,
@@ -39,7 +40,6 @@ from remote_modules.model.adapters import (
     encode,
     encode_entries,
 )
-from tests.model.peft_support import adapted, local_model, remote_twin, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
@@ -62,8 +62,9 @@ def model_with(tmp_path: Path, *configs: PeftConfig, family: str = "llama") -> P
     return adapted(remote_twin(local_model(tmp_path, family)), *configs)
 
 
-def blocks_of(model: PeftModel, path: str = "model.layers") -> dict[int, nn.Module]:
-    return dict(enumerate(model.base_model.model.get_submodule(path)))
+def blocks_of(model: PeftModel) -> dict[int, nn.Module]:
+    layers: Any = model.get_submodule("base_model.model.model.layers")
+    return dict(enumerate(layers))
 
 
 def collected(model: PeftModel) -> AdapterSet:
@@ -104,7 +105,8 @@ def test_lora_is_read_with_its_live_parameters(tmp_path: Path) -> None:
 def test_methods_and_their_order_are_read(tmp_path: Path) -> None:
     both = model_with(tmp_path, LoraConfig(target_modules=["v_proj"], r=2), LoraConfig(target_modules=["v_proj"], r=3))
     assert [parameter.shape[0] for parameter in collected(both).parameters[:4:2]] == [2, 3]
-    both.base_model.set_adapter(["a1", "a0"])
+    tuner: Any = both.base_model
+    tuner.set_adapter(["a1", "a0"])
     assert [parameter.shape[0] for parameter in collected(both).parameters[:4:2]] == [3, 2]
     both.set_adapter("a1")
     assert {parameter.shape[0] for parameter in collected(both).parameters[::2]} == {3}

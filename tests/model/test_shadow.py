@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from tiny_models import tiny_config
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -17,11 +18,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.pytorch_utils import Conv1D
 
+from model.peft_support import FAMILIES, adapted, local_model, remote_twin, token_ids
 from remote_modules.errors import UnsupportedCallError
 from remote_modules.model.shadow import ShadowTensor, is_shadow, shadow_block
 from remote_modules.model.stack import causal_lm_class, find_stack, meta_skeleton
-from tests.model.peft_support import FAMILIES, adapted, local_model, remote_twin, token_ids
-from tests.tiny_models import tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
@@ -155,9 +155,9 @@ def test_weight_can_neither_be_replaced_nor_trained(block: nn.Module) -> None:
 
 
 def test_weight_of_another_shape_is_refused() -> None:
-    layer = make(real_block(), read_weight=lambda name: torch.zeros(3)).get_submodule("mlp.up_proj")
+    layer: Any = make(real_block(), read_weight=lambda name: torch.zeros(3)).get_submodule("mlp.up_proj")
     with pytest.raises(UnsupportedCallError, match=r"read with shape \[3\], expected \[48, 32\]"):
-        layer.weight + 1
+        torch.add(layer.weight, 1)
 
 
 def test_weight_that_is_reached_unseen_is_nan(block: nn.Module) -> None:
@@ -172,12 +172,13 @@ def test_what_is_read_takes_dtype_and_name() -> None:
         names.append(name)
         return torch.ones(48, 32, dtype=torch.bfloat16)
 
-    assert (make(real_block(), read_weight=read).get_submodule("mlp.up_proj").weight + 1).dtype == torch.float32
+    layer: Any = make(real_block(), read_weight=read).get_submodule("mlp.up_proj")
+    assert (layer.weight + 1).dtype == torch.float32
     assert names == ["mlp.up_proj.weight"]
 
 
 def test_dtype_follows_the_model(block: nn.Module) -> None:
-    layer = block.get_submodule("mlp.up_proj")
+    layer: Any = block.get_submodule("mlp.up_proj")
     assert block.to(torch.bfloat16) is block
     assert layer.weight.dtype == torch.bfloat16
     assert block.float().get_submodule("mlp.up_proj").weight.dtype == torch.float32
@@ -210,8 +211,16 @@ def test_no_checkpoint_is_put_around_a_remote_block(tmp_path: Path) -> None:
     block = model.model.layers[0]
     assert isinstance(block, GradientCheckpointingLayer)
     calls = []
+
+    def counted(forward: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return forward(*args, **kwargs)
+
+        return call
+
     for layer in model.model.layers:
-        layer.forward = lambda hidden, forward=layer.forward, **kwargs: (calls.append(1), forward(hidden, **kwargs))[1]
+        layer.forward = counted(layer.forward)
     model(input_ids=token_ids(), labels=token_ids()).loss.backward()
     assert len(calls) == 4
 
@@ -230,7 +239,7 @@ def test_only_adapters_are_parameters_and_keys_of_a_wrapped_model(tmp_path: Path
     assert len(inner) == 4 * 2 * 7  # q, k, v, o, the router, two expert parameters
     assert all("lora_" in name for name in inner)
     assert {name for name in wrapped.state_dict() if ".layers." in name} == set(inner)
-    layers = wrapped.get_submodule("base_model.model.model.layers")
+    layers: Any = wrapped.get_submodule("base_model.model.model.layers")
     assert is_shadow(layers[0])
     assert not is_shadow(layers[0].get_submodule("self_attn.q_proj"))
 
