@@ -85,10 +85,10 @@ class _Remote(torch.autograd.Function):
 
 
 def local_model(folder: Path, family: str) -> PreTrainedModel:
-    changes: dict[str, Any] = (
-        {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}
-    )  # it has dropout
-    model = load_whole(save_tiny(folder / family, family, **changes), attn_implementation="eager")
+    """Without dropout of its own, which gpt2 has."""
+    changes: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    saved = save_tiny(folder / family, family, **(changes if family == "gpt2" else {}))
+    model = load_whole(saved, attn_implementation="eager")
     model.config.use_cache = False
     return model
 
