@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download, hf_hub_url
+from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -65,6 +65,9 @@ class HubModel:
 
     def small_file(self, file_name: str) -> Path | None:
         """A file fetched whole, or None if the model has none of that name."""
+        cached = try_to_load_from_cache(self.name, file_name, cache_dir=self.cache_dir, revision=self.commit)
+        if cached is not None:
+            return Path(cached) if isinstance(cached, str) else None  # else a sentinel: it is known to have none
         with _plain_errors(self.name, file_name):
             try:
                 return self._download(file_name)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -282,27 +282,34 @@ def test_connection_drops_once_and_the_load_goes_on(hub: FakeHub, single_folder:
     assert hub.sent_bytes() == header_bytes(single_folder / SINGLE_NAME) + bytes_of(single_folder, "1:2")
 
 
-def _load_in_a_process(url: str, cache: str, span: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.ENDPOINT", url)
-        template = url + "/{repo_id}/resolve/{revision}/{filename}"
-        patch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        span_of(opened(Path(cache)), span)
+FETCH_BLOCK_1 = (
+    "import sys; from remote_modules.model.checkpoint import open_checkpoint\n"
+    "part = open_checkpoint(sys.argv[1]).part(lambda key: '.layers.1.' in key)\n"
+    "print(sum(map(len, part.values())), *part)"
+)
 
 
-def test_two_processes_fetch_the_same_part_once(hub: FakeHub, single_folder: Path, cache: Path) -> None:
-    opened(cache)
-    begun = hub.sent_bytes()
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_load_in_a_process, args=(hub.url, str(cache), "1:2")) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(100)
-        assert process.exitcode == 0
-    assert hub.sent_bytes() == begun + bytes_of(single_folder, "1:2")
-    huggingface_hub.close_session()
-    check_equal(span_of(opened(cache), "1:2"), single_folder)
+def test_two_processes_fetch_the_same_part_once(hub: FakeHub, single_folder: Path, tmp_path: Path) -> None:
+    """The tensors are sent only when both have begun."""
+    both_are_here = threading.Event()
+
+    def wait(answer: Answer) -> None:
+        if sum(answer.name == "config.json" for answer in hub.answers if answer.method == "HEAD") == 2:
+            both_are_here.set()
+        if answer.range is not None and len(hub.ranges) >= 2:
+            assert both_are_here.wait(60)
+
+    hub.tamper = wait
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", FETCH_BLOCK_1, HUB_NAME]
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = {process.communicate(timeout=100)[0] for process in processes}
+    (path,) = finished_files(tmp_path)
+    assert outputs == {f"9 {path}\n"}
+    assert both_are_here.is_set()
+    begin = header_bytes(single_folder / SINGLE_NAME)
+    of_data = [end - start for start, end in hub.ranges if start >= begin]
+    assert of_data == [bytes_of(single_folder, "1:2")]
 
 
 # Integrity
@@ -401,10 +408,8 @@ def test_offline_parts_of_shards_load_from_a_cache_that_cannot_be_written(
 def test_hub_that_is_gone_is_not_needed_for_what_is_here(
     single_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving(single_folder, monkeypatch) as hub:
+    with serving(single_folder, monkeypatch):
         span_of(opened(cache), "1:2")
-    url = hub.url
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
     check_equal(span_of(opened(cache), "1:2"), single_folder)
     with pytest.raises(CheckpointError, match=r"^cannot get 'model.safetensors' of '.*' from the hub: ") as caught:
         span_of(opened(cache), "0:1")
@@ -413,15 +418,10 @@ def test_hub_that_is_gone_is_not_needed_for_what_is_here(
 
 
 def test_conventions_of_the_environment_hold(hub: FakeHub, single_folder: Path, tmp_path: Path) -> None:
-    script = (
-        "import sys; from remote_modules.model.checkpoint import open_checkpoint\n"
-        "part = open_checkpoint(sys.argv[1]).part(lambda key: '.layers.1.' in key)\n"
-        "print(sum(map(len, part.values())), *part)"
-    )
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret"}
     for offline in ({}, {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}):
         done = subprocess.run(
-            [sys.executable, "-c", script, HUB_NAME],
+            [sys.executable, "-c", FETCH_BLOCK_1, HUB_NAME],
             env=environment | offline,
             capture_output=True,
             text=True,
