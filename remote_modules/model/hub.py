@@ -40,9 +40,7 @@ __all__ = ["HubModel", "open_hub_model"]
 
 logger = logging.getLogger(__name__)
 
-_WHOLE_SHARE = (
-    0.8  # if more of a shard is wanted, the whole is fetched: others can use it, and the hub knows its sha256
-)
+_WHOLE_SHARE = 0.8  # above it the whole is fetched: other programs can use that, and the hub knows its sha256
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
