@@ -1,36 +1,27 @@
 """Finding a checkpoint and deciding which of its files a span needs.
 
-A model is named by a local folder, a hub id, or the name of the built-in model. Only safetensors are read; hub files
-come through `huggingface_hub`, so its cache, revision, token and ``HF_HUB_OFFLINE`` conventions hold, and only the
-shards that hold wanted tensors are downloaded.
+A model is named by a local folder, a hub id, or the name of the built-in model. Only safetensors are read. Of a model
+on the hub only the wanted tensors are fetched (`model.hub`), by `huggingface_hub`'s conventions: its cache, revision,
+token, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE``.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from safetensors import SafetensorError, safe_open
-
-from remote_modules.errors import CheckpointError, first_line
+from remote_modules.errors import CheckpointError
+from remote_modules.model.hub import HubModel, open_hub_model
+from remote_modules.model.shard_header import tensor_names
 
 __all__ = ["BUILT_IN", "Checkpoint", "built_in_path", "open_checkpoint"]
 
 BUILT_IN = "pydoc-2m"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_SMALL_FILES = ("config.json", "generation_config.json")
 
 
 def built_in_path() -> Path:
@@ -40,23 +31,19 @@ def built_in_path() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint whose config and index are at hand; shards may still be remote.
+    """A checkpoint whose config and index are at hand; weights may still be remote.
 
     Attributes:
         name: what the user called it.
         folder: local folder of the config and of the files present so far.
         weight_map: tensor name to shard file name.
-        repository: hub id when missing shards can be fetched, else None.
-        revision, cache_dir, token: hub options; of a hub model, the revision is the commit that its config came from.
+        hub: where missing weights are fetched from; None for a local folder.
     """
 
     name: str
     folder: Path
     weight_map: Mapping[str, str]
-    repository: str | None = None
-    revision: str | None = None
-    cache_dir: str | None = None
-    token: str | None = None
+    hub: HubModel | None = None
 
     def shards(self, wanted: Callable[[str], bool]) -> dict[str, list[str]]:
         """Shard file names to the wanted tensor names in them, both in order."""
@@ -66,18 +53,41 @@ class Checkpoint:
                 shards.setdefault(self.weight_map[key], []).append(key)
         return dict(sorted(shards.items()))
 
-    def shard_path(self, file_name: str) -> Path:
-        """Where a shard lies, fetching it from the hub if need be.
+    def part(self, wanted: Callable[[str], bool]) -> dict[Path, list[str]]:
+        """Local files to the wanted tensor names to take from them; fetches from the hub what is missing.
 
         Raises:
-            CheckpointError: it is missing.
+            CheckpointError: some cannot be had.
         """
-        path = self.folder / file_name
-        if path.exists():
-            return path
-        if self.repository is None:
-            raise CheckpointError(f"checkpoint {self.folder} lacks shard '{file_name}' that its index names")
-        return _hub_file(self.repository, file_name, self.revision, self.cache_dir, self.token)
+        files: dict[Path, list[str]] = {}
+        sizes = Counter(self.weight_map.values())
+        for file_name, keys in self.shards(wanted).items():
+            if self.hub is not None:
+                _add(files, self.hub.files(file_name, keys, is_all=len(keys) == sizes[file_name]))
+            elif (path := self.folder / file_name).exists():
+                _add(files, {path: keys})
+            else:
+                raise CheckpointError(f"checkpoint {self.folder} lacks shard '{file_name}' that its index names")
+        return files
+
+    def local_part(self, wanted: Callable[[str], bool]) -> dict[Path, list[str]] | None:
+        """As `part`, but fetches nothing: None if some wanted tensor is not on this machine."""
+        files: dict[Path, list[str]] = {}
+        for file_name, keys in self.shards(wanted).items():
+            path = self.folder / file_name
+            found = {path: keys} if path.exists() else None
+            if found is None and self.hub is not None:
+                found = self.hub.local_files(file_name, keys)
+            if found is None:
+                return None
+            _add(files, found)
+        return files
+
+
+def _add(files: dict[Path, list[str]], more: Mapping[Path, list[str]]) -> None:
+    """Two shards of the same content share their local files."""
+    for path, keys in more.items():
+        files[path] = files.get(path, []) + keys
 
 
 def open_checkpoint(
@@ -102,7 +112,7 @@ def _local_weight_map(folder: Path) -> dict[str, str]:
     if (folder / INDEX_NAME).is_file():
         return _read_index(folder / INDEX_NAME)
     if (folder / SINGLE_NAME).is_file():
-        return _read_single(folder / SINGLE_NAME)
+        return dict.fromkeys(tensor_names(folder / SINGLE_NAME), SINGLE_NAME)
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickled:
         raise CheckpointError(
@@ -124,57 +134,9 @@ def _read_index(path: Path) -> dict[str, str]:
     return items
 
 
-def _read_single(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return dict.fromkeys(file.keys(), path.name)
-    except (SafetensorError, OSError) as exc:
-        raise CheckpointError(f"weights {path} are not readable: {exc}") from exc
-
-
 def _open_hub_checkpoint(name: str, revision: str | None, cache_dir: str | None, token: str | None) -> Checkpoint:
-    config_path = _hub_file(name, _SMALL_FILES[0], revision, cache_dir, token)
-    revision = config_path.parent.name  # the commit: a branch may move on before the last shard is fetched
-    for optional in _SMALL_FILES[1:]:
-        _hub_file_if_present(name, optional, revision, cache_dir, token)
-    index = _hub_file_if_present(name, INDEX_NAME, revision, cache_dir, token)
-    if index is not None:
-        weight_map = _read_index(index)
-    else:
-        weight_map = _read_single(_hub_file(name, SINGLE_NAME, revision, cache_dir, token))
-    return Checkpoint(
-        name=name,
-        folder=config_path.parent,
-        weight_map=weight_map,
-        repository=name,
-        revision=revision,
-        cache_dir=cache_dir,
-        token=token,
-    )
-
-
-def _hub_file_if_present(
-    name: str, file_name: str, revision: str | None, cache_dir: str | None, token: str | None
-) -> Path | None:
-    try:
-        return Path(
-            huggingface_hub.hf_hub_download(name, file_name, revision=revision, cache_dir=cache_dir, token=token)
-        )
-    except (EntryNotFoundError, LocalEntryNotFoundError):
-        return None
-
-
-def _hub_file(name: str, file_name: str, revision: str | None, cache_dir: str | None, token: str | None) -> Path:
-    try:
-        path = huggingface_hub.hf_hub_download(name, file_name, revision=revision, cache_dir=cache_dir, token=token)
-    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as exc:
-        raise CheckpointError(f"'{name}' is neither a local folder nor a model on the hub: {first_line(exc)}") from exc
-    except LocalEntryNotFoundError as exc:
-        raise CheckpointError(
-            f"'{file_name}' of '{name}' is not in the hub cache, and the hub cannot be asked: {first_line(exc)}"
-        ) from exc
-    except EntryNotFoundError as exc:
-        raise CheckpointError(f"'{name}' has no '{file_name}' on the hub; only safetensors are loaded") from exc
-    except (HfHubHTTPError, OSError) as exc:
-        raise CheckpointError(f"cannot get '{file_name}' of '{name}' from the hub: {first_line(exc)}") from exc
-    return Path(path)
+    hub = open_hub_model(name, revision, cache_dir, token)
+    hub.small_file("generation_config.json")
+    index = hub.small_file(INDEX_NAME)
+    weight_map = dict.fromkeys(hub.tensor_names(SINGLE_NAME), SINGLE_NAME) if index is None else _read_index(index)
+    return Checkpoint(name=name, folder=hub.snapshot, weight_map=weight_map, hub=hub)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -35,19 +36,19 @@ def model_key(config: PreTrainedConfig) -> str:
 
 
 def block_digests(checkpoint: Checkpoint, stack: StackSpec, blocks: Iterable[int]) -> dict[int, str]:
-    """Digest of each block that can be read locally; opens no shard but those of these blocks, and downloads none."""
+    """Digest of each block that can be read locally; opens no file but those of these blocks, and fetches nothing."""
     digests = {}
     for block in blocks:
-        shards = checkpoint.shards(lambda key, block=block: stack.block_of_key(key) == block)  # type: ignore[misc]
-        if shards and all((checkpoint.folder / name).exists() for name in shards):
-            digests[block] = _digest(checkpoint, shards)
+        files = checkpoint.local_part(lambda key, block=block: stack.block_of_key(key) == block)  # type: ignore[misc]
+        if files:
+            digests[block] = _digest(files)
     return digests
 
 
-def _digest(checkpoint: Checkpoint, shards: dict[str, list[str]]) -> str:
+def _digest(files: dict[Path, list[str]]) -> str:
     parts = {}
-    for file_name, keys in shards.items():
-        with safe_open(str(checkpoint.folder / file_name), framework="pt") as file:
+    for path, keys in files.items():
+        with safe_open(str(path), framework="pt") as file:
             for key in keys:
                 tensor = file.get_slice(key)
                 shape = tensor.get_shape()

@@ -2,7 +2,7 @@
 
 Only public transformers API: a subclass whose ``__init__`` prunes the modules that are not wanted *before* weights
 are loaded, and a temporary folder of links with an index reduced to the wanted tensors, given to `from_pretrained`.
-So no tensor outside the wanted part is read, no shard that holds none of it is opened, and conversions that
+So no tensor outside the wanted part is read or fetched, no shard that holds none of it is opened, and conversions that
 transformers does while loading still happen.
 """
 
@@ -136,10 +136,10 @@ def _load(
     **kwargs: Any,
 ) -> PreTrainedModel:
     pruned: Any = _pruned_class(cls, stack, keep_block)  # Any: what from_pretrained returns varies with its options
-    shards = checkpoint.shards(lambda key: keep_block(stack.block_of_key(key)))
-    if not shards:
+    files = checkpoint.part(lambda key: keep_block(stack.block_of_key(key)))
+    if not files:
         raise CheckpointError(f"checkpoint '{checkpoint.name}' has no tensor of the wanted part of {cls.__name__}")
-    with _partial_folder(checkpoint, shards) as folder, _quiet_loading():
+    with _partial_folder(checkpoint, files) as folder, _quiet_loading():
         if str(device) != "cpu":
             kwargs["device_map"] = {"": device}
         try:
@@ -198,7 +198,7 @@ def _prune_around(model: nn.Module, path: str) -> None:
 
 
 @contextmanager
-def _partial_folder(checkpoint: Checkpoint, shards: dict[str, list[str]]) -> Iterator[Path]:
+def _partial_folder(checkpoint: Checkpoint, files: dict[Path, list[str]]) -> Iterator[Path]:
     """A folder that looks like a checkpoint of just these tensors."""
     with tempfile.TemporaryDirectory(prefix="remote-modules-") as name:
         folder = Path(name)
@@ -207,9 +207,9 @@ def _partial_folder(checkpoint: Checkpoint, shards: dict[str, list[str]]) -> Ite
             if source.exists():
                 (folder / file_name).symlink_to(source.resolve())
         weight_map = {}
-        for number, (file_name, keys) in enumerate(shards.items()):
+        for number, (path, keys) in enumerate(files.items()):
             link = f"part-{number:05d}.safetensors"  # never "model.safetensors", which would win over the index
-            (folder / link).symlink_to(checkpoint.shard_path(file_name).resolve())
+            (folder / link).symlink_to(path.resolve())
             weight_map.update(dict.fromkeys(keys, link))
         (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), "utf-8")
         yield folder

@@ -75,7 +75,7 @@ def opened_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     with monkeypatch.context() as patch:
         for module in (
             "transformers.modeling_utils",
-            "remote_modules.model.checkpoint",
+            "remote_modules.model.shard_header",
             "remote_modules.model.fingerprint",
         ):
             patch.setattr(f"{module}.safe_open", counting)

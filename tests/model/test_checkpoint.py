@@ -5,10 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -16,6 +12,7 @@ import pytest
 import torch
 from tiny_models import load_whole, save_tiny
 
+from model.fake_hub import COMMIT, HUB_NAME, serving
 from model.support import opened, opened_files
 from remote_modules.errors import CheckpointError
 from remote_modules.model.checkpoint import BUILT_IN, INDEX_NAME, SINGLE_NAME, built_in_path, open_checkpoint
@@ -23,9 +20,7 @@ from remote_modules.model.loading import load_span, read_config
 from remote_modules.model.stack import causal_lm_class
 from remote_modules.spans import Span
 
-COMMIT = "a" * 40
 LATER_COMMIT = "b" * 40
-HUB_NAME = "someone/tiny-llama"
 
 
 def shard_names(folder: Path) -> list[str]:
@@ -52,7 +47,7 @@ def test_sharded_folder_maps_each_tensor_to_its_file(llama_folder: Path) -> None
     assert len(shard_names(llama_folder)) > 2
     assert sorted(set(checkpoint.weight_map.values())) == shard_names(llama_folder)
     assert set(checkpoint.weight_map) == set(load_whole(llama_folder).state_dict())
-    assert checkpoint.repository is None
+    assert checkpoint.hub is None
 
 
 def test_single_file_folder_maps_all_tensors_to_it(tmp_path: Path) -> None:
@@ -85,7 +80,7 @@ def test_missing_shard_is_named_when_it_is_needed(copy: Path) -> None:
     (copy / missing).unlink()
     checkpoint = open_checkpoint(str(copy))
     with pytest.raises(CheckpointError, match=rf"^checkpoint .*copy lacks shard '{missing}' that its index names$"):
-        checkpoint.shard_path(missing)
+        checkpoint.part(lambda key: checkpoint.weight_map[key] == missing)
 
 
 def test_pickled_weights_alone_are_refused(copy: Path) -> None:
@@ -221,11 +216,12 @@ def test_name_that_is_no_hub_id_is_refused_in_one_line(name: str, tmp_path: Path
 def test_branch_moves_on_shards_of_the_later_commit_are_not_mixed_in(llama_folder: Path, tmp_path: Path) -> None:
     cached(llama_folder, tmp_path, ["config.json", INDEX_NAME])
     checkpoint = open_checkpoint(HUB_NAME, cache_dir=str(tmp_path))
-    assert checkpoint.revision == COMMIT
+    assert checkpoint.hub is not None
+    assert checkpoint.hub.commit == COMMIT
     shard = shard_names(llama_folder)[0]
     cached(llama_folder, tmp_path, ["config.json", INDEX_NAME, shard], LATER_COMMIT)
     with pytest.raises(CheckpointError, match=rf"^'{shard}' of '{HUB_NAME}' is not in the hub cache"):
-        checkpoint.shard_path(shard)
+        checkpoint.part(lambda key: checkpoint.weight_map[key] == shard)
 
 
 def test_offline_by_environment_and_not_cached_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -249,71 +245,19 @@ def test_offline_by_environment_and_not_cached_is_refused_in_one_line(tmp_path: 
     )
 
 
-# A hub on the loopback: the two requests that `hf_hub_download` makes
-
-
-class Hub(BaseHTTPRequestHandler):
-    folder: Path
-    fetched: list[str]
-    error = ""
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        self._answer(is_body_wanted=False)
-
-    def do_GET(self) -> None:
-        self._answer(is_body_wanted=True)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def _answer(self, *, is_body_wanted: bool) -> None:
-        name = self.path.rpartition("/")[2]
-        path = self.folder / name
-        error = self.error or ("" if path.exists() else "EntryNotFound")
-        data = path.read_bytes() if not error else b""
-        self.send_response(404 if error else 200)
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{name}"')
-        self.send_header("Content-Length", str(len(data)))
-        if error:
-            self.send_header("X-Error-Code", error)
-        self.end_headers()
-        if is_body_wanted:
-            self.wfile.write(data)
-            self.fetched.append(name)
-
-
-@contextmanager
-def serving(folder: Path, monkeypatch: pytest.MonkeyPatch, error: str = "") -> Iterator[list[str]]:
-    """A hub of one model in ``folder``, reached instead of the real one; gives the names of the files fetched."""
-    fetched: list[str] = []
-    handler = type("OneHub", (Hub,), {"folder": folder, "fetched": fetched, "error": error})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads = False  # leaving joins them
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        template = url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)  # else a bar leaves a thread behind
-        try:
-            yield fetched
-        finally:
-            huggingface_hub.close_session()
-            server.shutdown()
-            thread.join()
+# A hub on the loopback; test_hub.py has how it is read
 
 
 def test_hub_model_has_only_its_needed_shards_fetched_once(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving(llama_folder, monkeypatch) as fetched:
-        for _ in range(2):
-            weights = load_blocks(HUB_NAME, "1:2", tmp_path)
+    with serving(llama_folder, monkeypatch) as hub:
+        load_blocks(HUB_NAME, "1:2", tmp_path)
+        once = len(hub.fetched)
+        weights = load_blocks(HUB_NAME, "1:2", tmp_path)
+    assert len(hub.fetched) == once
     shards = needed_shards(llama_folder, "1:2")
-    assert sorted(fetched) == sorted(["config.json", "generation_config.json", INDEX_NAME, *shards])
+    assert set(hub.fetched) == {"config.json", "generation_config.json", INDEX_NAME, *shards}
     assert len(shards) < len(shard_names(llama_folder))
     whole = load_whole(llama_folder).state_dict()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights.items())
@@ -323,7 +267,8 @@ def test_hub_model_has_only_its_needed_shards_fetched_once(
 def test_hub_does_not_know_the_model_is_refused_in_one_line(
     error: str, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving(llama_folder, monkeypatch, error):
+    with serving(llama_folder, monkeypatch) as hub:
+        hub.error = error
         match = rf"^'{HUB_NAME}' is neither a local folder nor a model on the hub: "
         check_refused(HUB_NAME, match, cache_dir=str(tmp_path))
 

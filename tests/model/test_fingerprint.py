@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from model.support import opened, opened_files, stack_of
 from remote_modules.model.checkpoint import Checkpoint, open_checkpoint
 from remote_modules.model.fingerprint import block_digests, model_key
+from remote_modules.model.hub import HubModel
 from remote_modules.model.loading import read_config
 from remote_modules.model.stack import StackSpec
 
@@ -152,7 +153,9 @@ def test_block_whose_shard_is_not_here_has_no_digest_and_none_is_fetched(
     )
     for name in gone:
         (copy / name).unlink()
-    hub = Checkpoint(name="someone/tiny", folder=copy, weight_map=local.weight_map, repository="someone/tiny")
+    hub = Checkpoint(
+        name="someone/tiny", folder=copy, weight_map=local.weight_map, hub=HubModel("someone/tiny", copy, "a" * 40)
+    )
     digests = block_digests(hub, STACK, ALL)
     assert 3 not in digests
     assert {0, 1} <= set(digests)
