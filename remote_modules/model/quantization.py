@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -209,7 +210,7 @@ class QuantizedExperts(_TensorLike, nn.Module):
         state = functional.QuantState(
             absmax=scales,
             shape=self.shape[1:],
-            code=functional.get_4bit_type("nf4", device=codes.device),
+            code=_nf4_table(codes.device),
             blocksize=NF4_BLOCK,
             quant_type="nf4",
             dtype=self.like.dtype,
@@ -233,6 +234,12 @@ class QuantizedExperts(_TensorLike, nn.Module):
         if isinstance(index, int) or (isinstance(index, torch.Tensor) and index.dim() == 0):
             return _Expert(self, int(index))
         return self.dequantize()[index]
+
+
+@cache
+def _nf4_table(device: torch.device) -> torch.Tensor:
+    table: torch.Tensor = _bitsandbytes().functional.get_4bit_type("nf4", device=device)
+    return table
 
 
 def _quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
