@@ -73,7 +73,8 @@ class ServerConfig:
     peers: tuple[str, ...] = ()  # other peers' addresses, asked when choosing a span
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     dtype: str = "auto"  # "auto" (the checkpoint's), "float32", "bfloat16", "float16"
-    quantization: str = "none"
+    quantization: str = "none"  # of the weights: "none", "int8", "nf4"
+    quantized_cache: bool = True  # keep quantized blocks on disk for the next start
     revision: str | None = None
     cache_dir: str | None = None
     token: str | None = None  # hub token; never logged or announced
@@ -100,7 +101,7 @@ class ServerConfig:
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must be in 0:65536, got {self.port}")
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        _check_choice("quantization", self.quantization, ("none",))
+        _check_choice("quantization", self.quantization, ("none", "int8", "nf4"))
         for name in ("announce_addresses", "peers"):
             for address in getattr(self, name):
                 _check_field(name, check_address, address)

@@ -113,7 +113,7 @@ def test_server_number_that_is_not_positive_is_refused(name: str, value: float) 
         ({"port": -1}, "port must be in 0:65536, got -1"),
         ({"port": 65536}, "port must be in 0:65536, got 65536"),
         ({"dtype": "float8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'float8'"),
-        ({"quantization": "int3"}, "quantization must be one of none"),
+        ({"quantization": "int3"}, "quantization must be one of none, int8, nf4, got 'int3'"),
         ({"announce_addresses": ("example.org",)}, "address must look like HOST:PORT, got 'example.org'"),
         ({"peers": ("10.0.0.1:1", "x")}, "address must look like HOST:PORT, got 'x'"),
     ],

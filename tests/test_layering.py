@@ -42,6 +42,8 @@ USERS_OF: dict[str, set[str]] = {
     "zeroconf": {"discovery"},
     "huggingface_hub": {"model"},
     "safetensors": {"model"},
+    "bitsandbytes": {"model"},
+    "accelerate": {"model"},
     "cryptography": {"identity"},
     "prometheus_client": {"discovery", "server"},
     "typer": {"cli"},

@@ -79,7 +79,13 @@ def serve(
         ),
     ] = DEFAULTS.dtype,
     quantization: Annotated[
-        str, typer.Option("--quantization", metavar="none", help="Of the weights.", rich_help_panel=BLOCKS)
+        str,
+        typer.Option(
+            "--quantization",
+            metavar="none|int8|nf4",
+            help="Of the weights: 1/2 or 1/4 of bfloat16's memory. Needs pip install 'remote-modules\\[quantization]'.",
+            rich_help_panel=BLOCKS,
+        ),
     ] = DEFAULTS.quantization,
     host: Annotated[
         str, typer.Option("--host", help="Where to listen; 0.0.0.0 for all interfaces.", rich_help_panel=NETWORK)

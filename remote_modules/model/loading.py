@@ -8,6 +8,7 @@ transformers does while loading still happen.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import tempfile
@@ -25,6 +26,15 @@ from transformers.utils import logging as transformers_logging
 
 from remote_modules.errors import CheckpointError, UnsupportedCallError, first_line
 from remote_modules.model.checkpoint import INDEX_NAME, Checkpoint
+from remote_modules.model.fingerprint import block_digests
+from remote_modules.model.quantization import (
+    block_state,
+    check_quantization,
+    loading_options,
+    quantize_experts,
+    restore_block,
+)
+from remote_modules.model.quantized_cache import QuantizedCache
 from remote_modules.model.stack import StackSpec, find_stack, meta_skeleton
 from remote_modules.spans import Span
 
@@ -84,17 +94,27 @@ def load_span(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
+    quantization: str = "none",
+    quantized_cache: QuantizedCache | None = None,
 ) -> tuple[PreTrainedModel, StackSpec]:
     """The whole skeleton with the weights of ``span`` alone; other blocks, embeddings, norms and head are stubs.
+
+    Args:
+        quantization: ``"none"``, ``"int8"`` or ``"nf4"``, of the weights of linear layers and experts.
+        quantized_cache: where quantized blocks are looked for first, and kept.
 
     Raises:
         CheckpointError: a shard or tensor of the span is missing.
         UnsupportedCallError: the class cannot be built in part.
-        ValueError: the span reaches outside the model.
+        ValueError: the span reaches outside the model, or a package that ``quantization`` needs is not installed.
     """
     skeleton = meta_skeleton(cls, config)
     stack = find_stack(skeleton, config)
     check_span(span, stack.num_blocks, checkpoint.name)
+    if quantization != "none":
+        check_quantization(quantization)
+        quantizer = _Quantizer(checkpoint, config, cls, stack, quantization, dtype, device)
+        return quantizer.load(span, quantized_cache).eval(), stack
 
     def keep_block(block: int | None) -> bool:
         return block is not None and block in span
@@ -122,6 +142,76 @@ def load_client_part(
 def check_span(span: Span, num_blocks: int, name: str) -> None:
     if span.end > num_blocks:
         raise ValueError(f"span {span} is outside model '{name}' of {num_blocks} blocks (0:{num_blocks})")
+
+
+class _Quantizer:
+    """Loads a span block by block, so that never more than one is in memory as the checkpoint has it."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: PreTrainedConfig,
+        cls: type[PreTrainedModel],
+        stack: StackSpec,
+        quantization: str,
+        dtype: torch.dtype | str,
+        device: torch.device | str,
+    ) -> None:
+        self._checkpoint, self._config, self._cls, self._stack = checkpoint, config, cls, stack
+        self._quantization, self._dtype, self._device = quantization, dtype, device
+        skeleton = meta_skeleton(cls, copy.deepcopy(config))
+        if "eager" != skeleton.config._experts_implementation:
+            skeleton.set_experts_implementation("eager")
+        self._meta_blocks = stack.blocks(skeleton)
+
+    def load(self, span: Span, cache: QuantizedCache | None) -> PreTrainedModel:
+        model = self._without_blocks()
+        blocks = self._stack.blocks(model)
+        for index in span:
+            blocks[index] = self._stored(index, cache) or self._quantized(index, cache)
+        model.requires_grad_(False)
+        return model
+
+    def _without_blocks(self) -> PreTrainedModel:
+        pruned: Any = _pruned_class(self._cls, self._stack, lambda block: False)
+        with _quiet_loading():
+            model: PreTrainedModel = pruned.from_pretrained(
+                None,
+                config=self._config,
+                state_dict={},
+                dtype=self._dtype,
+                device_map={"": self._device},
+                experts_implementation="eager",
+            )
+        model.__class__ = self._cls
+        return model
+
+    def _stored(self, index: int, cache: QuantizedCache | None) -> nn.Module | None:
+        state = cache.read(index) if cache is not None else None
+        if state is None:
+            return None
+        block = self._meta_blocks[index]
+        restore_block(block, state, self._device)
+        return block
+
+    def _quantized(self, index: int, cache: QuantizedCache | None) -> nn.Module:
+        options = loading_options(self._quantization, self._meta_blocks[index], f"{self._stack.path}.{index}")
+        model = _load(
+            self._checkpoint,
+            self._config,
+            self._cls,
+            self._stack,
+            lambda block: block == index,
+            dtype=self._dtype,
+            device_map={"": self._device},
+            **options,
+        )
+        block = self._stack.blocks(model)[index]
+        quantize_experts(block, self._quantization)
+        if cache is not None:
+            digest = block_digests(self._checkpoint, self._stack, [index]).get(index, "")
+            cache.write(index, block_state(block), digest)
+        return block
 
 
 def _load(

@@ -8,6 +8,8 @@ from remote_modules.config import ServerConfig
 from remote_modules.model.checkpoint import Checkpoint, open_checkpoint
 from remote_modules.model.fingerprint import block_digests, model_key
 from remote_modules.model.loading import check_span, load_span, read_config
+from remote_modules.model.quantization import check_quantization, compute_dtype, quantized_bytes
+from remote_modules.model.quantized_cache import QuantizedCache, model_digest
 from remote_modules.model.replay import SpanModel
 from remote_modules.model.stack import StackSpec, causal_lm_class, find_stack, meta_skeleton
 from remote_modules.peers import PeerRecord
@@ -38,6 +40,8 @@ class LoadPlan:
     """What is known of a model before any weight is read."""
 
     def __init__(self, config: ServerConfig, checkpoint: Checkpoint) -> None:
+        if config.quantization != "none":
+            check_quantization(config.quantization)
         self._config = config
         self._checkpoint = checkpoint
         self._model_config = read_config(checkpoint)
@@ -68,23 +72,41 @@ class LoadPlan:
         return choose_blocks(
             num_blocks_of_model=self.num_blocks,
             wanted=self._config.num_blocks,
-            block_bytes=parameter_bytes(self._stack.blocks(self._skeleton)[0], dtype),
+            block_bytes=self._block_bytes(),
             kv_token_bytes=2 * heads * head_size * dtype.itemsize,
             device=self._device,
             records=records,
         )
 
+    def _block_bytes(self) -> int:
+        block = self._stack.blocks(self._skeleton)[0]
+        quantization = self._config.quantization
+        if quantization == "none":
+            return parameter_bytes(block, self.dtype)
+        return quantized_bytes(block, self.dtype, quantization)
+
     def load(self, span: Span) -> LoadedSpan:
+        quantization = self._config.quantization
+        dtype = "auto" if self._config.dtype == "auto" else self.dtype
+        cache = None
+        if quantization != "none" and self._config.quantized_cache:
+            key = model_digest(self._checkpoint, self._model_config, quantization=quantization, dtype=dtype)
+            cache = QuantizedCache(key)
         model, stack = load_span(
             self._checkpoint,
             self._model_config,
             self._cls,
             span,
-            dtype="auto" if self._config.dtype == "auto" else self.dtype,
+            dtype=dtype,
             device=self._device,
+            quantization=quantization,
+            quantized_cache=cache,
         )
-        digests = block_digests(self._checkpoint, stack, span)
-        return LoadedSpan(SpanModel(model, stack, span), digests)
+        # a cached block brings its digest along: its shards are not opened
+        digests = block_digests(self._checkpoint, stack, span) if cache is None else cache.digests
+        span_model = SpanModel(model, stack, span)
+        span_model.dtype = compute_dtype(model)
+        return LoadedSpan(span_model, digests)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -77,6 +77,7 @@ def opened_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
             "transformers.modeling_utils",
             "remote_modules.model.shard_header",
             "remote_modules.model.fingerprint",
+            "remote_modules.model.quantized_cache",
         ):
             patch.setattr(f"{module}.safe_open", counting)
         yield names
