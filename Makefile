@@ -1,6 +1,7 @@
 # Needs Python >= 3.10, make and git; everything else is put into .venv by the first target that needs it.
 #   make demo [ARGS=--json]      a swarm on this machine: text, a killed peer, a few training steps
 #   make test [ARGS=tests/wire]  all tests but those that need a network laboratory
+#   make test-oldest             what touches transformers, with the oldest release that is supported
 #   make test-wan                those: delay, NAT and multicast (root, gcc and ../shared/netlab)
 #   make lint | cover | docs | bench | clean
 
@@ -13,16 +14,27 @@ ARGS ?=
 
 NETLAB = ../shared/netlab
 
+OLDEST = .oldest
+# All that hands something to transformers or takes something from it.
+OLDEST_TESTS ?= tests/model tests/swarm/test_exactness.py
+
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+OLDEST_READY = $(OLDEST)/.ready
+OLDEST_PYTHON = PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python
 
-.PHONY: demo test test-wan lint cover docs bench clean
+.PHONY: demo test test-oldest test-wan lint cover docs bench clean
 
 demo: $(READY)
 	@$(BIN)/remote-modules demo $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=worksteal $(ARGS)
+
+# The first line prints the release that is tested, and fails if it is not that of the constraints.
+test-oldest: $(OLDEST_READY)
+	@$(OLDEST_PYTHON) -c 'import transformers; print(f"transformers=={transformers.__version__}")' | grep -Fxf - constraints-oldest.txt
+	$(OLDEST_PYTHON) -m pytest --numprocesses=$(JOBS) --dist=worksteal $(OLDEST_TESTS) $(ARGS)
 
 # On its own: the laboratory's hosts are namespaces of this one machine, and two at a time would share its clock.
 test-wan: $(READY)
@@ -48,7 +60,7 @@ bench: $(READY)
 	@for name in $(SCENARIOS); do echo "== $$name" >&2; $(BIN)/remote-modules bench $$name $(ARGS) || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What is printed goes to stderr: `make demo ARGS=--json` has nothing but JSON on stdout.
@@ -58,3 +70,10 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV) >&2 || { echo "$(PYTHON) makes no virtual environment; on Debian: apt install python3-venv" >&2; exit 1; }
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]' >&2
 	@touch $(READY)
+
+# A folder before .venv on the path: torch and all else is not installed twice.
+$(OLDEST_READY): constraints-oldest.txt $(READY)
+	@echo "setting up $(OLDEST), once" >&2
+	@rm -rf $(OLDEST)
+	@$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) --requirement constraints-oldest.txt >&2
+	@touch $(OLDEST_READY)

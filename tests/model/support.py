@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from tiny_models import tiny_config
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from remote_modules.model.checkpoint import Checkpoint, open_checkpoint
 from remote_modules.model.loading import load_span, read_config
@@ -34,6 +36,16 @@ def span_model(folder: Path, span: str, **kwargs: Any) -> SpanModel:
 
 def stack_of(model: PreTrainedModel) -> StackSpec:
     return find_stack(model, model.config)
+
+
+@functools.cache
+def returns_one_tensor(family: str) -> bool:
+    """Whether the blocks of ``family`` do so in the release at hand; ctrl's and gptj's have not always."""
+    model: Any = AutoModelForCausalLM.from_config(tiny_config(family))
+    outputs: list[object] = []
+    stack_of(model).blocks(model)[0].register_forward_hook(lambda block, args, output: outputs.append(output))
+    model.eval()(input_ids=torch.ones(1, 1, dtype=torch.int64), use_cache=False)
+    return isinstance(outputs[0], torch.Tensor)
 
 
 class Trace:

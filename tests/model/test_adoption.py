@@ -71,7 +71,7 @@ def test_adopted_cache_stands_for_its_session() -> None:
     assert link_of(cache, ALL) is log
     assert cache.get_seq_length() == 7
     assert cache.get_mask_sizes(2, 0) == (9, 0)
-    assert cache.get_max_length() == -1
+    assert [layer.get_max_length() for layer in cache.layers] == [-1] * NUM_BLOCKS
     assert not cache.is_compileable
 
 
@@ -99,10 +99,10 @@ def test_sliding_blocks_report_the_mask_sizes_of_their_window() -> None:
     for layer in theirs.layers:
         fill(layer, 9)
     assert cache.is_sliding == theirs.is_sliding == [True, False, True, False]
+    assert [layer.get_max_length() for layer in cache.layers] == [5, -1, 5, -1]
     for index in range(NUM_BLOCKS):
         for query_length in (1, 4):
             assert cache.get_mask_sizes(query_length, index) == theirs.get_mask_sizes(query_length, index)
-        assert cache.get_max_length(index) == theirs.get_max_length(index)
         assert cache.get_seq_length(index) == theirs.get_seq_length(index)
 
 
@@ -193,19 +193,34 @@ def test_crop_counts_tokens_to_remove(removed: int, told: list[tuple[str, int]])
     assert log.told == told
 
 
-def test_crop_by_a_positive_number_is_refused_as_transformers_does() -> None:
+def test_crop_by_a_positive_number_does_what_it_does_to_a_local_cache() -> None:
+    theirs: Any = DynamicCache()
+    for index in range(NUM_BLOCKS):
+        theirs.update(torch.ones(1, 2, 9, 3), torch.ones(1, 2, 9, 3), index)
+    told: list[tuple[str, object]] = []
+    refusal: str | None = None
+    try:
+        theirs.crop(3)  # until transformers 5.17 the length to keep
+        told = [("crop", 3)]
+    except ValueError as exc:
+        refusal = str(exc)
+    assert theirs.get_seq_length() == (9 if refusal else 3)
     cache, log = adopted(position=9)
-    with pytest.raises(ValueError, match=r"^crop takes a number of tokens to remove as 0 or less, got 3$"):
+    if refusal:
+        with pytest.raises(ValueError, match=r"\b3\b"):
+            cache.crop(3)
+    else:
         cache.crop(3)
-    assert log.told == []
+        cache.crop(20)
+    assert log.told == told
 
 
 def test_rollback_is_possible_without_recording_and_recording_changes_nothing() -> None:
     cache, log = adopted("gemma2", position=9)
-    assert cache.is_croppable
-    cache.activate_past_recording()
-    assert cache.is_recording_past(0)
+    assert all(layer.is_croppable for layer in cache.layers)
     for layer in cache.layers:
+        layer.activate_past_recording()
+        assert layer.record_past
         layer.offload()
         layer.prefetch()
     assert log.told == []
@@ -217,7 +232,7 @@ def test_rollback_is_possible_without_recording_and_recording_changes_nothing() 
 
 def test_deepcopy_forks_the_session_once() -> None:
     cache, log = adopted("gemma2", position=9)
-    cache.activate_past_recording()
+    cache.layers[0].activate_past_recording()
     copied = copy.deepcopy(cache)
     (fork,) = log.forks
     assert link_of(copied, ALL) is fork
@@ -225,7 +240,7 @@ def test_deepcopy_forks_the_session_once() -> None:
     assert (fork.told, log.told) == ([("crop", 5)], [])
     assert (copied.get_seq_length(), cache.get_seq_length()) == (5, 9)
     assert copied.is_sliding == cache.is_sliding
-    assert copied.is_recording_past(0)
+    assert [layer.record_past for layer in copied.layers] == [True, False, False, False]
     cache.batch_repeat_interleave(2)
     assert (fork.told, log.told) == ([("crop", 5)], [("repeat", 2)])
 
