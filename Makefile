@@ -3,6 +3,7 @@
 #   make test [ARGS=tests/wire]  all tests but those that need a network laboratory
 #   make test-oldest             what touches transformers, with the oldest release that is supported
 #   make test-wan                those: delay, NAT and multicast (root, gcc and ../shared/netlab)
+#   make families                every family of transformers against the local model; writes docs/families.md
 #   make lint | cover | docs | bench | clean
 
 PYTHON ?= python3
@@ -23,7 +24,7 @@ READY = $(VENV)/.ready
 OLDEST_READY = $(OLDEST)/.ready
 OLDEST_PYTHON = PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python
 
-.PHONY: demo test test-oldest test-wan lint cover docs bench clean
+.PHONY: demo test test-oldest test-wan families lint cover docs bench clean
 
 demo: $(READY)
 	@$(BIN)/remote-modules demo $(ARGS)
@@ -54,6 +55,9 @@ cover: $(READY)
 # Links resolve, code blocks run or parse, the protocol's tables say what the code does.
 docs: $(READY)
 	$(BIN)/python -m pytest tests/test_documents.py tests/wire/test_protocol_document.py $(ARGS)
+
+families: $(READY)
+	$(BIN)/python benchmarks/families.py --jobs $(JOBS) $(ARGS)
 
 # Those that need no accelerator, or those that are named: make bench SCENARIOS=device ARGS="--device cuda"
 bench: $(READY)

@@ -72,9 +72,9 @@ def write_checkpoint(folder: Path) -> None:
 def measure_part(folder: str, part: str, dtype: str) -> dict[str, Any]:
     """Load ``part`` (a span, or "client") in this process, run it once, and say what it took."""
     from remote_modules.model.checkpoint import open_checkpoint
+    from remote_modules.model.classes import model_class
     from remote_modules.model.loading import load_client_part, load_span, read_config
     from remote_modules.model.replay import OwnerArguments, SpanModel
-    from remote_modules.model.stack import causal_lm_class
     from remote_modules.spans import Span
 
     torch.set_num_threads(1)
@@ -82,8 +82,7 @@ def measure_part(folder: str, part: str, dtype: str) -> dict[str, Any]:
     with opened_files() as files:
         before = memory_bytes("VmRSS")
         checkpoint = open_checkpoint(folder)
-        config = read_config(checkpoint)
-        cls = causal_lm_class(config)
+        cls, config = model_class(read_config(checkpoint))
         if part == "client":
             model, _ = load_client_part(checkpoint, config, cls, dtype=dtype)
         else:
@@ -97,7 +96,8 @@ def measure_part(folder: str, part: str, dtype: str) -> dict[str, Any]:
             else:
                 runner = SpanModel(model, stack, Span.parse(part))
                 inputs = torch.zeros(1, NUM_TOKENS, runner.hidden_size)
-                runner.run(inputs, runner.span, OwnerArguments(use_cache=False))
+                arguments = OwnerArguments(rows=1, num_tokens=NUM_TOKENS, use_cache=False)
+                runner.run({"hidden_states": inputs}, runner.span, arguments)
     part_bytes = parameter_bytes(model)
     peak = memory_bytes("VmHWM") - before
     return {

@@ -24,11 +24,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from remote_modules.model.checkpoint import open_checkpoint
+from remote_modules.model.classes import model_class
 from remote_modules.model.loading import load_span, read_config
 from remote_modules.model.quantization import block_state, compute_dtype
 from remote_modules.model.quantized_cache import QuantizedCache
 from remote_modules.model.replay import OwnerArguments, SpanModel
-from remote_modules.model.stack import causal_lm_class
 from remote_modules.spans import Span
 
 NUM_BLOCKS = 4
@@ -59,8 +59,7 @@ class Loader:
 
     def __init__(self, folder: Path, device: str) -> None:
         self._checkpoint = open_checkpoint(str(folder))
-        self._config = read_config(self._checkpoint)
-        self._cls = causal_lm_class(self._config)
+        self._cls, self._config = model_class(read_config(self._checkpoint))
         self._device = device
 
     def load(self, quantization: str, cache: QuantizedCache | None = None) -> tuple[SpanModel, int]:
@@ -81,7 +80,8 @@ class Loader:
 
     def run(self, model: SpanModel, inputs: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            output = model.run(inputs, SPAN, OwnerArguments())
+            arguments = OwnerArguments(rows=inputs.shape[0], num_tokens=inputs.shape[1])
+            output = model.run({"hidden_states": inputs}, SPAN, arguments)["hidden_states"]
         if output.is_cuda:
             torch.cuda.synchronize()
         return output

@@ -87,6 +87,7 @@ class RefusalReason(enum.Enum):
     SESSION_LOST = "session_lost"  # unknown session or wrong position: replay mends it
     OUT_OF_MEMORY = "out_of_memory"  # no room for the KV cache or the batch
     BUSY = "busy"  # queue full
+    ADAPTER_MISSING = "adapter_missing"  # the request names an adapter that this peer does not have: send it along
     DRAINING = "draining"  # leaving: takes no new sessions
     INTERNAL = "internal"  # the peer's own fault
 

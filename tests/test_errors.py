@@ -78,6 +78,7 @@ def test_refusal_reasons_keep_their_wire_values() -> None:
         "session_lost",
         "out_of_memory",
         "busy",
+        "adapter_missing",
         "draining",
         "internal",
     ]

@@ -34,6 +34,7 @@ TESTED_BY = {
     "discovery.base": "tests/discovery/test_conformance.py",  # an interface: every implementation runs the suite
     "discovery.http_json": "tests/discovery/test_tracker_client.py",
     "net.client_connection": "tests/net/test_connection.py",  # one side is tested with the other
+    "server.arguments": "tests/server/test_named_tensors.py",
     "server.load_plan": "tests/server/test_server.py",
     "server.peer": "tests/server/test_server.py",
     "server.tracker": "tests/server/test_server.py",

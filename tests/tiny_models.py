@@ -84,9 +84,7 @@ WORKING: Mapping[str, dict[str, Any]] = {
     "gptj": _GPT | {"rotary_dim": 4},
     "opt": _COMMON | _OPT,
     "ctrl": _GPT | {"dff": 48},  # scales its embeddings in place
-}
-# Refused, each with its reason: blocks that return tuples; caches that are not keys and values; work outside blocks.
-REFUSED: Mapping[str, dict[str, Any]] = {
+    # Blocks that return tuples, states of linear attention, owners that take hidden states, inputs for each block.
     "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": NUM_BLOCKS, "n_head": 4},
     "falcon": {key: value for key, value in _COMMON.items() if key != "head_dim"},
     "mamba": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": NUM_BLOCKS, "state_size": 4},
@@ -104,8 +102,7 @@ REFUSED: Mapping[str, dict[str, Any]] = {
 
 
 def tiny_config(family: str = "llama", **changes: Any) -> PreTrainedConfig:
-    known = (WORKING | REFUSED)[family]  # type: ignore[operator]
-    config: PreTrainedConfig = AutoConfig.for_model(family, **(known | changes))
+    config: PreTrainedConfig = AutoConfig.for_model(family, **(WORKING[family] | changes))
     return config
 
 

@@ -62,7 +62,7 @@ class Conversation:
 
     def _keep(self, length: int) -> None:
         if length < len(self._cached):
-            self._cache.crop(length)
+            self._cache.crop(length - len(self._cached))  # negative: how many to remove
             self._cached = self._cached[:length]
 
     def _new_cache(self) -> Any:

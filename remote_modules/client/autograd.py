@@ -6,11 +6,14 @@ backward. A hop that fails in backward is replaced, and the gradients are those 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from remote_modules.client.chain import PassArguments, Segment, backward, forward
+from remote_modules.client.adapters import CallAdapter
+from remote_modules.client.call import CallArguments, Named
+from remote_modules.client.passes import backward, forward
 from remote_modules.client.swarm import Swarm
 from remote_modules.errors import UnsupportedCallError
 from remote_modules.net.loop import LoopThread
@@ -20,46 +23,88 @@ __all__ = ["RemotePass", "refuse_backward"]
 
 
 class RemotePass:
-    """One stateless pass through ``blocks``, differentiable in its hidden states."""
+    """One stateless pass through ``blocks``, differentiable in its floating-point inputs and in adapters."""
 
-    def __init__(self, swarm: Swarm, io: LoopThread, blocks: Span, arguments: PassArguments) -> None:
+    def __init__(self, swarm: Swarm, io: LoopThread, blocks: Span, call: CallArguments) -> None:
         self.swarm = swarm
         self.io = io
         self.blocks = blocks
-        self.arguments = arguments
+        self.call = call
 
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Output ``[B, T, D]`` of the input's dtype and device.
+    def __call__(self, inputs: Named) -> Named:
+        """Outputs on the device of the hidden states: of the last block, and ``record.<kind>.<block>``.
 
         Raises:
             PeerError, NoRouteError: the swarm could not do it within the deadline.
         """
         # Moved to the CPU outside of the function: its backward then runs on the caller's thread. A CUDA device has
         # one autograd thread, and a peer in this process would wait for the one that waits for it.
-        output: torch.Tensor = _RemoteFunction.apply(hidden_states.to("cpu"), self)  # type: ignore[no-untyped-call]
-        return output.to(hidden_states.device)
-
-    def run(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, list[Segment]]:
-        return self.io.run(
-            forward(self.swarm, self.blocks, hidden_states.detach().to("cpu", copy=True), self.arguments)
+        device = inputs["hidden_states"].device
+        tensors = {name: tensor.to("cpu") for name, tensor in (inputs | self.call.sides | self.call.past).items()}
+        adapter = self.call.adapter
+        parameters = [] if adapter is None else [parameter.to("cpu") for parameter in adapter.adapters.parameters]
+        needs_grad = any(tensor.requires_grad for tensor in (*tensors.values(), *parameters))
+        self.call = replace(self.call, with_grad=torch.is_grad_enabled() and needs_grad)
+        plan = _Plan(self, tuple(tensors), frozenset(inputs))
+        outputs: tuple[torch.Tensor, ...] = _RemoteFunction.apply(  # type: ignore[no-untyped-call]
+            plan, *tensors.values(), *parameters
         )
+        return {name: tensor.to(device) for name, tensor in zip(plan.outputs, outputs, strict=True)}
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What the tensors of one call of the autograd function are.
+
+    Attributes:
+        names: of the first tensors; the rest are adapters'.
+        carried: names of those that cross from block to block.
+        outputs: names of what the function returns, known once it ran.
+    """
+
+    remote: RemotePass
+    names: tuple[str, ...]
+    carried: frozenset[str]
+    outputs: tuple[str, ...] = ()
 
 
 class _RemoteFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_states: torch.Tensor, remote: RemotePass) -> torch.Tensor:
-        output, segments = remote.run(hidden_states)
-        ctx.remote, ctx.segments = remote, segments
-        ctx.dtype = hidden_states.dtype
-        return output
+    def forward(ctx: Any, plan: _Plan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        remote, count = plan.remote, len(plan.names)
+        own = [tensor.detach().clone() for tensor in tensors]  # the optimizer may change them before the backward
+        named = dict(zip(plan.names, own, strict=False))
+        past = {name: named[name] for name in remote.call.past}
+        sides = {n: t for n, t in named.items() if n not in plan.carried and n not in past}
+        call = replace(remote.call, sides=sides, past=past)
+        if call.adapter is not None:
+            adapters = replace(call.adapter.adapters, parameters=tuple(own[count:]))
+            call = replace(call, adapter=CallAdapter(adapters, call.adapter.seed))
+        inputs = {name: tensor for name, tensor in named.items() if name in plan.carried}
+        outputs, recorded, ctx.segments = remote.io.run(forward(remote.swarm, remote.blocks, inputs, call))
+        outputs = outputs | recorded
+        plan.outputs = tuple(outputs)
+        ctx.plan, ctx.call, ctx.num_tensors = plan, call, len(tensors)
+        ctx.shapes = [(tensor.shape, tensor.dtype) for tensor in outputs.values()]
+        ctx.mark_non_differentiable(*(tensor for tensor in outputs.values() if not tensor.is_floating_point()))
+        ctx.set_materialize_grads(False)
+        return tuple(outputs.values())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
-        remote: RemotePass = ctx.remote
-        grad = grad_output.detach().to("cpu", ctx.dtype, copy=True)
-        grad_input = remote.io.run(backward(remote.swarm, ctx.segments, grad, remote.arguments))
-        return grad_input, None
+    def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[Any, ...]:
+        plan: _Plan = ctx.plan
+        grads = {}
+        for name, (shape, dtype), grad in zip(plan.outputs, ctx.shapes, grad_outputs, strict=True):
+            if grad is not None:
+                grads[name] = grad.detach().to("cpu", dtype, copy=True)
+            elif dtype.is_floating_point and not name.startswith("record."):
+                grads[name] = torch.zeros(shape, dtype=dtype)
+        remote = plan.remote
+        found, of_adapters = remote.io.run(backward(remote.swarm, ctx.segments, grads, ctx.call))
+        count = len(plan.names)
+        numbers = range(ctx.num_tensors - count)
+        return (None, *(found.get(name) for name in plan.names), *(of_adapters.get(number) for number in numbers))
 
 
 class _NoBackward(torch.autograd.Function):

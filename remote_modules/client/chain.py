@@ -11,56 +11,28 @@ import asyncio
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import msgspec
 import torch
 
+from remote_modules.client.adapters import HopAdapter
+from remote_modules.client.call import CallArguments, Named
 from remote_modules.client.stats import HopTiming
 from remote_modules.client.swarm import Swarm
 from remote_modules.errors import LocalProtocolError, NoRouteError, PeerError, PeerRefused, PeerTimeout, RefusalReason
+from remote_modules.model.tensors import num_bytes
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.peers import PeerId, short_id
 from remote_modules.plan.recovery import GiveUp, Recovery, Replay, Reroute
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
-from remote_modules.wire import messages
-from remote_modules.wire.messages import Output, Request
+from remote_modules.wire.messages import CallMeta, Output, Request
 from remote_modules.wire.tensors import encode_tensors
 
-__all__ = ["Chain", "PassArguments", "Segment", "Work", "backward", "demand_of", "forward"]
+__all__ = ["Chain", "Work", "demand_of"]
 
 logger = logging.getLogger(__name__)
-
-StatelessRequest: TypeAlias = messages.ForwardRequest | messages.BackwardRequest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PassArguments:
-    """What travels beside the hidden states of a stateless pass; see `wire.messages.ForwardRequest`."""
-
-    position_ids: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
-    use_cache: bool = True
-    autocast: str = ""
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        named = {"position_ids": self.position_ids, "attention_mask": self.attention_mask}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    def request(self, kind: type[StatelessRequest], request_id: int, hop: Hop) -> StatelessRequest:
-        """A request without its tensors and timeout, which `Chain.request` fills in."""
-        return kind(request_id, hop.span.start, hop.span.end, (), 0.0, use_cache=self.use_cache, autocast=self.autocast)
-
-
-@dataclass(slots=True)
-class Segment:
-    """One hop of a stateless pass and what went into it, ``[B, T, D]``."""
-
-    hop: Hop
-    inputs: torch.Tensor
 
 
 class Work(ABC):
@@ -153,17 +125,46 @@ class Chain:
         return connection
 
     async def request(
-        self, hop: Hop, kind: str, message: Request, tensors: Mapping[str, torch.Tensor], connection: ClientConnection
-    ) -> dict[str, torch.Tensor]:
+        self,
+        hop: Hop,
+        kind: str,
+        message: Request,
+        tensors: Named,
+        connection: ClientConnection,
+        adapter: HopAdapter | None = None,
+    ) -> Named:
         """Send one request of ``hop`` and read its tensors; learns from the time it took.
+
+        Args:
+            adapter: goes along if the peer does not have it yet.
 
         Raises:
             PeerError: no usable answer.
             LocalProtocolError: the request is larger than we, or the peer, allow.
         """
+        if adapter is None:
+            return await self._request(hop, kind, message, tensors, connection)
+        sent = self.swarm.adapters_sent(connection)
+        call = msgspec.structs.replace(message.call, adapter=adapter.digest)
+        message = msgspec.structs.replace(message, call=call)
+        try:
+            brought = {} if adapter.digest in sent else adapter.tensors
+            replies = await self._request(hop, kind, message, {**tensors, **brought}, connection)
+        except PeerRefused as exc:
+            if exc.reason is not RefusalReason.ADAPTER_MISSING:
+                raise
+            sent.discard(adapter.digest)
+            message = msgspec.structs.replace(message, request_id=connection.new_request_id())
+            replies = await self._request(hop, kind, message, {**tensors, **adapter.tensors}, connection)
+        sent.add(adapter.digest)
+        return replies
+
+    async def _request(
+        self, hop: Hop, kind: str, message: Request, tensors: Named, connection: ClientConnection
+    ) -> Named:
         swarm = self.swarm
-        rows, num_tokens, _ = tensors["hidden_states"].shape
-        work = float(rows * num_tokens * len(hop.span))
+        num_tokens = message.call.num_tokens
+        work = float(message.call.rows * num_tokens * len(hop.span))
         metas, body = encode_tensors(tensors)
         num_bytes, limit = sum(map(len, body)), swarm.config.max_request_bytes
         if num_bytes > limit:  # the answer, of like size, would be refused here and look like the peer's fault
@@ -184,23 +185,63 @@ class Chain:
         self._note(hop, num_tokens, took_s, output)
         return replies
 
-    def check_output(self, hop: Hop, output: torch.Tensor | None, like: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """The output, once its shape, dtype and values can be true.
+    def check_outputs(
+        self, hop: Hop, outputs: Named, like: Named, call: CallMeta, num_tokens: int | None = None
+    ) -> Named:
+        """What the hop's last block returned, once names, shapes, dtypes and values can be true.
 
         Values that are not finite are believed when two peers agree on them: then they are the model's.
+
+        Args:
+            like: what went in.
+            num_tokens: how many tokens' outputs were asked for; None for all.
 
         Raises:
             PeerError: they cannot.
         """
-        expected = (like.shape[0], num_tokens, like.shape[2])
-        if output is None or tuple(output.shape) != expected or output.dtype != like.dtype:
+        stack = self.swarm.stack
+        count = call.num_tokens if num_tokens is None else num_tokens
+        hidden = like["hidden_states"]
+        expected = list(hidden.shape)
+        if stack.hidden.time is not None:
+            expected[stack.hidden.time] = count
+        output = outputs.get("hidden_states")
+        if output is None or list(output.shape) != expected or output.dtype != hidden.dtype:
             got = "nothing" if output is None else f"{output.dtype} {list(output.shape)}"
-            raise self._nonsense(hop, f"expected {like.dtype} {list(expected)}, got {got}")
-        if not math.isfinite(output.sum().item()) and not bool(torch.isfinite(output).all()):
-            self.suspects.add(hop.peer_id)
-            if len(self.suspects) < 2 and bool(torch.isfinite(like).all()):
-                raise self._nonsense(hop, "values are not finite")
-        return output
+            raise self._nonsense(hop, f"expected {hidden.dtype} {expected}, got {got}")
+        for index, spec in stack.states.items():
+            state = outputs.get(f"state.{index}")
+            if state is not None and count and not spec.fits(state, call.rows, count, self.swarm.hidden_size):
+                raise self._nonsense(hop, f"state {index} is {state.dtype} {list(state.shape)}, expected {spec.dims}")
+        self._check_finite(hop, outputs, like)
+        return outputs
+
+    def check_gradients(self, hop: Hop, grads: Named, inputs: Named, of_outputs: Named) -> Named:
+        """Gradients by the names of ``inputs``, once they fit them.
+
+        Args:
+            of_outputs: the gradients that went in; those of a scaled loss may overflow.
+
+        Raises:
+            PeerError: they do not.
+        """
+        for name, tensor in inputs.items():
+            if not tensor.is_floating_point():
+                continue
+            grad = grads.get(name)
+            if grad is None or grad.shape != tensor.shape or grad.dtype != tensor.dtype:
+                got = "nothing" if grad is None else f"{grad.dtype} {list(grad.shape)}"
+                expected = f"{tensor.dtype} {list(tensor.shape)}"
+                raise self._nonsense(hop, f"expected a gradient of '{name}', {expected}, got {got}")
+        self._check_finite(hop, grads, inputs | of_outputs)
+        return grads
+
+    def _check_finite(self, hop: Hop, outputs: Named, like: Named) -> None:
+        if all(map(_is_finite, outputs.values())):
+            return
+        self.suspects.add(hop.peer_id)
+        if len(self.suspects) < 2 and all(map(_is_finite, like.values())):
+            raise self._nonsense(hop, "values are not finite")
 
     def _nonsense(self, hop: Hop, text: str) -> PeerError:
         return PeerError(
@@ -248,97 +289,19 @@ class Chain:
         await work.replace_hop(hop, hops, self)
 
 
-class _Forward(Work):
-    """A stateless forward; keeps each hop's inputs for the backward."""
-
-    def __init__(self, hops: Sequence[Hop], inputs: torch.Tensor, arguments: PassArguments, demand: Demand) -> None:
-        self.hops = list(hops)
-        self.demand = demand
-        self.segments: list[Segment] = []
-        self.outputs = inputs
-        self._arguments = arguments
-
-    async def do_hop(self, hop: Hop, chain: Chain) -> None:
-        connection = await chain.connect(hop, "bulk", self.demand)
-        inputs = self.outputs
-        message = self._arguments.request(messages.ForwardRequest, connection.new_request_id(), hop)
-        tensors = {"hidden_states": inputs, **self._arguments.tensors()}
-        replies = await chain.request(hop, "forward", message, tensors, connection)
-        self.outputs = chain.check_output(hop, replies.get("hidden_states"), inputs, inputs.shape[1])
-        self.segments.append(Segment(hop, inputs))
-        self.hops.pop(0)
-
-    async def replace_hop(self, hop: Hop, hops: tuple[Hop, ...], chain: Chain) -> None:
-        self.hops[:1] = hops
-
-
-class _Backward(Work):
-    """The backward of a forward's segments, last one first."""
-
-    def __init__(self, segments: Sequence[Segment], grad: torch.Tensor, arguments: PassArguments, demand: Demand):
-        self._segments = list(segments[::-1])
-        self.hops = [segment.hop for segment in self._segments]
-        self.demand = demand
-        self.grad = grad
-        self._arguments = arguments
-
-    async def do_hop(self, hop: Hop, chain: Chain) -> None:
-        connection = await chain.connect(hop, "bulk", self.demand)
-        inputs = self._segments[0].inputs
-        message = self._arguments.request(messages.BackwardRequest, connection.new_request_id(), hop)
-        tensors = {"hidden_states": inputs, "grad_output": self.grad, **self._arguments.tensors()}
-        replies = await chain.request(hop, "backward", message, tensors, connection)
-        self.grad = chain.check_output(hop, replies.get("grad_input"), inputs, inputs.shape[1])
-        self.hops.pop(0)
-        self._segments.pop(0)
-
-    async def replace_hop(self, hop: Hop, hops: tuple[Hop, ...], chain: Chain) -> None:
-        """Several hops in one's place need inputs of their own: run the forward of all but the last."""
-        again = _Forward(hops[:-1], self._segments[0].inputs, self._arguments, self.demand)
-        await chain.drive(again)
-        segments = [*again.segments, Segment(hops[-1], again.outputs)]
-        self._segments[:1] = segments[::-1]
-        self.hops[:1] = [segment.hop for segment in segments[::-1]]
-
-
-async def forward(
-    swarm: Swarm, blocks: Span, hidden_states: torch.Tensor, arguments: PassArguments
-) -> tuple[torch.Tensor, list[Segment]]:
-    """Run ``hidden_states`` ``[B, T, D]`` (CPU) through ``blocks``; the output, and what `backward` needs.
-
-    Raises:
-        PeerError, NoRouteError: see `Chain.drive`.
-    """
-    chain = Chain.begin(swarm)
-    demand = demand_of(hidden_states, kv_tokens=0)
-    work = _Forward(await chain.route(blocks, demand), hidden_states, arguments, demand)
-    await chain.drive(work)
-    swarm.stats.finish(tuple(segment.hop for segment in work.segments), chain.timings)
-    return work.outputs, work.segments
-
-
-async def backward(
-    swarm: Swarm, segments: Sequence[Segment], grad_output: torch.Tensor, arguments: PassArguments
-) -> torch.Tensor:
-    """The gradient ``[B, T, D]`` of the forward's input; peers recompute from the segments.
-
-    Raises:
-        PeerError, NoRouteError: see `Chain.drive`.
-    """
-    chain = Chain.begin(swarm)
-    work = _Backward(segments, grad_output, arguments, demand_of(grad_output, kv_tokens=0))
-    route = tuple(segment.hop for segment in segments)
-    await chain.drive(work)
-    swarm.stats.finish(route, chain.timings)
-    return work.grad
-
-
-def demand_of(hidden_states: torch.Tensor, *, kv_tokens: int, is_decode: bool = False) -> Demand:
-    rows, num_tokens, hidden_size = hidden_states.shape
+def demand_of(tensors: Named, call: CallArguments, *, kv_tokens: int, is_decode: bool = False) -> Demand:
+    """What a pass of ``tensors`` asks of every hop."""
+    tokens = max(1, call.rows * call.num_tokens)
     return Demand(
-        num_tokens=num_tokens,
+        num_tokens=call.num_tokens,
         kv_tokens=kv_tokens,
-        bytes_per_token=hidden_size * hidden_states.itemsize,
+        bytes_per_token=-(-num_bytes(tensors) // tokens),
         is_decode=is_decode,
-        rows=rows,
+        rows=call.rows,
     )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())

@@ -7,13 +7,16 @@ import contextlib
 import functools
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from remote_modules.client.stats import StatsRecorder
@@ -22,12 +25,16 @@ from remote_modules.config import ClientConfig, check_tracker_urls, default_trac
 from remote_modules.discovery.merged import build_discovery
 from remote_modules.errors import CheckpointError, UnsupportedCallError
 from remote_modules.model.checkpoint import BUILT_IN, Checkpoint, open_checkpoint
+from remote_modules.model.classes import serving_class
 from remote_modules.model.fingerprint import block_digests, model_key
-from remote_modules.model.loading import read_config
-from remote_modules.model.stack import causal_lm_class, find_stack, meta_skeleton
+from remote_modules.model.loading import load_span, read_config
+from remote_modules.model.probe import probe_stack
+from remote_modules.model.shadow import shadow_block
+from remote_modules.model.stack import StackSpec, meta_skeleton
 from remote_modules.net.http import HttpDialer
 from remote_modules.net.loop import LoopThread, shared_loop
 from remote_modules.peers import check_address
+from remote_modules.spans import Span
 
 __all__ = ["SwarmHandle", "connect_swarm"]
 
@@ -44,7 +51,12 @@ class SwarmHandle:
     stats: StatsRecorder
     model_config: PreTrainedConfig
     checkpoint: Checkpoint | None
-    num_blocks: int
+    stack: StackSpec
+    skeleton: PreTrainedModel
+
+    @property
+    def num_blocks(self) -> int:
+        return self.stack.num_blocks
 
     @property
     def hidden_size(self) -> int:
@@ -54,6 +66,23 @@ class SwarmHandle:
     @property
     def model_name(self) -> str:
         return self.checkpoint.name if self.checkpoint is not None else str(self.model_config.model_type)
+
+    def shadow(self, block: int, forward: Callable[..., Any]) -> nn.Module:
+        """The module tree of one block without its weights, whose call is ``forward``."""
+        return shadow_block(
+            self.stack.blocks(self.skeleton)[block],
+            forward,
+            dtype=_dtype_of(self.model_config),
+            device="cpu",
+            read_weight=partial(self._read_weight, block) if self.checkpoint is not None else None,
+        )
+
+    def _read_weight(self, block: int, name: str) -> torch.Tensor:
+        """A weight of one block as the checkpoint has it: some adapters are made from them."""
+        assert self.checkpoint is not None
+        span = Span(block, block + 1)
+        model, stack = load_span(self.checkpoint, self.model_config, type(self.skeleton), span)
+        return stack.blocks(model)[block].get_parameter(name).detach()
 
     def close(self) -> None:
         """Close connections and discovery; idempotent."""
@@ -93,7 +122,8 @@ def connect_swarm(
     if not (urls or mdns or peers):
         raise ValueError("nowhere to look for peers: give trackers or peers, or leave mdns on")
     model_config, checkpoint = _resolve(model, hub)
-    stack = find_stack(meta_skeleton(causal_lm_class(model_config), model_config), model_config)
+    cls, model_config = serving_class(model_config)
+    stack = probe_stack(cls, model_config)
     digests: Mapping[int, str] = {}
     if checkpoint is not None:
         digests = block_digests(checkpoint, stack, range(stack.num_blocks))
@@ -110,7 +140,8 @@ def connect_swarm(
         discovery,
         HttpDialer(config, software="remote-modules"),
         model_key=model_key(model_config),
-        num_blocks=stack.num_blocks,
+        stack=stack,
+        hidden_size=model_config.get_text_config(decoder=True).hidden_size,
         known_digests=digests,
         config=config,
         clock=time.monotonic,
@@ -123,7 +154,8 @@ def connect_swarm(
         stats=stats,
         model_config=model_config,
         checkpoint=checkpoint,
-        num_blocks=stack.num_blocks,
+        stack=stack,
+        skeleton=meta_skeleton(cls, model_config),
     )
     weakref.finalize(handle, _close_later, io, swarm).atexit = False
     _close_at_exit()
@@ -162,6 +194,10 @@ def _resolve(model: object, hub: Mapping[str, Any]) -> tuple[PreTrainedConfig, C
         return read_config(checkpoint), checkpoint
     kind = type(model).__name__
     raise TypeError(f"model must be a hub id, folder, PreTrainedConfig or PreTrainedModel, got {kind}")
+
+
+def _dtype_of(config: PreTrainedConfig) -> torch.dtype:
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.get_default_dtype()
 
 
 def _local_checkpoint(config: PreTrainedConfig) -> Checkpoint | None:

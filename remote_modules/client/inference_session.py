@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import torch
 
+from remote_modules.client.call import CallArguments
 from remote_modules.client.session import SessionState
 from remote_modules.errors import SessionError
+from remote_modules.model.tensors import TensorSpec
 from remote_modules.net.loop import LoopThread
 
 __all__ = ["InferenceSession", "check_hidden_states"]
 
+_PLAIN = TensorSpec(("B", "T", "1H"))
 
-def check_hidden_states(hidden_states: torch.Tensor, hidden_size: int) -> None:
-    """Raise `ValueError` or `TypeError` unless it is floating point ``[B, T, hidden_size]`` with at least one token."""
+
+def check_hidden_states(hidden_states: torch.Tensor, hidden_size: int, spec: TensorSpec = _PLAIN) -> None:
+    """Raise `ValueError` or `TypeError` unless it is floating point, shaped as ``spec`` says, with at least one token.
+
+    ``spec`` defaults to ``[B, T, hidden_size]``.
+    """
     if not isinstance(hidden_states, torch.Tensor):
         raise TypeError(f"hidden states must be a tensor, got {type(hidden_states).__name__}")
-    if hidden_states.dim() != 3 or hidden_states.shape[2] != hidden_size or hidden_states.numel() == 0:
-        raise ValueError(f"hidden states must be [B, T, {hidden_size}], got {list(hidden_states.shape)}")
+    rows, num_tokens = (
+        1 if dim is None or dim >= hidden_states.dim() else hidden_states.shape[dim] for dim in (spec.batch, spec.time)
+    )
     if not hidden_states.is_floating_point():
         raise ValueError(f"hidden states must be floating point, got {hidden_states.dtype}")
+    if not spec.fits(hidden_states, rows, num_tokens, hidden_size):
+        raise ValueError(f"hidden states must be {spec.text(hidden_size)}, got {list(hidden_states.shape)}")
 
 
 class InferenceSession:
@@ -67,10 +77,11 @@ class InferenceSession:
                 "open a session with larger max_tokens"
             )
         sides = [None if side is None else side.detach().cpu() for side in (position_ids, attention_mask)]
-        work = self._state.step(
-            hidden_states.detach().to("cpu", copy=True), position_ids=sides[0], attention_mask=sides[1]
+        call = CallArguments(
+            rows=hidden_states.shape[0], num_tokens=num_tokens, position_ids=sides[0], attention_mask=sides[1]
         )
-        return self._io.run(work).to(hidden_states.device)
+        work = self._state.step({"hidden_states": hidden_states.detach().to("cpu", copy=True)}, call)
+        return self._io.run(work)["hidden_states"].to(hidden_states.device)
 
     def rollback(self, position: int) -> None:
         """Forget all tokens after ``position``.

@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from remote_modules.client.connect import connect_swarm
 from remote_modules.client.sequential import RemoteSequential
 from remote_modules.config import ClientConfig
-from remote_modules.errors import UnsupportedCallError
-from remote_modules.model.loading import load_client_part
-from remote_modules.model.stack import causal_lm_class
+from remote_modules.model.classes import model_class
+from remote_modules.model.loading import load_client_part, read_config
 from remote_modules.spans import Span
 
 __all__ = ["load"]
@@ -36,7 +35,7 @@ def load(
 
     Args:
         model: hub id or local checkpoint folder.
-        auto_class: `AutoModelForCausalLM`; others are not carried yet.
+        auto_class: whose class to build, such as `AutoModelForSequenceClassification`.
         trackers, mdns, peers, invite, config: as in `RemoteSequential.from_swarm`.
         from_pretrained_kwargs: ``dtype``, ``revision``, ``cache_dir``, ``token`` and what else `from_pretrained` takes.
 
@@ -45,14 +44,13 @@ def load(
         CheckpointError: the checkpoint cannot be read.
         UnsupportedCallError: the architecture or auto class is not carried.
     """
-    if auto_class is not AutoModelForCausalLM:
-        raise UnsupportedCallError(f"{auto_class.__name__} is not carried yet; AutoModelForCausalLM is")
     hub = {name: from_pretrained_kwargs.pop(name, None) for name in _HUB_OPTIONS}
     handle = connect_swarm(str(model), trackers=trackers, mdns=mdns, peers=peers, invite=invite, config=config, **hub)
     layers = RemoteSequential(handle, Span(0, handle.num_blocks))
-    checkpoint, model_config = handle.checkpoint, handle.model_config
+    checkpoint = handle.checkpoint
     assert checkpoint is not None, "a model that is named has one"
-    loaded, stack = load_client_part(checkpoint, model_config, causal_lm_class(model_config), **from_pretrained_kwargs)
+    cls, model_config = model_class(read_config(checkpoint), auto_class)
+    loaded, stack = load_client_part(checkpoint, model_config, cls, **from_pretrained_kwargs)
     setattr(stack.owner(loaded), stack.list_name, layers)
     loaded.eval()
     return loaded

@@ -8,23 +8,38 @@ proxy checks that its input *is* what its predecessor returned: work between blo
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, SupportsIndex, overload
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
+from remote_modules.client.adapters import AdapterWatch, note_change
 from remote_modules.client.autograd import RemotePass, refuse_backward
-from remote_modules.client.chain import PassArguments
+from remote_modules.client.call import CallArguments, Named
 from remote_modules.client.connect import SwarmHandle, connect_swarm
 from remote_modules.client.inference_session import InferenceSession, check_hidden_states
+from remote_modules.client.owner_call import argument_of, call_arguments, own
 from remote_modules.client.session import SessionState
 from remote_modules.client.stats import ClientStats
 from remote_modules.config import ClientConfig
 from remote_modules.errors import UnsupportedCallError
-from remote_modules.model.adoption import adopt_cache, link_of
-from remote_modules.model.capture import OwnerCall, OwnerCapture, watch_registrations
+from remote_modules.model.adoption import RemoteLinearLayer, adopt_cache, link_of
+from remote_modules.model.capture import (
+    OwnerCall,
+    OwnerCapture,
+    keep_recording,
+    plain_cache,
+    record_once,
+    watch_registrations,
+)
+from remote_modules.model.past import take
+from remote_modules.model.recording import records_parts, show_router_logits
+from remote_modules.model.shadow import is_shadow
 from remote_modules.model.stack import find_stack
 from remote_modules.spans import Span
 
@@ -42,11 +57,12 @@ class RemoteSequential(nn.ModuleList):
         super().__init__()
         self._handle = handle
         self._blocks = blocks
-        self._capture = OwnerCapture()
+        self._capture = OwnerCapture(_refusal(handle))
+        self._adapters = AdapterWatch()
         if local is None:
-            self.extend([RemoteBlock(self, index) for index in blocks])
+            self.extend([self._new_block(index) for index in blocks])
         else:
-            self.extend([RemoteBlock(self, i) if i in blocks else block for i, block in enumerate(local)])
+            self.extend([self._new_block(i) if i in blocks else block for i, block in enumerate(local)])
         watch_registrations(_registered)
 
     @classmethod
@@ -112,7 +128,7 @@ class RemoteSequential(nn.ModuleList):
         """The blocks that run remotely."""
         return self._blocks
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
         """Run all remote blocks, without a KV cache; differentiable.
 
         Args:
@@ -128,6 +144,7 @@ class RemoteSequential(nn.ModuleList):
         """A context manager for step-wise use without transformers' cache."""
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be positive, got {max_tokens}")
+        self._check_alone(self._blocks)
         state, handle = self._new_state(), self._handle
         return InferenceSession(state, handle.io, hidden_size=handle.hidden_size, max_tokens=max_tokens)
 
@@ -156,24 +173,20 @@ class RemoteSequential(nn.ModuleList):
         if (first, last, step) == (0, len(self), 1):
             return self
         modules = list(self)[first:last]
-        if step != 1 or not modules or not all(isinstance(module, RemoteBlock) for module in modules):
+        if step != 1 or not modules or not all(map(is_shadow, modules)):
             raise ValueError(f"a slice of remote blocks must be contiguous and not empty, got {index}")
-        offset = self._blocks.start - next(i for i, module in enumerate(self) if isinstance(module, RemoteBlock))
-        part = RemoteSequential(self._handle, Span(first + offset, last + offset))
+        offset = self._blocks.start - next(i for i, module in enumerate(self) if is_shadow(module))
+        part = RemoteSequential(self._handle, Span(first + offset, last + offset), local=nn.ModuleList())
+        part.extend(modules)  # the same ones: adapters are in them
         part._capture = self._capture
         return part
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteSequential:
-        """A copy that shares the connection; local blocks, if any, are copied."""
-        if any(not isinstance(module, RemoteBlock) for module in self):
-            local: nn.ModuleList | None = nn.ModuleList(
-                [nn.Identity() if isinstance(module, RemoteBlock) else copy.deepcopy(module, memo) for module in self]
-            )
-        else:
-            local = None
-        copied = RemoteSequential(self._handle, self._blocks, local=local)
-        copied._capture = copy.deepcopy(self._capture, memo)
+        """A copy that shares the connection; adapters and local blocks, if any, are copied."""
+        copied = RemoteSequential(self._handle, self._blocks, local=nn.ModuleList())
         memo[id(self)] = copied
+        copied.extend([copy.deepcopy(module, memo) for module in self])
+        copied._capture = copy.deepcopy(self._capture, memo)
         return copied
 
     def __repr__(self) -> str:
@@ -181,115 +194,167 @@ class RemoteSequential(nn.ModuleList):
 
     # what proxies call
 
-    def _run_block(self, index: int, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        call = self._capture.current
+    def _run_block(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call, stack = self._capture.current, self._handle.stack
+        hidden_states = args[0] if args else kwargs["hidden_states"]
         if call is None:
             return self._run_alone(Span(index, index + 1), hidden_states, {})
-        if index > self._blocks.start and call.passed is not hidden_states:
+        if index == self._blocks.start:
+            if stack.hides_past and call.use_cache:
+                raise UnsupportedCallError(_refusal(self._handle))
+            call.entry = {"hidden_states": hidden_states}
+            if index:
+                states = {f"state.{k}": argument_of(args, kwargs, key) for k, key in stack.state_keys.items()}
+                call.entry.update({name: state for name, state in states.items() if state is not None})
+        elif call.passed is not hidden_states:
             raise UnsupportedCallError(
                 f"the model changes hidden states between blocks {index - 1} and {index}; such models are not carried"
             )
+        values = (*args, *kwargs.values())
+        for side in stack.sides:
+            call.sides[side.name(index)] = argument_of(args, kwargs, side.key)
+        if call.record:
+            return self._run_recording(call, index, values)
         if index < self._blocks.end - 1:
             call.passed = hidden_states
-            return hidden_states
-        return self._run_all(call, hidden_states, kwargs)
+            return stack.pack({"hidden_states": hidden_states})
+        return stack.pack(self._run_all(call, values))
 
-    def _run_all(self, call: OwnerCall, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        if hidden_states.dim() != 3:
-            raise UnsupportedCallError(f"hidden states must be [B, T, D], got {list(hidden_states.shape)}")
-        is_grad_on = torch.is_grad_enabled()
-        if call.cache is not None:
-            return self._step(call, self._state_of(call.cache), hidden_states)
-        made_by_owner = next((value for value in kwargs.values() if hasattr(value, "layers")), None)
-        if made_by_owner is None:
-            return self._pass(self._blocks, hidden_states, call)
-        state = self._state_of(made_by_owner)
-        if not is_grad_on:
-            return self._step(call, state, hidden_states)
+    def _run_recording(self, call: OwnerCall, index: int, values: tuple[Any, ...]) -> Any:
+        """All blocks run when the first is called, and each returns its true output, for transformers to record."""
+        stack = self._handle.stack
+        if call.outputs is None:
+            skeleton, name = self._handle.skeleton, call.record[0]
+            has_parts = name == "hidden_states" and records_parts(skeleton, stack.blocks(skeleton))
+            if has_parts or any(side.is_per_block for side in stack.sides):
+                why = (
+                    "has states of parts of blocks" if has_parts else "has blocks that each take an input of their own"
+                )
+                kind = self._handle.model_config.model_type
+                raise UnsupportedCallError(f"output_{name}=True is not carried for '{kind}', which {why}; leave it off")
+            record_once(self)
+            call.outputs = self._run_all(call, values)
+        outputs = call.outputs
+        if index < self._blocks.end - 1:
+            outputs = {"hidden_states": outputs[f"record.hidden_states.{index}"]}
+        call.passed = outputs["hidden_states"]
+        logits = call.outputs.get(f"record.router_logits.{index}")
+        if logits is not None:
+            block = next(itertools.islice(filter(is_shadow, self), index - self._blocks.start, None))
+            show_router_logits(self._handle.skeleton, block, logits)
+        return stack.pack(outputs)
+
+    def _run_all(self, call: OwnerCall, values: tuple[Any, ...]) -> Named:
+        """Run all remote blocks; ``values`` are the arguments of one, among them the cache that the owner made."""
+        cache, is_given = plain_cache(call.cache), call.cache is not None
+        if cache is None:
+            cache = next((plain_cache(value) for value in values if isinstance(value, Cache)), None)
+            if cache is None or self._handle.stack.no_cache:
+                return self._pass(self._blocks, call)
+        state, past = self._state_of(cache)
+        if not torch.is_grad_enabled() or (is_given and not past):
+            return self._step(call, state)
         # Training calls leave the model's use_cache default on and drop the cache: open nothing on the peers, but let a
         # caller who does keep it go on from the history.
-        output = self._pass(self._blocks, hidden_states, call)
-        state.needs_grad = hidden_states.requires_grad
-        state.remember(_to_cpu(hidden_states), _small(call.position_ids), _small(call.attention_mask))
+        state.needs_grad = any(tensor.requires_grad for tensor in past.values())
+        output = self._pass(self._blocks, call, past)
+        state.needs_grad = output["hidden_states"].requires_grad
+        state.remember(own(call.entry), self._arguments(call))
         return output
 
-    def _pass(self, blocks: Span, hidden_states: torch.Tensor, call: OwnerCall) -> torch.Tensor:
-        arguments = PassArguments(
-            position_ids=_small(call.position_ids),
-            attention_mask=_small(call.attention_mask),
-            use_cache=call.use_cache,
-            autocast=_autocast_name(hidden_states),
-        )
-        return RemotePass(self._handle.swarm, self._handle.io, blocks, arguments)(hidden_states)
+    def _arguments(self, call: OwnerCall) -> CallArguments:
+        return call_arguments(call, self._handle.stack, self._adapters.read(self._remote_blocks()))
 
-    def _step(self, call: OwnerCall, state: SessionState, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _remote_blocks(self) -> dict[int, nn.Module]:
+        return dict(zip(self._blocks, filter(is_shadow, self), strict=True))
+
+    def _pass(self, blocks: Span, call: OwnerCall, past: Named | None = None) -> Named:
+        self._handle.stack.check_cuts(blocks)
+        arguments = replace(self._arguments(call), sides=call.sides, past=past or {})  # these take part in the gradient
+        return RemotePass(self._handle.swarm, self._handle.io, blocks, arguments)(call.entry)
+
+    def _step(self, call: OwnerCall, state: SessionState) -> Named:
+        hidden_states = call.entry["hidden_states"]
         is_differentiated = torch.is_grad_enabled() and hidden_states.requires_grad
         if state.needs_grad and torch.is_grad_enabled():
             raise UnsupportedCallError("this KV cache was made by a training call; go on from it under torch.no_grad()")
-        work = state.step(
-            _to_cpu(hidden_states),
-            position_ids=_small(call.position_ids),
-            attention_mask=_small(call.attention_mask),
-            autocast=_autocast_name(hidden_states),
-        )
-        output = self._handle.io.run(work).to(hidden_states.device)
-        return refuse_backward(output, hidden_states) if is_differentiated else output
+        if "encoder_hidden_states" in call.tensors:
+            raise UnsupportedCallError("cross-attention is carried without a KV cache only; use use_cache=False")
+        outputs = self._handle.io.run(state.step(own(call.entry), self._arguments(call)))
+        outputs = {name: tensor.to(hidden_states.device) for name, tensor in outputs.items()}
+        if is_differentiated:
+            outputs["hidden_states"] = refuse_backward(outputs["hidden_states"], hidden_states)
+        return outputs
 
-    def _run_alone(self, blocks: Span, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    def _run_alone(self, blocks: Span, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         unknown = set(kwargs) - {"attention_mask", "position_ids"}
         if unknown:
             raise TypeError(
                 f"unexpected keyword arguments {sorted(unknown)}; attention_mask and position_ids are taken"
             )
-        check_hidden_states(hidden_states, self._handle.hidden_size)
-        return self._pass(blocks, hidden_states, OwnerCall(**kwargs))
+        self._check_alone(blocks)
+        check_hidden_states(hidden_states, self._handle.hidden_size, self._handle.stack.hidden)
+        call = OwnerCall(**kwargs)
+        call.entry = {"hidden_states": hidden_states}
+        return self._pass(blocks, call)["hidden_states"]
 
-    def _state_of(self, cache: Any) -> SessionState:
-        link = link_of(cache, self._blocks)
+    def _check_alone(self, blocks: Span) -> None:
+        stack = self._handle.stack
+        if stack.sides or (stack.states and blocks.start):
+            kind = self._handle.model_config.model_type
+            raise UnsupportedCallError(f"blocks of '{kind}' take more than hidden states; call them through the model")
+
+    def _state_of(self, cache: Any) -> tuple[SessionState, Named]:
+        """The session that ``cache`` stands for; on its first use, also the keys and values that it began with."""
+        stack = self._handle.stack
+        if stack.no_cache:
+            raise UnsupportedCallError(_refusal(self._handle))
+        layers = stack.layers_of(self._blocks)
+        link, past = link_of(cache, layers), {}
         if link is None:
-            link = self._new_state()
-            adopt_cache(cache, self._blocks, self._handle.num_blocks, link)
+            link, past = self._new_state(), take(cache, layers)
+            adopt_cache(cache, layers, stack.num_layers, link, is_taken=bool(past))
+            link.begin_with(own(past))
+            link.masks_may_end = all(isinstance(cache.layers[index], RemoteLinearLayer) for index in layers)
         if not isinstance(link, SessionState) or link.swarm is not self._handle.swarm or link.blocks != self._blocks:
             raise UnsupportedCallError("this KV cache belongs to another set of remote blocks; start with an empty one")
-        return link
+        return link, past
 
     def _new_state(self) -> SessionState:
+        self._handle.stack.check_cuts(self._blocks)
         return SessionState(self._handle.swarm, self._blocks, self._handle.io.call_soon)
 
+    def _new_block(self, index: int) -> nn.Module:
+        return self._handle.shadow(index, _Proxy(self, index).run)
 
-class RemoteBlock(nn.Module):
-    """Stands for one remote block; has no parameters."""
+
+class _Proxy:
+    """What the call of a remote block does."""
 
     def __init__(self, sequence: RemoteSequential, index: int) -> None:
-        super().__init__()
-        object.__setattr__(self, "sequence", sequence)  # not a submodule: it is our parent
+        self.sequence = sequence
         self.index = index
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        sequence: RemoteSequential = self.__dict__["sequence"]
-        return sequence._run_block(self.index, hidden_states, kwargs)
-
-    def extra_repr(self) -> str:
-        return f"block {self.index}"
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        return self.sequence._run_block(self.index, args, kwargs)
 
 
 def _registered(parent: nn.Module, name: str, child: nn.Module) -> None:
     """A submodule was registered somewhere: if it is ours in a model, watch the model's calls."""
-    if isinstance(child, RemoteSequential) and isinstance(parent, PreTrainedModel):
+    if is_shadow(parent):
+        note_change()
+    elif isinstance(child, RemoteSequential) and not isinstance(parent, nn.ModuleList):
         child._capture.hook(parent)
+        if keep_recording(parent._modules.get(name), child):
+            return
+        for module in parent.modules():  # the hooks went with the blocks that were there before
+            if getattr(module, "_output_capturing_hooks_installed", False):
+                module._output_capturing_hooks_installed = False  # type: ignore[assignment]
 
 
-def _to_cpu(hidden_states: torch.Tensor) -> torch.Tensor:
-    """A copy of one's own: the history keeps it, whatever the caller does to the original."""
-    return hidden_states.detach().to("cpu", copy=True)
-
-
-def _small(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.detach().to("cpu")
-
-
-def _autocast_name(hidden_states: torch.Tensor) -> str:
-    kind = hidden_states.device.type
-    if not torch.is_autocast_enabled(kind):
+def _refusal(handle: SwarmHandle) -> str:
+    """Of a KV cache; "" if such calls are carried."""
+    if not handle.stack.no_cache:
         return ""
-    return str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+    kind, why = handle.model_config.model_type, handle.stack.no_cache
+    return f"KV caches of '{kind}' models are not carried ({why}); call the model with use_cache=False"

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 
+from remote_modules.client.call import CallArguments, Named
 from remote_modules.client.chain import Chain, Work, demand_of
-from remote_modules.client.history import History, SideInputs
+from remote_modules.client.history import History, OwnerHistory, StepInputs
 from remote_modules.client.swarm import Swarm
 from remote_modules.errors import SessionError
+from remote_modules.model.past import length_of, select_layers
+from remote_modules.model.tensors import concat, slice_tokens
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
@@ -38,6 +42,7 @@ class _PeerCache:
     position: int = 0
     step_id: int = 0
     pending: list[torch.Tensor | int] = field(default_factory=list)  # selections, and lengths to crop to
+    replaces: str = ""  # a session there that is of no more use
 
 
 class SessionState:
@@ -54,8 +59,10 @@ class SessionState:
         self._submit = submit
         self._hops: list[Hop] = []
         self._caches: dict[Span, _PeerCache] = {}
-        self._histories: dict[int, History] = {blocks.start: History()}
-        self._sides = SideInputs()
+        self._past: Named = {}
+        self.masks_may_end = False  # see `OwnerHistory.begin`
+        self._histories: dict[int, History] = {blocks.start: self.new_history()}
+        self._owner = OwnerHistory()
         self._lock = threading.Lock()
 
     @property
@@ -67,14 +74,28 @@ class SessionState:
     def route(self) -> tuple[Hop, ...]:
         return tuple(self._hops)
 
+    def new_history(self) -> History:
+        return History(self.swarm.stack.carried, length_of(self._past))
+
+    def begin_with(self, past: Named) -> None:
+        """Let an unused session begin with these keys and values (`model.past`)."""
+        self._past = past
+        self._histories = {self.blocks.start: self.new_history()}
+        self._owner = OwnerHistory(length_of(past))
+
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens."""
         if length < self.position:
             for history in self._histories.values():
                 history.crop(length)
-            self._sides.crop(length)
-            for cache in self._caches.values():
-                cache.pending.append(length)
+            self._owner.crop(length)
+            if length < length_of(self._past):
+                self._past = {name: tensor[:, :, :length] for name, tensor in self._past.items()} if length else {}
+            for span, cache in self._fed_caches():
+                if length == 0 or self.swarm.stack.is_croppable:
+                    cache.pending.append(length)
+                else:  # it keeps a state that cannot go back: the peer computes it anew
+                    self._caches[span] = _PeerCache(replaces=cache.session_id)
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -87,43 +108,44 @@ class SessionState:
         indices = indices.detach().to("cpu", torch.int64, copy=True)
         for history in self._histories.values():
             history.select(indices)
-        self._sides.select(indices)
-        for cache in self._caches.values():
+        self._owner.select(indices)
+        self._past = {name: tensor[indices] for name, tensor in self._past.items()}
+        for _, cache in self._fed_caches():
             cache.pending.append(indices)
 
     def repeat(self, repeats: int) -> None:
         """Each batch row comes ``repeats`` times in a row."""
-        if self.position:
-            rows = self._histories[self.blocks.start].read().shape[0]
+        batch = self.swarm.stack.hidden.batch
+        if self.position and batch is not None:
+            rows = next((len(tensor) for tensor in self._past.values()), 0)
+            rows = rows or self._histories[self.blocks.start].read()["hidden_states"].shape[batch]
             self.select(torch.arange(rows).repeat_interleave(repeats))
 
-    def remember(
-        self, inputs: torch.Tensor, position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
-    ) -> None:
-        """Note inputs ``[B, T, D]`` that were run without a session: peers get them by replay if it goes on."""
-        self._sides = self._sides.extended(self.position, inputs.shape[1], position_ids, attention_mask)
-        self._histories[self.blocks.start].append(inputs)
+    def _fed_caches(self) -> list[tuple[Span, _PeerCache]]:
+        """Those that hold something; others get all that was done to the history when they are fed."""
+        return [(span, cache) for span, cache in self._caches.items() if cache.step_id]
+
+    def remember(self, inputs: Named, call: CallArguments) -> None:
+        """Note what was run without a session: peers get it by replay if it goes on."""
+        self._owner.commit(self._begin(call))
+        self._histories[self.blocks.start].append(inputs, call.num_tokens)
 
     def __deepcopy__(self, memo: dict[int, object]) -> SessionState:
         """A fork: equal history, KV caches of its own, built when it is used."""
         fork = SessionState(self.swarm, self.blocks, self._submit)
         fork._histories = {self.blocks.start: self._histories[self.blocks.start].copy()}
-        fork._sides = self._sides.copy()
+        fork._owner = self._owner.copy()
+        fork.masks_may_end = self.masks_may_end
+        fork._past = dict(self._past)
         memo[id(self)] = fork
         return fork
 
-    async def step(
-        self,
-        hidden_states: torch.Tensor,
-        *,
-        position_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        autocast: str = "",
-    ) -> torch.Tensor:
-        """Run new tokens ``[B, T, D]`` (CPU) through all blocks; same shape and dtype.
+    async def step(self, inputs: Named, call: CallArguments) -> Named:
+        """Run new tokens (CPU) through all blocks: what the last one returned, and ``record.<kind>.<block>``.
 
         Raises:
             PeerError, NoRouteError: see `Chain.drive`; the session is as before the step.
+            UnsupportedCallError: the owner's inputs do not fit those of earlier steps.
             SessionError: it is closed, or another step is under way.
         """
         if self.is_closed:
@@ -131,36 +153,38 @@ class SessionState:
         if not self._lock.acquire(blocking=False):
             raise SessionError("another step of this session is under way")
         try:
-            sides = self._sides.extended(self.position, hidden_states.shape[1], position_ids, attention_mask)
-            return await self._step(hidden_states, sides, autocast)
+            return await self._step(inputs, self._begin(call))
         finally:
             self._lock.release()
 
-    async def _step(self, hidden_states: torch.Tensor, sides: SideInputs, autocast: str) -> torch.Tensor:
+    def _begin(self, call: CallArguments) -> StepInputs:
+        specs = self.swarm.stack.side_specs(self.blocks)
+        return self._owner.begin(self.position, call, specs, masks_may_end=self.masks_may_end)
+
+    async def _step(self, inputs: Named, step: StepInputs) -> Named:
         chain = Chain.begin(self.swarm)
-        num_tokens = hidden_states.shape[1]
-        demand = demand_of(
-            hidden_states, kv_tokens=self.position + num_tokens + KV_TOKENS_AHEAD, is_decode=num_tokens == 1
-        )
+        num_tokens = step.call.num_tokens
+        kv_tokens = self.position + num_tokens + KV_TOKENS_AHEAD
+        demand = demand_of(inputs, step.call, kv_tokens=kv_tokens, is_decode=num_tokens == 1)
         if not self._hops:
             self._hops = list(await chain.route(self.blocks, demand))
-        work = _Step(self, hidden_states, sides, demand, autocast)
+        work = _Step(self, inputs, step, demand)
         try:
             await chain.drive(work)
         except BaseException:
             self._drop_peers()  # some hops did the step and some did not: all start afresh from the history
             raise
         self._hops = work.done
-        self._commit(work, sides)
+        self._commit(work, step)
         self.swarm.stats.finish(tuple(self._hops), chain.timings)
-        return work.outputs
+        return work.outputs | work.recorded
 
-    def _commit(self, work: _Step, sides: SideInputs) -> None:
-        self._sides = sides
+    def _commit(self, work: _Step, step: StepInputs) -> None:
+        self._owner.commit(step)
         starts = {hop.span.start for hop in self._hops}
         self._histories = {start: work.histories[start] for start in sorted(starts)}
         for start, history in self._histories.items():
-            history.append(work.inputs[start])
+            history.append(work.inputs[start], step.call.num_tokens)
         spans = {hop.span for hop in self._hops}
         for span in [span for span in self._caches if span not in spans]:
             del self._caches[span]
@@ -187,41 +211,43 @@ class SessionState:
     def _free(self, hop: Hop, cache: _PeerCache) -> None:
         connection = self.swarm.open_connection(hop.peer_id, "step")
         if connection is not None:
-            connection.send(messages.CloseSession(cache.session_id))
+            for session_id in filter(None, (cache.session_id, cache.replaces)):
+                connection.send(messages.CloseSession(session_id))
 
 
 class _Step(Work):
     """One step under way: walks the hops, feeding those that are behind."""
 
-    def __init__(
-        self, session: SessionState, hidden_states: torch.Tensor, sides: SideInputs, demand: Demand, autocast: str
-    ) -> None:
+    def __init__(self, session: SessionState, inputs: Named, step: StepInputs, demand: Demand) -> None:
         self.session = session
         self.demand = demand
         self.hops = list(session._hops)
         self.done: list[Hop] = []
-        self.outputs = hidden_states
-        self.inputs: dict[int, torch.Tensor] = {}
+        self.outputs = inputs
+        self.recorded: Named = {}
+        self.inputs: dict[int, Named] = {}
         self.histories = dict(session._histories)
         self._position = session.position
-        self._sides = sides
-        self._autocast = autocast
+        self._start = length_of(session._past)
+        self._step = step
+        self._stack = session.swarm.stack
 
     async def do_hop(self, hop: Hop, chain: Chain) -> None:
         connection = await chain.connect(hop, "step", self.demand)
         cache = self.session._caches.setdefault(hop.span, _PeerCache())
-        start = hop.span.start
-        history = self.histories.setdefault(start, History())
+        if cache.replaces:
+            connection.send(messages.CloseSession(cache.replaces))
+            cache.replaces = ""
+        start, end = hop.span.start, hop.span.end
+        history = self.histories.setdefault(start, self.session.new_history())
         assert len(history) == self._position, "a new boundary gets its history from the hop before it"
         is_next_new = len(self.hops) > 1 and self._needs_history(self.hops[1])
-        outputs = await self._feed(hop, cache, chain, connection, keep_all=is_next_new)
+        old, new = await self._feed(hop, cache, chain, connection, keep_all=is_next_new)
         self.inputs[start] = self.outputs
-        num_new = self.outputs.shape[1]
         if is_next_new:
-            old, self.outputs = outputs[:, :-num_new], outputs[:, -num_new:].contiguous()
-            self.histories[hop.span.end] = History([old] if old.shape[1] else [])
-        else:
-            self.outputs = outputs
+            self.histories[end] = self.session.new_history()
+            self.histories[end].append(old, self._position - self._start)
+        self.outputs = new
         self.done.append(self.hops.pop(0))
 
     async def replace_hop(self, hop: Hop, hops: tuple[Hop, ...], chain: Chain) -> None:
@@ -235,32 +261,60 @@ class _Step(Work):
         self.session._caches.pop(hop.span, None)
 
     def _needs_history(self, hop: Hop) -> bool:
-        return len(self.histories.get(hop.span.start, ())) < self._position
+        history = self.histories.get(hop.span.start)
+        return self._position > self._start and (history is None or len(history) < self._position)
 
     async def _feed(
         self, hop: Hop, cache: _PeerCache, chain: Chain, connection: ClientConnection, *, keep_all: bool
-    ) -> torch.Tensor:
-        """Send what the hop has not seen; outputs of the new tokens, or of all tokens for ``keep_all``."""
-        new = self.outputs
-        behind = self._position if cache.position == 0 else 0
+    ) -> tuple[Named, Named]:
+        """Send what the hop has not seen; outputs of the old tokens (for ``keep_all``), and of the new ones."""
+        behind = self._position - self._start if cache.position == 0 else 0
         assert behind or not keep_all, "only a hop that is fed its whole history can give one to the next"
-        chunks = self._chunks(hop, new, behind, chain.swarm.config.max_replay_tokens)
+        call = self._step.call
         self.session.swarm.stats.replayed_tokens += behind
-        outputs = []
-        position = self._position - behind
-        for chunk in chunks:
-            position += chunk.shape[1]
-            wanted = chunk.shape[1] if keep_all else max(0, min(chunk.shape[1], position - self._position))
-            outputs.append(await self._send(hop, cache, chain, connection, chunk, wanted))
-        return outputs[-1] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        chunks = self._step.chunks(
+            behind,
+            max(1, chain.swarm.config.max_replay_tokens // max(1, call.rows)),
+            is_exact=self._stack.replays_steps,
+            is_apart=bool(call.record),
+        )
+        old: list[Named] = []
+        new: list[Named] = []
+        for start, end in chunks:
+            wanted = end - start if keep_all else max(0, min(end - start, end - self._position))
+            outputs = await self._send(hop, cache, chain, connection, (start, end), wanted)
+            num_old = max(0, wanted - max(0, end - max(start, self._position)))
+            if num_old:
+                old.append(self._cut(outputs, 0, num_old))
+            if wanted > num_old:
+                new.append(self._cut(outputs, num_old, None) if num_old else outputs)
+        return self._joined(old), self._joined(new)
 
-    def _chunks(self, hop: Hop, new: torch.Tensor, behind: int, max_tokens: int) -> Sequence[torch.Tensor]:
-        if behind == 0:
-            return [new]
-        old = self.histories[hop.span.start].read()
-        length = max(1, max_tokens // old.shape[0])
-        chunks: tuple[torch.Tensor, ...] = torch.cat([old, new], dim=1).split(length, dim=1)
-        return chunks
+    def _cut(self, tensors: Named, start: int, end: int | None) -> Named:
+        specs = self._stack.carried
+        return {name: slice_tokens(tensor, specs[name], start, end).contiguous() for name, tensor in tensors.items()}
+
+    def _joined(self, parts: list[Named]) -> Named:
+        if len(parts) < 2:
+            return parts[0] if parts else {}
+        specs = self._stack.carried
+        return {name: concat([part[name] for part in parts], specs[name]) for name in parts[0]}
+
+    def _entry(self, hop: Hop, start: int, end: int) -> Named:
+        """What enters the hop for tokens ``[start, end)``."""
+        if start >= self._position:
+            if (start, end) == (self._position, self._position + self._step.call.num_tokens):
+                return self.outputs
+            return self._cut(self.outputs, start - self._position, end - self._position)
+        old = self.histories[hop.span.start].slice(start, min(end, self._position))
+        old = {name: self._within(name, tensor.contiguous(), end) for name, tensor in old.items()}
+        if end <= self._position:
+            return old
+        return self._joined([old, self._cut(self.outputs, 0, end - self._position)])
+
+    def _within(self, name: str, tensor: torch.Tensor, end: int) -> torch.Tensor:
+        """Of states that are indices of tokens, none of those that came later: the causal mask hides them anyway."""
+        return tensor.clamp(max=end - 1) if name in self._stack.carried and not tensor.is_floating_point() else tensor
 
     async def _send(
         self,
@@ -268,18 +322,27 @@ class _Step(Work):
         cache: _PeerCache,
         chain: Chain,
         connection: ClientConnection,
-        chunk: torch.Tensor,
+        tokens: tuple[int, int],
         num_outputs: int,
-    ) -> torch.Tensor:
-        num_tokens = chunk.shape[1]
+    ) -> Named:
         ops, indices, start = _cache_ops(cache)
-        end = start + num_tokens
-        tensors = {"hidden_states": chunk, **indices}
-        mask, is_whole = self._mask(start, end, bool(ops) or start == 0)
-        if mask is not None:
+        past: Named = {}
+        if cache.position == 0:
+            past, start = select_layers(self.session._past, self._stack.layers_of(hop.span)), self._start
+        assert start == tokens[0], "the peer is where we think it is"
+        end = tokens[1]
+        num_tokens = end - start
+        entry = self._entry(hop, start, end)
+        shared = self._step.tensors(start, end, self._stack.side_specs(hop.span))
+        tensors = {**entry, **indices, **shared, **past}
+        mask, is_whole = self._mask(start, end, bool(ops) or cache.position == 0)
+        if mask is not None and not any(name.startswith("attention_mask") for name in shared):
             tensors["attention_mask"] = mask
-        if self._sides.position_ids is not None:
-            tensors["position_ids"] = self._sides.position_ids[:, start:end]
+        call = self._step.call
+        adapter = None if call.adapter is None else call.adapter.part(hop.span)
+        meta = call.meta(num_tokens)
+        if end <= self._position:
+            meta = msgspec.structs.replace(meta, record=())
         message = messages.StepRequest(
             connection.new_request_id(),
             cache.session_id,
@@ -290,29 +353,31 @@ class _Step(Work):
             ops,
             (),
             0.0,
+            call=meta,
             mask_is_whole=is_whole,
             create=cache.step_id == 0,
-            autocast=self._autocast,
             num_outputs=None if num_outputs == num_tokens else num_outputs,
         )
         kind = "decode" if num_tokens == 1 else "prefill"
         try:
-            replies = await chain.request(hop, kind, message, tensors, connection)
-            output = chain.check_output(hop, replies.get("hidden_states"), chunk, num_outputs)
+            replies = await chain.request(hop, kind, message, tensors, connection, adapter)
+            recorded = {name: replies.pop(name) for name in list(replies) if name.startswith("record.")}
+            output = chain.check_outputs(hop, replies, entry, meta, num_outputs)
         except BaseException:
             self.forget_hop(hop)  # whether the peer did the step is not known: a new session, by replay
             self.session._free(hop, cache)
             raise
+        self.recorded.update(recorded)
         cache.position, cache.step_id = end, cache.step_id + 1
         cache.pending.clear()
         return output
 
     def _mask(self, start: int, end: int, is_whole: bool) -> tuple[torch.Tensor | None, bool]:
         """The mask columns to send for tokens start..end: the new ones when the peer has the others already."""
-        mask = self._sides.attention_mask
+        mask = self._step.attention_mask
         if mask is None:
             return None, False
-        old = self.session._sides.attention_mask
+        old = self._step.old.attention_mask
         if not is_whole and start == self._position and old is not None and torch.equal(old, mask[:, :start]):
             return mask[:, start:end].contiguous(), False
         return mask[:, :end].contiguous(), True

@@ -12,6 +12,7 @@ from remote_modules.client.stats import StatsRecorder
 from remote_modules.config import ClientConfig
 from remote_modules.discovery.base import Discovery
 from remote_modules.errors import DiscoveryError, NoRouteError, PeerUnreachable, SessionError
+from remote_modules.model.stack import StackSpec
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.net.http import Dialer
 from remote_modules.peers import PeerId, PeerRecord, PeerState, short_id
@@ -33,7 +34,8 @@ class Swarm:
 
     Args:
         model_key: what to look up.
-        num_blocks: of the model.
+        stack: the model's blocks, and what crosses from one to the next.
+        hidden_size: of the model.
         known_digests: block weights that we can vouch for; see `plan.compatibility`.
         clock: monotonic seconds.
         rng: for routing and jitter.
@@ -45,7 +47,8 @@ class Swarm:
         dialer: Dialer,
         *,
         model_key: str,
-        num_blocks: int,
+        stack: StackSpec,
+        hidden_size: int,
         known_digests: Mapping[int, str],
         config: ClientConfig,
         clock: Callable[[], float],
@@ -56,7 +59,9 @@ class Swarm:
         self.clock = clock
         self.rng = rng
         self.stats = stats
-        self.num_blocks = num_blocks
+        self.stack = stack
+        self.hidden_size = hidden_size
+        self.num_blocks = stack.num_blocks
         self.bans = BanTable(ban_s=config.ban_s, max_ban_s=config.max_ban_s)
         self.estimator = WorkEstimator(min_timeout_s=config.min_request_timeout_s)
         self._discovery = discovery
@@ -71,6 +76,7 @@ class Swarm:
         self._connections: dict[tuple[PeerId, str], ClientConnection] = {}
         self._dialling: dict[tuple[PeerId, str], asyncio.Task[ClientConnection]] = {}
         self._counted: WeakKeyDictionary[ClientConnection, tuple[int, int]] = WeakKeyDictionary()
+        self._adapters: WeakKeyDictionary[ClientConnection, set[str]] = WeakKeyDictionary()
         self._is_closed = False
 
     def record(self, peer_id: PeerId) -> PeerRecord:
@@ -149,6 +155,10 @@ class Swarm:
         connection = self._connections.get((peer_id, lane))
         return connection if connection is not None and connection.is_open else None
 
+    def adapters_sent(self, connection: ClientConnection) -> set[str]:
+        """Digests of the adapters that the peer got over this connection."""
+        return self._adapters.setdefault(connection, set())
+
     def count_bytes(self, connection: ClientConnection) -> None:
         """Add what moved on a connection since the last call to the statistics."""
         sent, received = self._counted.get(connection, (0, 0))
@@ -185,7 +195,7 @@ class Swarm:
             if record.state is PeerState.ONLINE and peer_id not in avoid and not self._is_banned(record)
         ]
         try:
-            return find_route(blocks, candidates, demand, rng=self.rng)
+            return find_route(blocks, candidates, demand, rng=self.rng, cuts=self.stack.cuts)
         except NoRouteError as exc:
             why = f"; last lookup failed: {self._lookup_error}" if self._lookup_error is not None else ""
             num_banned = sum(map(self._is_banned, self._records.values()))

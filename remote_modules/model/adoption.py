@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from remote_modules.errors import UnsupportedCallError
-from remote_modules.model.kv import check_layer, mask_sizes
-from remote_modules.spans import Span
+from remote_modules.model.cache_kinds import DummyLayer
+from remote_modules.model.length_layers import LengthHybridLayer, LengthLayer, LengthLinearLayer, has_state, layer_kind
 
-__all__ = ["CacheLink", "RemoteLayer", "adopt_cache", "link_of"]
+__all__ = ["CacheLink", "RemoteHybridLayer", "RemoteLayer", "RemoteLinearLayer", "adopt_cache", "link_of"]
 
 
 class CacheLink(Protocol):
@@ -44,51 +45,39 @@ class CacheLink(Protocol):
         """Free the session without waiting; may be called from any thread, and more than once."""
 
 
-class RemoteLayer(CacheLayerMixin):
-    """The layer of one remote block: a length.
+class _Linked:
+    """What the layers of a client's cache have in common: they pass operations on to the session.
 
     Args:
         link: the session.
-        is_first: whether this layer is the one that passes operations on (a cache tells each of its layers).
-        sliding_window: as in the layer that it replaces.
+        is_first: whether this layer is the one that does (a cache tells each of its layers).
+        sliding_window, num_states: as in the layer that it replaces.
     """
 
-    is_compileable = False
-    is_croppable = True
-    supports_early_init = False
-    is_sliding = False
-
-    def __init__(self, link: CacheLink, *, is_first: bool, sliding_window: int | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(
+        self, link: CacheLink, *, is_first: bool, sliding_window: int | None = None, num_states: int = 0
+    ) -> None:
+        super().__init__(link, sliding_window, num_states)  # type: ignore[call-arg]
         self.link = link
         if is_first:  # not on the cache, which a deepcopy does not build anew
             weakref.finalize(self, link.close_soon)
-        self.is_initialized = True
         self.record_past = False
         self._is_first = is_first
-        if sliding_window is not None:
-            self.is_sliding = True
-            self.sliding_window = sliding_window
+        self._kind = (sliding_window, num_states)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteLayer:
-        window = getattr(self, "sliding_window", None)
-        copied = RemoteLayer(copy.deepcopy(self.link, memo), is_first=self._is_first, sliding_window=window)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        window, num_states = self._kind
+        link = copy.deepcopy(self.link, memo)
+        copied = type(self)(link, is_first=self._is_first, sliding_window=window, num_states=num_states)
         copied.record_past = self.record_past
         return copied
 
-    def get_seq_length(self) -> int:
-        return self.link.position
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return mask_sizes(self.link.position, query_length, getattr(self, "sliding_window", None))
-
-    def get_max_length(self) -> int:
-        return getattr(self, "sliding_window", -1)
-
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens, as transformers 5 counts."""
+        """Remove the last ``-tokens_to_remove`` tokens; a positive number is what it is to transformers."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a number of tokens to remove as 0 or less, got {tokens_to_remove}")
+            # It raises, or (before transformers 5.18) it is the length to keep.
+            DynamicLayer().crop(tokens_to_remove)
+            tokens_to_remove = min(0, tokens_to_remove - self.link.position)
         if self._is_first and tokens_to_remove:
             self.link.crop(max(0, self.link.position + tokens_to_remove))
 
@@ -118,39 +107,69 @@ class RemoteLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """Nothing is held here."""
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise UnsupportedCallError("a remote block's KV cache cannot be filled at the client")
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        raise UnsupportedCallError("a remote block's KV cache cannot be filled at the client")
+class RemoteLayer(_Linked, LengthLayer):
+    """The layer of a remote block with attention."""
+
+    @property
+    def indexer_position_ids(self) -> None:
+        """Kept by the peers."""
+        return None
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, positions: torch.Tensor | None) -> None:
+        """Nothing is held here."""
 
 
-def link_of(cache: Cache, blocks: Span) -> CacheLink | None:
-    """The session behind ``cache`` for these blocks, if it was adopted."""
-    if blocks.start < len(cache.layers):
-        layer = cache.layers[blocks.start]
-        if isinstance(layer, RemoteLayer):
+class RemoteLinearLayer(_Linked, LengthLinearLayer):
+    """The layer of a remote block with linear attention."""
+
+
+class RemoteHybridLayer(_Linked, LengthHybridLayer):
+    """The layer of a remote block with both."""
+
+
+_REMOTE: dict[type, type[Any]] = {
+    LengthLayer: RemoteLayer,
+    LengthLinearLayer: RemoteLinearLayer,
+    LengthHybridLayer: RemoteHybridLayer,
+}
+
+
+def link_of(cache: Cache, layers: Sequence[int]) -> CacheLink | None:
+    """The session behind these ``layers`` of ``cache``, if it was adopted."""
+    for index in layers:
+        layer: Any = cache.layers[index] if index < len(cache.layers) else None
+        if isinstance(layer, _Linked):
             return layer.link
     return None
 
 
-def adopt_cache(cache: Cache, blocks: Span, num_layers: int, link: CacheLink) -> None:
-    """Replace the layers of ``blocks`` in ``cache`` by ones that stand for ``link``.
+def adopt_cache(
+    cache: Cache, layers: Sequence[int], num_layers: int, link: CacheLink, *, is_taken: bool = False
+) -> None:
+    """Replace ``layers`` of ``cache`` by ones that stand for ``link``.
 
     Args:
-        num_layers: of the whole model; a bare `DynamicCache()` is extended to it.
+        num_layers: of the whole cache; a bare `DynamicCache()` is extended to it.
+        is_taken: whether ``link`` has what the layers hold (`model.past`).
 
     Raises:
-        UnsupportedCallError: the cache already holds keys for these blocks, or has layers of a kind not carried.
+        UnsupportedCallError: the cache already holds something for these layers, or is of a kind not carried.
     """
-    layers: list[Any] = cache.layers + [DynamicLayer() for _ in range(num_layers - len(cache.layers))]
-    for layer in layers[blocks.start : blocks.end]:
-        check_layer(layer)
-        if layer.get_seq_length() > 0:
+    found: list[Any] = cache.layers + [DynamicLayer() for _ in range(num_layers - len(cache.layers))]
+    kinds = {index: layer_kind(found[index]) for index in layers if not isinstance(found[index], DummyLayer)}
+    for index in kinds:
+        is_filled = getattr(found[index], "keys", None) is not None and found[index].get_seq_length() > 0
+        if (is_filled and not is_taken) or has_state(found[index]):
             raise UnsupportedCallError("the KV cache was filled by a local model; start with an empty one")
-    cache.layers = layers
+    cache.layers = found
     cache.layer_class_to_replicate = None
-    for index in blocks:
-        layer = layers[index]
-        window = getattr(layer, "sliding_window", None)
-        cache.layers[index] = RemoteLayer(link, is_first=index == blocks.start, sliding_window=window)
+    if hasattr(cache, "linear_cache"):  # MiniMax: a list beside the layers, empty entries for those that have none
+        cache.linear_cache = [[] for _ in range(num_layers)]
+    is_first = True
+    for index, (kind, window, num_states) in kinds.items():
+        remote = _REMOTE[kind](link, is_first=is_first, sliding_window=window, num_states=num_states)
+        remote.record_past = getattr(found[index], "record_past", False)
+        cache.layers[index] = remote
+        is_first = False

@@ -38,8 +38,9 @@ def model_key(config: PreTrainedConfig) -> str:
 def block_digests(checkpoint: Checkpoint, stack: StackSpec, blocks: Iterable[int]) -> dict[int, str]:
     """Digest of each block that can be read locally; opens no file but those of these blocks, and fetches nothing."""
     digests = {}
+    where = stack.blocks_of_keys(checkpoint.weight_map)
     for block in blocks:
-        files = checkpoint.local_part(lambda key, block=block: stack.block_of_key(key) == block)  # type: ignore[misc]
+        files = checkpoint.local_part(lambda key, block=block: where.get(key) == block)  # type: ignore[misc]
         if files:
             digests[block] = _digest(files)
     return digests

@@ -6,17 +6,27 @@ transformers' `DynamicLayer` concatenates the whole past for each token: at 4,09
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
 from remote_modules.errors import UnsupportedCallError
+from remote_modules.model.cache_kinds import DummyLayer, IndexedLayer
+from remote_modules.model.length_layers import LengthLayer, layer_kind, mask_sizes
+from remote_modules.model.rotary import Memory
+from remote_modules.model.stack import StackSpec
 from remote_modules.spans import Span
 
-__all__ = ["GrowingLayer", "LengthLayer", "SpanCache", "check_layer", "grown_capacity", "mask_sizes"]
+__all__ = ["GrowingLayer", "SpanCache", "grown_capacity", "is_croppable"]
 
 MIN_CAPACITY_TOKENS = 64
 
@@ -36,6 +46,8 @@ class GrowingLayer(DynamicLayer):
         sliding_window: of a layer that attends to that many tokens; older ones are kept, unseen, so that any `crop`
             can bring them back.
     """
+
+    is_croppable = True
 
     def __init__(self, sliding_window: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -72,6 +84,8 @@ class GrowingLayer(DynamicLayer):
 
     def get_max_length(self) -> int:
         return getattr(self, "sliding_window", -1)
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.13
 
     def crop(self, tokens_to_remove: int) -> None:
         self._length = max(0, self._length - abs(tokens_to_remove))
@@ -120,62 +134,20 @@ def _empty_like(states: torch.Tensor, capacity: int) -> torch.Tensor:
     return states.new_empty((*states.shape[:2], capacity, states.shape[3]))
 
 
+def is_croppable(cache: Cache) -> bool:
+    """Whether a peer can take tokens back from such a cache."""
+    return all(_keeps_all(layer) for layer in cache.layers) and not hasattr(cache, "linear_cache")
+
+
+def _keeps_all(layer: Any) -> bool:
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer, IndexedLayer, DummyLayer)
+
+
 @dataclass(slots=True)
 class _Length:
     """Tokens in the session, shared by the layers that hold nothing."""
 
-    tokens: int = 0
-
-
-class LengthLayer(CacheLayerMixin):
-    """A layer of another peer: knows how long it would be, so that masks come out right."""
-
-    is_croppable = True
-    is_sliding = False
-
-    def __init__(self, length: _Length, sliding_window: int | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._shared = length
-        self.is_initialized = True
-        if sliding_window is not None:
-            self.is_sliding = True
-            self.sliding_window = sliding_window
-
-    def get_seq_length(self) -> int:
-        return self._shared.tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return mask_sizes(self._shared.tokens, query_length, getattr(self, "sliding_window", None))
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise AssertionError("a layer of another peer is never filled")
-
-    def update(self, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
-        raise AssertionError("a layer of another peer is never filled")
-
-
-def check_layer(layer: object) -> None:
-    """Refuse cache layers that hold more than keys and values of all tokens: quantized, linear attention, static.
-
-    Raises:
-        UnsupportedCallError: such a layer.
-    """
-    if not isinstance(layer, DynamicLayer) or type(layer).is_croppable is not True:
-        raise UnsupportedCallError(
-            f"KV cache layers of kind {type(layer).__name__} are not carried; models with attention in every block "
-            "and their default dynamic cache are"
-        )
-
-
-def mask_sizes(past: int, query_length: int, sliding_window: int | None) -> tuple[int, int]:
-    """(KV length, KV offset) that transformers' own dynamic layers would report."""
-    if sliding_window is None:
-        return past + query_length, 0
-    kept = min(past, sliding_window - 1)
-    return kept + query_length, past - kept
+    position: int = 0
 
 
 class SpanCache:
@@ -183,22 +155,36 @@ class SpanCache:
 
     Args:
         config: of the whole model.
+        stack: which layers belong to which block.
         span: blocks that are really cached.
+
+    Attributes:
+        rotary: what rotary tables remember of this session; None before its first step.
     """
 
-    def __init__(self, config: PreTrainedConfig, span: Span) -> None:
+    def __init__(self, config: PreTrainedConfig, stack: StackSpec, span: Span) -> None:
+        self.rotary: Memory | None = None
+        self._config = config
+        self._stack = stack
+        self._blocks = span
         self._length = _Length()
-        self.cache: Cache = DynamicCache(config=config)
-        num_blocks = config.get_text_config(decoder=True).num_hidden_layers
-        layers: list[Any] = self.cache.layers or [DynamicLayer() for _ in range(num_blocks)]
-        self.cache.layer_class_to_replicate = None
-        self.cache.layers = [self._layer(layer, index in span) for index, layer in enumerate(layers)]
-        self._held: dict[int, Any] = {index: self.cache.layers[index] for index in span}
+        self._held: list[Any] = []
+        self._fill()
 
     @property
     def length(self) -> int:
         """Tokens cached."""
-        return self._length.tokens
+        return self._length.position
+
+    @property
+    def argument(self) -> Cache:
+        """What the owner of the blocks takes."""
+        return self._argument
+
+    @property
+    def layers(self) -> list[Any]:
+        """All layers; those of other blocks are lengths."""
+        return list(self._cache.layers)
 
     def use(self, blocks: Span) -> None:
         """Hold ``blocks`` alone: masks are sized by the first layer of a kind, which must not be one that is never run.
@@ -206,45 +192,103 @@ class SpanCache:
         Raises:
             ValueError: other blocks were used before, or are not held.
         """
-        if self._held.keys() == set(blocks):
+        if self._blocks == blocks:
             return
-        if self._length.tokens or not self._held.keys() >= set(blocks):
-            raise ValueError(f"the KV cache holds blocks {list(self._held)}, got {blocks}")
-        for index in self._held.keys() - set(blocks):
-            self.cache.layers[index] = self._layer(self._held.pop(index), is_held=False)
+        if self._length.position or not self._blocks.covers(blocks):
+            raise ValueError(f"the KV cache holds blocks {self._blocks}, got {blocks}")
+        self._blocks = blocks
+        self._fill()
+
+    def begin_with(self, layers: Mapping[int, Any], length: int) -> None:
+        """Put ``layers`` that hold ``length`` tokens in the place of empty ones."""
+        for index, layer in layers.items():
+            self._cache.layers[index] = layer
+        self._held = [self._cache.layers[index] for index in self._stack.layers_of(self._blocks)]
+        self._length.position = length
 
     def advance(self, num_tokens: int) -> None:
         """Note that ``num_tokens`` went through all held blocks."""
-        self._length.tokens += num_tokens
+        self._length.position += num_tokens
 
     def crop(self, length: int) -> None:
-        """Keep the first ``length`` tokens."""
-        if length < self._length.tokens:
-            for layer in self._held.values():
-                if length:
-                    layer.crop(length - self._length.tokens)
-                else:
-                    layer.reset()  # its buffers have the old batch size, and the next step may bring another
-            self._length.tokens = length
+        """Keep the first ``length`` tokens.
+
+        Raises:
+            UnsupportedCallError: the cache keeps a state that cannot go back, and ``length`` is not 0.
+        """
+        if length >= self._length.position:
+            return
+        if length == 0:
+            self.rotary = None
+            self._length.position = 0
+            self._fill()  # the next step may bring another batch size
+            return
+        if not self._stack.is_croppable:
+            raise UnsupportedCallError(f"the cache of '{self._config.model_type}' models cannot be cropped")
+        for layer in self._held:
+            layer.crop(length - self._length.position)
+        self._change_positions(lambda positions: positions[..., :length])
+        self._length.position = length
 
     def select(self, indices: torch.Tensor) -> None:
         """Batch rows become those at ``indices`` ``[B']``."""
-        for layer in self._held.values():
-            layer.batch_select_indices(indices)
+        for layer in self._held:
+            if not isinstance(layer, DynamicLayer) or layer.is_initialized:
+                layer.reorder_cache(indices)
+        self._change_positions(lambda positions: positions.index_select(1, indices.to(positions.device)))
+        for index, state in self._linear_states():
+            self._linear[index] = state[indices.to(state.device)]
 
-    def num_bytes(self) -> int:
-        """Memory of the buffers as they are."""
-        return sum(_layer_bytes(layer) for layer in self._held.values())
+    def num_bytes(self, blocks: Span | None = None) -> int:
+        """Memory of the buffers as they are; those of ``blocks``, or of all."""
+        held = self._stack.layers_of(blocks or self._blocks)
+        states = sum(state.numel() * state.itemsize for index, state in self._linear_states() if index in held)
+        return states + sum(_layer_bytes(self._cache.layers[index]) for index in held)
 
-    def _layer(self, layer: Any, is_held: bool) -> CacheLayerMixin:
-        check_layer(layer)
-        window = getattr(layer, "sliding_window", None)
+    def _fill(self) -> None:
+        """Make the layers, empty."""
+        kind = self._stack.cache_class or DynamicCache
+        cache: Any = DynamicCache(config=self._config) if kind in (DynamicCache, EncoderDecoderCache) else kind()
+        held = self._stack.layers_of(self._blocks)
+        num_layers = max(self._stack.num_layers or self._stack.num_blocks, len(cache.layers))
+        layers: list[Any] = cache.layers + [DynamicLayer() for _ in range(num_layers - len(cache.layers))]
+        cache.layer_class_to_replicate = None
+        cache.layers = [self._layer(layer, index in held) for index, layer in enumerate(layers)]
+        self._cache = cache
+        self._held = [cache.layers[index] for index in held]
+        self._linear: list[Any] = getattr(cache, "linear_cache", [])
+        if hasattr(cache, "linear_cache"):  # MiniMax: one list beside the layers, None while unused
+            cache.linear_cache.extend(None for _ in range(self._stack.num_blocks))
+        self._argument: Cache = EncoderDecoderCache(cache, DynamicCache()) if kind is EncoderDecoderCache else cache
+
+    def _layer(self, layer: Any, is_held: bool) -> Any:
+        if isinstance(layer, DummyLayer):
+            return layer
+        kind, window, num_states = layer_kind(layer)
         if not is_held:
-            return LengthLayer(self._length, window)
-        kept: CacheLayerMixin = layer  # of a subclass that knows more than keys and values
-        return GrowingLayer(window) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else kept
+            return kind(self._length, window, num_states)
+        return GrowingLayer(window) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
+
+    def _change_positions(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Of indexed layers, where the owner keeps them on a layer of another block."""
+        for layer in self.layers:
+            if isinstance(layer, LengthLayer) and layer.indexer_position_ids is not None:
+                layer.indexer_position_ids = change(layer.indexer_position_ids)
+
+    def _linear_states(self) -> Iterator[tuple[int, torch.Tensor]]:
+        for index, state in enumerate(self._linear):
+            if isinstance(state, torch.Tensor):
+                yield index, state
 
 
-def _layer_bytes(layer: CacheLayerMixin) -> int:
-    buffers = getattr(layer, "_buffers", None) or (layer.keys, layer.values)
-    return sum(tensor.numel() * tensor.itemsize for tensor in buffers if tensor is not None)
+def _layer_bytes(layer: Any) -> int:
+    buffers = getattr(layer, "_buffers", None)
+    return sum(tensor.numel() * tensor.itemsize for tensor in buffers or _tensors_of(vars(layer)))
+
+
+def _tensors_of(values: dict[Any, Any]) -> Iterator[torch.Tensor]:
+    for value in values.values():
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors_of(value)

@@ -9,10 +9,9 @@ transformers does while loading still happen.
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from remote_modules.errors import CheckpointError, UnsupportedCallError, first_line
 from remote_modules.model.checkpoint import INDEX_NAME, Checkpoint
 from remote_modules.model.fingerprint import block_digests
+from remote_modules.model.pruning import KeepBlock, UnknownArgument, kept_tensors, pruned_class
 from remote_modules.model.quantization import (
     block_state,
     check_quantization,
@@ -38,34 +38,9 @@ from remote_modules.model.quantized_cache import QuantizedCache
 from remote_modules.model.stack import StackSpec, find_stack, meta_skeleton
 from remote_modules.spans import Span
 
-__all__ = ["SkippedBlock", "load_client_part", "load_span", "read_config"]
+__all__ = ["load_client_part", "load_span", "read_config"]
 
 _LINKED = ("config.json", "generation_config.json")
-
-
-class _UnknownArgument(TypeError):
-    """A keyword argument that neither `from_pretrained` nor the class takes."""
-
-
-class SkippedBlock(nn.Module):
-    """Stands where a block of another peer would be; passes hidden states on."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        return hidden_states
-
-
-class _SkippedModule(nn.Module):
-    """Stands for a norm or head that this peer does not hold; returns its input."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return args[0] if args else None
-
-
-class _SkippedEmbedding(nn.Module):
-    """Stands for an embedding; owners add learned positions to what they are given, so it returns a zero."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros(())
 
 
 def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -173,7 +148,7 @@ class _Quantizer:
         return model
 
     def _without_blocks(self) -> PreTrainedModel:
-        pruned: Any = _pruned_class(self._cls, self._stack, lambda block: False)
+        pruned: Any = pruned_class(self._cls, self._stack, lambda block: False)
         with _quiet_loading():
             model: PreTrainedModel = pruned.from_pretrained(
                 None,
@@ -219,14 +194,16 @@ def _load(
     config: PreTrainedConfig,
     cls: type[PreTrainedModel],
     stack: StackSpec,
-    keep_block: Callable[[int | None], bool],
+    keep_block: KeepBlock,
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> PreTrainedModel:
-    pruned: Any = _pruned_class(cls, stack, keep_block)  # Any: what from_pretrained returns varies with its options
-    files = checkpoint.part(lambda key: keep_block(stack.block_of_key(key)))
+    pruned: Any = pruned_class(cls, stack, keep_block)  # Any: what from_pretrained returns varies with its options
+    where = stack.blocks_of_keys(checkpoint.weight_map)
+    further = kept_tensors(meta_skeleton(cls, config), stack, keep_block)
+    files = checkpoint.part(lambda key: keep_block(where.get(key)) or _is_named(key, further))
     if not files:
         raise CheckpointError(f"checkpoint '{checkpoint.name}' has no tensor of the wanted part of {cls.__name__}")
     with _partial_folder(checkpoint, files) as folder, _quiet_loading():
@@ -238,7 +215,7 @@ def _load(
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as exc:
             raise CheckpointError(f"weights of '{checkpoint.name}' do not load: {first_line(exc)}") from exc
-        except _UnknownArgument as exc:
+        except UnknownArgument as exc:
             raise TypeError(str(exc)) from exc
         except (AttributeError, TypeError, LookupError) as exc:  # the class looks into modules that are pruned
             text = f"{cls.__name__} cannot be loaded in part: {first_line(exc)}"
@@ -248,43 +225,13 @@ def _load(
         raise CheckpointError(f"checkpoint '{checkpoint.name}' lacks {len(missing)} tensors, first '{missing[0]}'")
     loaded: PreTrainedModel = model
     loaded.__class__ = cls  # generate() decides some things by class name
+    loaded.name_or_path = loaded.config.name_or_path = checkpoint.name  # peft writes it into the files of adapters
     return loaded
 
 
-def _pruned_class(
-    cls: type[PreTrainedModel], stack: StackSpec, keep_block: Callable[[int | None], bool]
-) -> type[PreTrainedModel]:
-    def build_then_prune(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        unknown = sorted(kwargs.keys() - inspect.signature(cls.__init__).parameters.keys())
-        if unknown:
-            raise _UnknownArgument(f"unexpected keyword arguments {unknown}; from_pretrained takes none of that name")
-        cls.__init__(self, config, *args, **kwargs)
-        blocks = stack.blocks(self)
-        for index in range(len(blocks)):
-            if not keep_block(index):
-                blocks[index] = SkippedBlock()
-        if not keep_block(None):
-            _prune_around(self, stack.path)
-
-    members: dict[str, Any] = {
-        "__init__": build_then_prune,
-        "__module__": cls.__module__,  # for classes from elsewhere, transformers skips the renaming of old keys
-        "_keys_to_ignore_on_load_unexpected": [".*"],
-    }
-    if not keep_block(None):
-        members["_tied_weights_keys"] = {}  # both ends of every tie are pruned
-    return type(cls.__name__, (cls,), members)
-
-
-def _prune_around(model: nn.Module, path: str) -> None:
-    """Replace every module with parameters that lies outside the list at ``path``."""
-    head, _, rest = path.partition(".")
-    for name, child in list(model.named_children()):
-        if name != head:
-            if any(True for _ in child.parameters()):
-                setattr(model, name, _SkippedEmbedding() if isinstance(child, nn.Embedding) else _SkippedModule())
-        elif rest:
-            _prune_around(child, rest)
+def _is_named(key: str, names: frozenset[str]) -> bool:
+    """Whether a checkpoint key is one of ``names``, which may have the prefix of a base model more or less."""
+    return any(key == name or name.endswith(f".{key}") or key.endswith(f".{name}") for name in names)
 
 
 @contextmanager

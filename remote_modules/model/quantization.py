@@ -8,6 +8,7 @@ frozen: gradients flow through it to its input.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
@@ -56,7 +57,8 @@ def _bitsandbytes() -> Any:
 def loading_options(quantization: str, block: nn.Module, path: str) -> dict[str, Any]:
     """What `from_pretrained` takes to quantize the linear layers of ``block``, a meta one that lies at ``path``."""
     small = [name for name, module in block.named_modules() if _is_linear(module) and not _is_large(module.weight)]
-    skip = [f"{path}.{name}" for name in small]
+    # The rest of the model is shadows, which bitsandbytes would take for what they stand for: by pattern, all of it.
+    skip = [f"{path}.{name}" for name in small] + [rf"(?!{re.escape(path)}\.).*"]
     if quantization == "int8":
         config = BitsAndBytesConfig(
             load_in_8bit=True, llm_int8_threshold=_OUTLIER_THRESHOLD, llm_int8_skip_modules=skip

@@ -46,8 +46,8 @@ def model_digest(
     checkpoint: Checkpoint, config: PreTrainedConfig, *, quantization: str, dtype: torch.dtype | str
 ) -> str:
     """32 hex characters; of hub checkpoints the commit counts, of folders the names, sizes and times of files."""
-    if checkpoint.repository is not None:
-        identity: object = [checkpoint.repository, checkpoint.revision]
+    if checkpoint.hub is not None:
+        identity: object = [checkpoint.hub.name, checkpoint.hub.commit]
     else:
         paths = [checkpoint.folder / name for name in sorted(set(checkpoint.weight_map.values()))]
         stats = [(path.name, path.stat()) for path in paths if path.exists()]

@@ -1,16 +1,16 @@
 """Running a span by *replaying* the owner's own forward.
 
 The skeleton is complete: masks, rotary tables, per-layer dispatch and cache indexing are computed by the
-architecture's own code. Blocks before the span pass a placeholder on, the true hidden states enter at the first block
-to run, and an exception leaves with the output of the last. This is the reference path of a peer: exact, for every
-architecture whose blocks return one tensor.
+architecture's own code. Blocks before the span pass on what the block before the span returned, so the first block to
+run is called with the true values, and an exception leaves with the output of the last. This is the reference path of
+a peer: exact, for every architecture whose blocks can be run apart from each other.
 """
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,11 +18,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from remote_modules.errors import UnsupportedCallError, first_line
+from remote_modules.model.adapted import applied
+from remote_modules.model.adapters import Adapter
 from remote_modules.model.kv import SpanCache
-from remote_modules.model.stack import StackSpec, cache_argument
+from remote_modules.model.quantization import compute_dtype
+from remote_modules.model.recording import RouterTaps
+from remote_modules.model.rotary import RotaryMemory
+from remote_modules.model.stack import SideInput, StackSpec, cache_argument, input_argument, takes_argument
 from remote_modules.spans import Span
 
 __all__ = ["OwnerArguments", "SpanModel"]
+
+Named = Mapping[str, torch.Tensor]
+Mask = torch.Tensor | dict[str, torch.Tensor | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,16 +38,30 @@ class OwnerArguments:
     """What the owner was called with at the client, besides hidden states and cache.
 
     Attributes:
-        position_ids: int64 ``[B, T]`` or ``[1, T]``, or None for positions that follow the cache.
-        attention_mask: ``[B, P + T]`` as the user gave it, or None.
+        rows, num_tokens: shape of its inputs ``[B, T]``.
+        position_ids: int64 ``[B, T]``, ``[1, T]`` or ``[n, B, T]``, or None for positions that follow the cache.
+        attention_mask: ``[B, P + T]``, ``[B, h, T, P + T]`` or one of these for each layer type, as given; or None.
+        tensors: further tensors, by argument name.
+        options: further arguments, by name.
         use_cache: for calls without a session, whether the owner made a throw-away cache.
         autocast: dtype of an enclosing `torch.autocast`, or None.
+        record: what to return of each block beside the output: ``"hidden_states"``, ``"router_logits"``.
+        adapter, seed: applied to the blocks; see `model.adapted`.
+        with_grad: whether the caller records a gradient; who runs the blocks sets the grad mode accordingly.
     """
 
+    rows: int
+    num_tokens: int
     position_ids: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
+    attention_mask: Mask | None = None
+    tensors: Named = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     use_cache: bool = True
     autocast: torch.dtype | None = None
+    record: tuple[str, ...] = ()
+    adapter: Adapter | None = None
+    seed: int | None = None
+    with_grad: bool = False
 
 
 class _SpanDone(Exception):  # not an error: carries the result past the rest of the owner's forward
@@ -50,11 +72,15 @@ class _SpanDone(Exception):  # not an error: carries the result past the rest of
 class _Pass:
     """Which blocks run now, and what enters the first; set for the time of one call."""
 
-    __slots__ = ("end", "entry", "start")
+    __slots__ = ("end", "entry", "has_begun", "inputs", "recorded", "sides", "start")
 
-    def __init__(self) -> None:
+    def __init__(self, sides: tuple[SideInput, ...]) -> None:
         self.start = self.end = 0
-        self.entry: torch.Tensor | None = None
+        self.entry: Any = None  # what block start - 1 returned
+        self.inputs: Named = {}
+        self.sides = sides
+        self.has_begun = False
+        self.recorded: dict[int, Any] | None = None
 
 
 class _Blocks(nn.ModuleList):
@@ -67,7 +93,7 @@ class _Blocks(nn.ModuleList):
 
 
 class _Slot(nn.Module):
-    """A held block in its place: runs, is passed over, or ends the pass."""
+    """The place of a block: runs a held one, passes others over, or ends the pass."""
 
     def __init__(self, block: nn.Module, index: int, current: _Pass) -> None:
         super().__init__()
@@ -75,14 +101,18 @@ class _Slot(nn.Module):
         self.index = index
         self.current = current
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         current = self.current
         if self.index < current.start:
-            return hidden_states
-        if self.index == current.start:
-            assert current.entry is not None
-            hidden_states, current.entry = current.entry, None
-        output = self.block(hidden_states, *args, **kwargs)
+            return current.entry
+        current.has_begun = True
+        if self.index == 0:
+            args, kwargs = _with_input(args, kwargs, current.inputs["hidden_states"])
+        for side in current.sides:
+            args, kwargs = _with_argument(args, kwargs, side.key, current.inputs[side.name(self.index)])
+        output = self.block(*args, **kwargs)
+        if current.recorded is not None:
+            current.recorded[self.index] = output
         if self.index == current.end - 1:
             raise _SpanDone(output)
         return output
@@ -94,61 +124,97 @@ class _Slot(nn.Module):
             return getattr(super().__getattr__("block"), name)
 
 
+def _with_input(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor) -> Any:
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+
+def _with_argument(args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str, value: torch.Tensor) -> Any:
+    if isinstance(key, int):
+        return (*args[:key], value, *args[key + 1 :]), kwargs
+    return args, kwargs | {key: value}
+
+
 class SpanModel:
     """The blocks of one span, ready to run on one device. Not thread-safe: one call at a time.
 
     Args:
         model: from `loading.load_span`; its blocks are wrapped in place.
-        stack: where its blocks are.
+        stack: from `probe.probe_stack`.
         span: the blocks held.
+
+    Raises:
+        UnsupportedCallError: the span begins or ends where it may not.
     """
 
     def __init__(self, model: PreTrainedModel, stack: StackSpec, span: Span) -> None:
+        stack.check_cuts(span)
         self.config = model.config
         self.stack = stack
         self.span = span
         self.hidden_size: int = model.config.get_text_config(decoder=True).hidden_size
         self._owner = stack.owner(model)
-        if "inputs_embeds" not in inspect.signature(self._owner.forward).parameters:
-            raise UnsupportedCallError(f"{type(self._owner).__name__}.forward takes no inputs_embeds")
+        self._input_argument = "input_ids" if stack.takes_ids else input_argument(self._owner)
         self._cache_argument = cache_argument(self._owner)
-        self._current = _Pass()
+        self._takes_use_cache = takes_argument(self._owner, "use_cache")
+        self._current = _Pass(stack.sides)
         blocks = stack.blocks(model)
-        parameter = next(blocks[span.start].parameters())
-        self.device = parameter.device
-        self.dtype = parameter.dtype
-        for index in span:
+        self.blocks = {index: blocks[index] for index in span}
+        self.device = next(blocks[span.start].parameters()).device
+        self.dtype = compute_dtype(model)
+        self._weights = [w for block in self.blocks.values() for w in block.parameters() if w.is_floating_point()]
+        self._taps = RouterTaps(model, self.blocks)
+        for index in range(len(blocks)):
             blocks[index] = _Slot(blocks[index], index, self._current)
         setattr(self._owner, stack.list_name, _Blocks(blocks))
+        self._rotary = RotaryMemory(self._owner)
 
     def new_cache(self) -> SpanCache:
-        return SpanCache(self.config, self.span)
-
-    def run(
-        self, hidden_states: torch.Tensor, blocks: Span, arguments: OwnerArguments, cache: SpanCache | None = None
-    ) -> torch.Tensor:
-        """Run ``hidden_states`` ``[B, T, D]`` through ``blocks``; under the caller's grad mode.
-
-        Tensors may lie anywhere and be of any float dtype; the result is on the model's device in its dtype. ``cache``
-        grows by T.
+        """An empty cache for the span.
 
         Raises:
-            UnsupportedCallError: the architecture's blocks do not return one tensor, or its owner needs more than
-                hidden states.
+            UnsupportedCallError: the architecture's cache is not carried.
+        """
+        if self.stack.no_cache:
+            raise UnsupportedCallError(
+                f"KV caches of '{self.config.model_type}' models are not carried ({self.stack.no_cache}); use "
+                "use_cache=False"
+            )
+        return SpanCache(self.config, self.stack, self.span)
+
+    def run(
+        self, inputs: Named, blocks: Span, arguments: OwnerArguments, cache: SpanCache | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Run ``inputs`` through ``blocks``; under the caller's grad mode.
+
+        Args:
+            inputs: what enters block ``blocks.start`` (`StackSpec.carried`) and the side inputs of all ``blocks``.
+                Tensors may lie anywhere and be of any float dtype.
+            cache: grows by T.
+
+        Returns:
+            What the last block returned, on the model's device in its dtype, and ``record.<kind>.<block>``.
+
+        Raises:
+            UnsupportedCallError: the owner needs more than it was given, or the adapter does not fit.
             ValueError: ``cache`` was used for other blocks.
         """
         if cache is not None:
             cache.use(blocks)
+        self._require_grad(arguments.adapter is None)
         current = self._current
-        entry = hidden_states.to(self.device, self.dtype)
-        current.start, current.end, current.entry = blocks.start, blocks.end, entry
+        current.start, current.end, current.has_begun = blocks.start, blocks.end, False
+        current.inputs = {name: self._placed(tensor) for name, tensor in inputs.items()}
+        current.entry = self.stack.pack(current.inputs) if blocks.start else None
+        current.recorded = {} if "hidden_states" in arguments.record else None
+        self._rotary.write(self._rotary.initial if cache is None or cache.rotary is None else cache.rotary)
+        taps = self._taps.recording("router_logits" in arguments.record)
         try:
-            with self._autocast(arguments.autocast):
-                self._owner(**self._owner_call(entry, arguments, cache))
+            with self._adapted(arguments), self._autocast(arguments.autocast), taps as logits:
+                self._owner(**self._owner_call(arguments, cache))
         except _SpanDone as done:
             output = done.output
         except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as exc:
-            if current.entry is None or isinstance(exc, torch.OutOfMemoryError):
+            if current.has_begun or isinstance(exc, torch.OutOfMemoryError):
                 raise  # inside a block: not for what the owner lacks
             text = first_line(exc)
             name = type(self._owner).__name__
@@ -156,24 +222,61 @@ class SpanModel:
         else:
             raise UnsupportedCallError(f"{type(self._owner).__name__} did not call block {blocks.end - 1}")
         finally:
-            current.entry = None
-        if not isinstance(output, torch.Tensor):
-            kind = type(output).__name__
-            raise UnsupportedCallError(f"blocks of '{self.config.model_type}' return a {kind}, expected one tensor")
+            recorded, current.recorded = current.recorded, None
+            current.inputs, current.entry = {}, None
         if cache is not None:
-            cache.advance(entry.shape[1])
-        return output
+            cache.advance(arguments.num_tokens)
+            cache.rotary = self._rotary.read()
+        result = self.stack.unpack(output)
+        for index, block_output in (recorded or {}).items():
+            result[f"record.hidden_states.{index}"] = self.stack.unpack(block_output)["hidden_states"]
+        for index, values in logits.items():
+            result[f"record.router_logits.{index}"] = values
+        return result
 
-    def _owner_call(self, entry: torch.Tensor, arguments: OwnerArguments, cache: SpanCache | None) -> dict[str, Any]:
-        placeholder = torch.zeros_like(entry, requires_grad=False)  # some owners scale it in place
-        call: dict[str, Any] = {"inputs_embeds": placeholder, "use_cache": cache is not None or arguments.use_cache}
+    def _require_grad(self, requires_grad: bool) -> None:
+        """As the weights of a local model do, unless adapters are trained; no gradient of theirs is ever computed.
+
+        torch.matmul looks at it even under no_grad (``should_fold``), and multiplies, so rounds, in another way.
+        """
+        if self._weights and self._weights[0].requires_grad != requires_grad:
+            for weight in self._weights:
+                weight.requires_grad_(requires_grad)
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor.to(self.device)
+
+    def _owner_call(self, arguments: OwnerArguments, cache: SpanCache | None) -> dict[str, Any]:
+        call: dict[str, Any] = {
+            **arguments.options,
+            self._input_argument: self._placeholder(arguments.rows, arguments.num_tokens),
+        }
+        if self._takes_use_cache:
+            call["use_cache"] = cache is not None or arguments.use_cache
+        call.update({name: self._placed(tensor) for name, tensor in arguments.tensors.items()})
         if cache is not None:
-            call[self._cache_argument] = cache.cache
+            assert self._cache_argument is not None
+            call[self._cache_argument] = cache.argument
         if arguments.position_ids is not None:
             call["position_ids"] = arguments.position_ids.to(self.device)
-        if arguments.attention_mask is not None:
-            call["attention_mask"] = arguments.attention_mask.to(self.device)
+        mask = arguments.attention_mask
+        if isinstance(mask, dict):
+            call["attention_mask"] = {kind: None if m is None else self._placed(m) for kind, m in mask.items()}
+        elif mask is not None:
+            call["attention_mask"] = self._placed(mask) if mask.dim() > 2 else mask.to(self.device)
         return call
+
+    def _placeholder(self, rows: int, num_tokens: int) -> torch.Tensor:
+        """What the owner takes for its inputs; the true hidden states come in at the first block."""
+        if self.stack.takes_ids:
+            return torch.ones((rows, num_tokens), dtype=torch.int64, device=self.device)
+        # not of zero stride: some owners scale it in place
+        return torch.zeros((rows, num_tokens, self.hidden_size), dtype=self.dtype, device=self.device)
+
+    def _adapted(self, arguments: OwnerArguments) -> AbstractContextManager[object]:
+        if arguments.adapter is None:
+            return nullcontext()
+        return applied(self.blocks, arguments.adapter, seed=arguments.seed)
 
     def _autocast(self, dtype: torch.dtype | None) -> AbstractContextManager[object]:
         if dtype is None:

@@ -15,8 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from remote_modules.errors import CheckpointError, first_line
+from remote_modules.model.classes import model_class
 from remote_modules.model.sizes import PLAIN, Old, is_token, small_rope, small_value
-from remote_modules.model.stack import causal_lm_class
 
 __all__ = ["shrunk", "tiny_config", "tiny_model"]
 
@@ -166,9 +166,7 @@ def tiny_model(config: PreTrainedConfig, *, seed: int = 0, cls: type[PreTrainedM
         UnsupportedCallError: no ``cls``, and the architecture is no causal language model of transformers.
     """
     if cls is None:
-        cls = causal_lm_class(config)
-        if cls.config_class is not None and not isinstance(config, cls.config_class):
-            config = config.get_text_config(decoder=True)
+        cls, config = model_class(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = cls(config)

@@ -78,11 +78,12 @@ def fewer_heads(*others: str) -> Rule:
 
 
 def head_dim(value: int, old: Old) -> int:
-    if value == old.first(["qk_rope_head_dim"]):
-        return ROPE_HEAD_DIM
+    rotated, plain = old.first(["qk_rope_head_dim"]), old.first(["qk_nope_head_dim"])
+    if value == rotated:
+        return min(value, ROPE_HEAD_DIM)
     if old.first(["expand"]):  # mamba2 has no heads of attention
         return ssm_head_dim(value, old)
-    return HEAD_DIM + ROPE_HEAD_DIM if old.first(["qk_nope_head_dim"]) else HEAD_DIM
+    return min(plain, HEAD_DIM) + min(rotated, ROPE_HEAD_DIM) if plain else HEAD_DIM
 
 
 def ssm_head_dim(value: int, old: Old) -> int:

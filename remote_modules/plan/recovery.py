@@ -55,6 +55,7 @@ _OF_REASON = {
     RefusalReason.SESSION_LOST: Failure.SESSION_LOST,
     RefusalReason.OUT_OF_MEMORY: Failure.BUSY,
     RefusalReason.BUSY: Failure.BUSY,
+    RefusalReason.ADAPTER_MISSING: Failure.INTERNAL,  # asked for in the request that brings it
     RefusalReason.DRAINING: Failure.BUSY,
     RefusalReason.INTERNAL: Failure.INTERNAL,
 }

@@ -17,8 +17,9 @@ the same peers.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from remote_modules.errors import NoRouteError
@@ -98,7 +99,9 @@ class _Price:
     block_s: float
 
 
-def find_route(blocks: Span, candidates: Sequence[Candidate], demand: Demand, *, rng: Random) -> tuple[Hop, ...]:
+def find_route(
+    blocks: Span, candidates: Sequence[Candidate], demand: Demand, *, rng: Random, cuts: Collection[int] = ()
+) -> tuple[Hop, ...]:
     """The cheapest hops that cover ``blocks`` exactly once, in order, all of one group.
 
     The same candidates (in any order), demand and ``rng`` state give the same route. Neighbouring hops are on
@@ -109,21 +112,33 @@ def find_route(blocks: Span, candidates: Sequence[Candidate], demand: Demand, *,
         blocks: what to cover; longer spans are clipped to it.
         candidates: at most one for each peer.
         rng: drawn from once for each peer, in the order of their ids.
+        cuts: where one hop may end and the next begin, the ends of ``blocks`` among them; empty for everywhere. The
+            part of a peer's span outside of its outermost cuts is of no use.
 
     Raises:
         NoRouteError: no group covers the blocks; ``missing`` is for the group that lacks the fewest.
     """
+    num_known = len(candidates)
+    candidates = [legal for candidate in candidates if (legal := _clipped(candidate, cuts)) is not None]
     peer_ids = sorted(candidate.peer_id for candidate in candidates)
     factors = {peer_id: 1.0 + NEAR_EQUAL * rng.random() for peer_id in peer_ids}
     routes = [
-        _cheapest(blocks, [_price(member, demand, factors[member.peer_id]) for member in members])
+        _cheapest(blocks, [_price(member, demand, factors[member.peer_id]) for member in members], cuts)
         for members in _by_group(candidates)
         if not missing_spans((member.span for member in members), blocks)
     ]
     if not routes:
-        raise _no_route(blocks, candidates)
+        raise _no_route(blocks, candidates, num_known)
     _, route = min(routes, key=lambda priced: priced[0])
     return route
+
+
+def _clipped(candidate: Candidate, cuts: Collection[int]) -> Candidate | None:
+    """The part of a candidate between the outermost cuts that it holds."""
+    if not cuts:
+        return candidate
+    inside = [cut for cut in cuts if candidate.span.start <= cut <= candidate.span.end]
+    return replace(candidate, span=Span(min(inside), max(inside))) if len(inside) > 1 else None
 
 
 def uncovered(blocks: Span, candidates: Sequence[Candidate]) -> tuple[Span, ...]:
@@ -153,12 +168,12 @@ def _price(candidate: Candidate, demand: Demand, factor: float) -> _Price:
     return _Price(candidate.peer_id, candidate.span, hop_s * factor, block_s * factor)
 
 
-def _cheapest(blocks: Span, prices: Sequence[_Price]) -> tuple[float, tuple[Hop, ...]]:
+def _cheapest(blocks: Span, prices: Sequence[_Price], cuts: Collection[int]) -> tuple[float, tuple[Hop, ...]]:
     """Total cost and hops of the cheapest route; the prices cover ``blocks``.
 
     Walks the blocks once. ``running`` holds, for each peer that has the current block, the cheapest cost of a
     route whose last hop is on that peer and still open, and the block where that hop began. At every block a
-    peer either keeps its open hop or begins another from the cheapest route so far; ties go to the longer
+    peer either keeps its open hop or, at a cut, begins another from the cheapest route so far; ties go to the longer
     hop.
     """
     reached_s = 0.0
@@ -166,9 +181,10 @@ def _cheapest(blocks: Span, prices: Sequence[_Price]) -> tuple[float, tuple[Hop,
     last_hops: dict[int, tuple[int, int]] = {}  # by boundary: where the hop that ends there began, on whose price
     for block in blocks:
         advanced = {}
+        begun_s = reached_s if not cuts or block in cuts or block == blocks.start else math.inf
         for index, price in enumerate(prices):
             if block in price.span:
-                fresh = (reached_s + price.hop_s, block)
+                fresh = (begun_s + price.hop_s, block)
                 cost_s, start = min(running.get(index, fresh), fresh)
                 advanced[index] = (cost_s + price.block_s, start)
         running = advanced
@@ -184,11 +200,11 @@ def _cheapest(blocks: Span, prices: Sequence[_Price]) -> tuple[float, tuple[Hop,
     return reached_s, tuple(reversed(hops))
 
 
-def _no_route(blocks: Span, candidates: Sequence[Candidate]) -> NoRouteError:
+def _no_route(blocks: Span, candidates: Sequence[Candidate], num_known: int) -> NoRouteError:
     missing = uncovered(blocks, candidates)
     if missing_spans((candidate.span for candidate in candidates), blocks) == missing:
         why = "none holds them"
     else:
         why = "but those that hold them differ in weights or dtype from the rest"
     text = ", ".join(map(str, missing))
-    return NoRouteError(f"no route for blocks {text}: {len(candidates)} peers known, {why}", missing=missing)
+    return NoRouteError(f"no route for blocks {text}: {num_known} peers known, {why}", missing=missing)

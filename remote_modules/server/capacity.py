@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -37,16 +38,18 @@ def choose_blocks(
     kv_token_bytes: int,
     device: torch.device,
     records: list[PeerRecord],
+    cuts: Collection[int] = (),
 ) -> Span:
     """The span to hold.
 
     Args:
-        wanted: how many blocks; None: as many as fit.
+        wanted: how many blocks; None: as many as fit. Fewer are taken where ``cuts`` allow no such span.
         kv_token_bytes: KV cache of one token in one block.
         records: what others hold.
+        cuts: where a span may begin and end; empty for everywhere.
 
     Raises:
-        ValueError: not even one block fits.
+        ValueError: not even one block fits, or no span between two cuts.
     """
     length = wanted
     if length is None:
@@ -62,4 +65,4 @@ def choose_blocks(
     # count as covered
     fastest = max((record.decode_tokens_per_s for record in records), default=0.0) or 1.0
     holders = [(record.span, record.decode_tokens_per_s or fastest) for record in records]
-    return choose_span(num_blocks_of_model, min(length, num_blocks_of_model), holders)
+    return choose_span(num_blocks_of_model, length, holders, cuts=cuts)

@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
+from remote_modules.errors import UnsupportedCallError, first_line
 from remote_modules.model.kv import SpanCache
+from remote_modules.model.past import fill
 from remote_modules.model.replay import OwnerArguments, SpanModel
+from remote_modules.model.tensors import TensorSpec, slice_tokens
+from remote_modules.server.checks import RequestTensors
+from remote_modules.server.sessions import KVCost
 from remote_modules.spans import Span
 from remote_modules.wire.messages import CacheOp
 
 __all__ = ["Engine", "Speeds"]
 
+Named = dict[str, torch.Tensor]
+
 PROBE_TOKENS = 64
 PROBE_SECONDS = 0.3
+_MAX_PROBE_SIZE = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +45,17 @@ class Engine:
 
     def __init__(self, model: SpanModel) -> None:
         self.model = model
+        self._sizes = _possible_sizes(model)
 
     @property
     def hidden_size(self) -> int:
         return self.model.hidden_size
+
+    @property
+    def vocab_size(self) -> int | None:
+        """None: the config does not say."""
+        size = getattr(self.model.config.get_text_config(decoder=True), "vocab_size", None)
+        return size if isinstance(size, int) else None
 
     def new_cache(self) -> SpanCache:
         return self.model.new_cache()
@@ -49,57 +65,206 @@ class Engine:
         cache: SpanCache,
         blocks: Span,
         ops: tuple[CacheOp, ...],
-        tensors: Mapping[str, torch.Tensor],
+        tensors: RequestTensors,
         arguments: OwnerArguments,
-    ) -> torch.Tensor:
-        """Apply ``ops``, then run ``hidden_states`` ``[B, T, D]``; output of the same shape and dtype, on the CPU."""
-        hidden_states = tensors["hidden_states"]
+        num_outputs: int | None = None,
+    ) -> Named:
+        """Apply ``ops``, then run the inputs; outputs of the last tokens, as many as wanted, on the CPU."""
+        arguments = self._with_leaves(arguments, requires_grad=False)
         with torch.inference_mode():
             for op in ops:
-                apply_op(cache, op, tensors)
-            output = self.model.run(hidden_states, blocks, arguments, cache)
-            return output.to("cpu", hidden_states.dtype)
+                apply_op(cache, op, tensors.indices)
+            if tensors.past:
+                cache.use(blocks)
+                fill(cache, tensors.past, self.model.device, self.model.dtype)
+            outputs = self.model.run(tensors.inputs, blocks, arguments, cache)
+            if num_outputs is not None:
+                outputs = self._last_tokens(outputs, arguments, num_outputs)
+            return _answer(outputs, _float_dtype(tensors.inputs))
 
-    def forward(self, blocks: Span, hidden_states: torch.Tensor, arguments: OwnerArguments) -> torch.Tensor:
-        """Run ``hidden_states`` ``[B, T, D]``; output of the same shape and dtype, on the CPU."""
-        with torch.no_grad():
-            return self.model.run(hidden_states, blocks, arguments).to("cpu", hidden_states.dtype)
+    def forward(self, blocks: Span, tensors: RequestTensors, arguments: OwnerArguments) -> Named:
+        """Run the inputs; outputs in the dtype of the inputs, on the CPU.
 
-    def backward(
-        self, blocks: Span, hidden_states: torch.Tensor, grad_output: torch.Tensor, arguments: OwnerArguments
-    ) -> torch.Tensor:
-        """Recompute the forward and return the gradient of ``hidden_states``, of its shape and dtype, on the CPU."""
+        With ``arguments.with_grad`` it is the forward that `backward` will do, which holds no memory for the gradient.
+        """
+        arguments = self._with_leaves(arguments, requires_grad=arguments.with_grad)
+        inputs, past = tensors.inputs, tensors.past
+        with torch.set_grad_enabled(arguments.with_grad), saved_tensors_hooks(_forget, _remember):
+            if arguments.with_grad:  # attention takes another kernel where its mask has a gradient
+                inputs = {name: self._leaf(tensor) for name, tensor in inputs.items()}
+                past = {name: self._leaf(tensor) for name, tensor in past.items()}
+            outputs = self.model.run(inputs, blocks, arguments, self._given_cache(blocks, past))
+            outputs = {name: tensor.detach() for name, tensor in outputs.items()}
+            return _answer(outputs, _float_dtype(tensors.inputs))
+
+    def backward(self, blocks: Span, tensors: RequestTensors, arguments: OwnerArguments) -> Named:
+        """Recompute the forward and return ``grad.<name>`` of each floating-point input, on the CPU.
+
+        Raises:
+            UnsupportedCallError: a gradient that came is of no output, or of another shape.
+        """
+        arguments = self._with_leaves(arguments, requires_grad=True)
         with torch.enable_grad():
-            entry = hidden_states.to(self.model.device, self.model.dtype).detach().requires_grad_()
-            output = self.model.run(entry, blocks, arguments)
-            (grad_input,) = torch.autograd.grad(output, entry, grad_output.to(output.device, output.dtype))
-        return grad_input.to("cpu", hidden_states.dtype)
+            inputs = {name: self._leaf(tensor) for name, tensor in tensors.inputs.items()}
+            past = {name: self._leaf(tensor) for name, tensor in tensors.past.items()}
+            outputs = self.model.run(inputs, blocks, arguments, self._given_cache(blocks, past))
+            pairs = [(outputs[name], grad) for name, grad in _fitting(tensors.grads, outputs).items()]
+            leaves = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
+            leaves |= past
+            trained = arguments.adapter.tensors if arguments.adapter is not None else ()
+            leaves |= {f"adapter.{number}": tensor for number, tensor in enumerate(trained)}
+            found = torch.autograd.grad(
+                [output for output, _ in pairs],
+                list(leaves.values()),
+                [grad.to(output.device, output.dtype) for output, grad in pairs],
+                allow_unused=True,
+            )
+        grads = {
+            f"grad.{name}": torch.zeros_like(leaf) if grad is None else grad
+            for (name, leaf), grad in zip(leaves.items(), found, strict=True)
+        }
+        own = {name: grad.to("cpu") for name, grad in grads.items() if name.startswith("grad.adapter.")}
+        own |= {f"grad.{name}": grads[f"grad.{name}"].to("cpu", given.dtype) for name, given in tensors.past.items()}
+        return _answer(grads, _float_dtype(tensors.inputs)) | own
 
-    def kv_token_bytes(self) -> dict[int, int]:
-        """Per block, bytes that one token of one row takes in the cache; measured on a probe."""
+    def _given_cache(self, blocks: Span, past: Named) -> SpanCache | None:
+        """The cache of a call without a session, where it begins with something."""
+        if not past:
+            return None
         cache = self.new_cache()
+        cache.use(blocks)
+        fill(cache, past, self.model.device, self.model.dtype, keeps_graph=True)
+        return cache
+
+    def _leaf(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to(self.model.device)
+        return tensor.to(self.model.device, self.model.dtype).detach().requires_grad_()
+
+    def _with_leaves(self, arguments: OwnerArguments, *, requires_grad: bool) -> OwnerArguments:
+        if arguments.adapter is None:
+            return arguments
+        return replace(arguments, adapter=arguments.adapter.leaves(self.model.device, requires_grad=requires_grad))
+
+    def _last_tokens(self, outputs: Named, arguments: OwnerArguments, wanted: int) -> Named:
+        start = max(0, arguments.num_tokens - wanted)
+        specs = self.model.stack.carried
+        carried = {name: outputs[name] for name in specs if name in outputs}
+        cut = {name: slice_tokens(tensor, specs[name], start).clone() for name, tensor in carried.items()}
+        return outputs | cut  # what is recorded stays whole
+
+    def kv_costs(self) -> dict[int, KVCost]:
+        """What each block keeps in the cache, measured on two texts; nothing if the model's cache is not carried."""
+        if self.model.stack.no_cache:
+            return dict.fromkeys(self.model.span, KVCost(0, 0))
+        short, long = self.new_cache(), self.new_cache()
         with torch.inference_mode():
-            self.model.run(self._noise(PROBE_TOKENS), self.model.span, OwnerArguments(), cache)
-        per_block = -(-cache.num_bytes() // (PROBE_TOKENS * len(self.model.span)))
-        return dict.fromkeys(self.model.span, per_block)
+            self._run_probe(PROBE_TOKENS, short)
+            self._run_probe(2 * PROBE_TOKENS, long)
+        blocks = [Span(block, block + 1) for block in self.model.span]
+        return {block.start: _cost(short.num_bytes(block), long.num_bytes(block)) for block in blocks}
 
     def measure(self, clock: Callable[[], float] = time.perf_counter) -> Speeds:
         """Time prefill and decode for a moment each."""
-        cache = self.new_cache()
+        cache = None if self.model.stack.no_cache else self.new_cache()
         num_blocks = len(self.model.span)
         with torch.inference_mode():
-            self.model.run(self._noise(PROBE_TOKENS), self.model.span, OwnerArguments(), cache)
+            self._run_probe(PROBE_TOKENS, cache)
             prefill = _rate(lambda: self._timed(PROBE_TOKENS, None), clock)
             decode = _rate(lambda: self._timed(1, cache), clock)
         return Speeds(prefill * PROBE_TOKENS * num_blocks, decode * num_blocks)
 
     def _timed(self, num_tokens: int, cache: SpanCache | None) -> None:
-        output = self.model.run(self._noise(num_tokens), self.model.span, OwnerArguments(), cache)
-        output.sum().item()  # waits for the device
+        outputs = self._run_probe(num_tokens, cache)
+        outputs["hidden_states"].sum().item()  # waits for the device
 
-    def _noise(self, num_tokens: int) -> torch.Tensor:
-        shape = (1, num_tokens, self.model.hidden_size)
+    def _run_probe(self, num_tokens: int, cache: SpanCache | None) -> Named:
+        model = self.model
+        owner = {name: self._constant(spec, num_tokens, 1) for name, spec in model.stack.owner_tensors.items()}
+        arguments = OwnerArguments(rows=1, num_tokens=num_tokens, tensors=owner)
+        for size in self._sizes:
+            try:
+                outputs = model.run(self._probe_inputs(num_tokens, size), model.span, arguments, cache)
+            except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, UnsupportedCallError) as exc:
+                if isinstance(exc, torch.OutOfMemoryError):
+                    raise
+                if size == self._sizes[-1]:
+                    kind, text = model.config.model_type, first_line(exc)
+                    raise UnsupportedCallError(f"blocks {model.span} of '{kind}' fail on a probe: {text}") from exc
+            else:
+                self._sizes = [size]
+                return outputs
+        raise AssertionError("there is always one size to try")
+
+    def _probe_inputs(self, num_tokens: int, size: int) -> Named:
+        """Small constants of the shapes that the first block takes."""
+        stack, span = self.model.stack, self.model.span
+        specs = {"hidden_states": stack.hidden, **stack.side_specs(span), **(stack.carried if span.start else {})}
+        if size == 0:  # the sizes as the tiny model of the self-test had them in relation to the hidden size
+            return {name: self._constant(spec, num_tokens, 1) for name, spec in specs.items()}
+        opened = {
+            name: replace(
+                spec, dims=tuple(dim if dim in ("B", "T", "1") or spec.is_exact else "?" for dim in spec.dims)
+            )
+            for name, spec in specs.items()
+        }
+        return {name: self._constant(spec, num_tokens, size) for name, spec in opened.items()}
+
+    def _constant(self, spec: TensorSpec, num_tokens: int, size: int) -> torch.Tensor:
+        shape = [size if dim == -1 else dim for dim in spec.shape(1, num_tokens, self.model.hidden_size)]
+        if not spec.is_float:
+            return torch.zeros(shape, dtype=torch.int64, device=self.model.device)
         return torch.full(shape, 0.01, dtype=self.model.dtype, device=self.model.device)
+
+
+def _cost(short_bytes: int, long_bytes: int) -> KVCost:
+    """Of a block that keeps so much of `PROBE_TOKENS` tokens, and of twice as many."""
+    token_bytes = max(0, -(-(long_bytes - short_bytes) // PROBE_TOKENS))
+    return KVCost(max(0, short_bytes - PROBE_TOKENS * token_bytes), token_bytes)
+
+
+def _forget(tensor: torch.Tensor) -> None:
+    """What a backward would need."""
+
+
+def _remember(nothing: None) -> torch.Tensor:
+    raise AssertionError("the forward of another request has no backward")
+
+
+def _fitting(grads: Named, outputs: Named) -> Named:
+    """The gradients of outputs that have one.
+
+    Raises:
+        UnsupportedCallError: one is of no output, or of another shape.
+    """
+    for name, grad in grads.items():
+        output = outputs.get(name)
+        if output is None or output.shape != grad.shape:
+            got = "there is no such output" if output is None else f"the output is {list(output.shape)}"
+            raise UnsupportedCallError(f"gradient {name!r} is {list(grad.shape)}, but {got}")
+    return {name: grad for name, grad in grads.items() if outputs[name].requires_grad}
+
+
+def _possible_sizes(model: SpanModel) -> list[int]:
+    """What the dimensions may be that the stack's specs leave open: every number in the config."""
+    specs = {**model.stack.carried, **model.stack.side_specs(model.span)}
+    if all(spec.is_exact for spec in specs.values()):
+        return [0]
+    numbers = {
+        value
+        for value in vars(model.config.get_text_config(decoder=True)).values()
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MAX_PROBE_SIZE
+    }
+    return [0, *sorted(numbers)]
+
+
+def _float_dtype(inputs: Named) -> torch.dtype:
+    return inputs["hidden_states"].dtype
+
+
+def _answer(tensors: Named, dtype: torch.dtype) -> Named:
+    """On the CPU, floats in the dtype that the client computes in."""
+    return {name: t.to("cpu", dtype) if t.is_floating_point() else t.to("cpu") for name, t in tensors.items()}
 
 
 def apply_op(cache: SpanCache, op: CacheOp, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -14,20 +14,37 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from remote_modules.errors import PeerRefused, ProtocolError, RefusalReason, RemoteModulesError, RemoteProtocolError
+from remote_modules.errors import (
+    PeerRefused,
+    ProtocolError,
+    RefusalReason,
+    RemoteModulesError,
+    RemoteProtocolError,
+    UnsupportedCallError,
+)
 from remote_modules.identity import Identity
-from remote_modules.model.replay import OwnerArguments
+from remote_modules.model.adapters import Adapter
+from remote_modules.model.past import length_of
 from remote_modules.net.connection import Connection
-from remote_modules.server.checks import check_blocks, check_ops, check_tensors, refuse
+from remote_modules.server.adapter_store import AdapterStore
+from remote_modules.server.arguments import owner_arguments, whole_mask
+from remote_modules.server.checks import RequestTensors, check_blocks, check_ops, check_tensors, refuse
 from remote_modules.server.engine import Engine
 from remote_modules.server.executor import Executor, Priority, Timed
 from remote_modules.server.sessions import Session, SessionTable
 from remote_modules.spans import Span
 from remote_modules.wire import messages
 from remote_modules.wire.framing import Buffer
-from remote_modules.wire.messages import BackwardRequest, ForwardRequest, Output, Refused, Request, StepRequest
+from remote_modules.wire.messages import (
+    BackwardRequest,
+    ForwardRequest,
+    Output,
+    Refused,
+    Request,
+    StepRequest,
+)
 from remote_modules.wire.protocol import MessageReceived, Protocol, Role, check_version
-from remote_modules.wire.tensors import DTYPES, decode_tensors, encode_tensors
+from remote_modules.wire.tensors import decode_tensors, encode_tensors
 
 __all__ = ["Handler", "HandlerLimits"]
 
@@ -65,7 +82,6 @@ class Handler:
         *,
         identity: Identity,
         instance_id: str,
-        num_blocks: int,
         limits: HandlerLimits,
         clock: Callable[[], float],
         certificate_sha256: str = "",
@@ -78,7 +94,7 @@ class Handler:
         self.num_requests: dict[str, int] = {}
         self._identity = identity
         self._instance_id = instance_id
-        self._num_blocks = num_blocks
+        self.adapters = AdapterStore(max_bytes=limits.max_body_bytes)
         self._limits = limits
         self._clock = clock
         self._certificate_sha256 = certificate_sha256
@@ -135,6 +151,7 @@ class Handler:
 
     def forget(self, connection_id: int) -> None:
         self._served.pop(connection_id, None)
+        self.adapters.forget(connection_id)
         self.sessions.disown(connection_id)
 
     async def answer(self, request: Request, body: bytearray, connection_id: int) -> Reply:
@@ -144,51 +161,45 @@ class Handler:
             PeerRefused: the request is not done; its text and reason go to the client.
             RemoteProtocolError: the tensors do not decode.
         """
-        tensors = decode_tensors(request.tensors, body)
-        blocks = check_blocks(request, self.engine.model.span, self._num_blocks)
+        model = self.engine.model
+        blocks = check_blocks(request, model.span, model.stack)
         kind = messages.kind_of(request)
         self.num_requests[kind] = self.num_requests.get(kind, 0) + 1
-        hidden_states = check_tensors(
-            tensors,
+        tensors = check_tensors(
+            decode_tensors(request.tensors, body),
+            request,
+            model.stack,
+            blocks,
             hidden_size=self.engine.hidden_size,
+            vocab_size=self.engine.vocab_size,
             max_batch_tokens=self._limits.max_batch_tokens,
-            autocast=request.autocast,
-            kind=kind,
         )
+        adapter = self.adapters.of(request.call, tensors, model.blocks, connection_id)
         if isinstance(request, StepRequest):
-            return await self._step(request, blocks, tensors, connection_id)
-        return await self._pass(request, blocks, hidden_states, tensors)
+            return await self._step(request, blocks, tensors, adapter, connection_id)
+        return await self._pass(request, blocks, tensors, adapter)
 
     async def _pass(
-        self,
-        request: ForwardRequest | BackwardRequest,
-        blocks: Span,
-        hidden_states: torch.Tensor,
-        tensors: dict[str, torch.Tensor],
+        self, request: ForwardRequest | BackwardRequest, blocks: Span, tensors: RequestTensors, adapter: Adapter | None
     ) -> Reply:
-        arguments = OwnerArguments(
-            position_ids=tensors.get("position_ids"),
-            attention_mask=tensors.get("attention_mask"),
-            use_cache=request.use_cache,
-            autocast=DTYPES.get(request.autocast),
-        )
-        mask = arguments.attention_mask
-        if mask is not None and mask.shape[1] != hidden_states.shape[1]:
-            refuse(f"attention_mask must have {hidden_states.shape[1]} columns, got {mask.shape[1]}")
+        mask, num_tokens = tensors.attention_mask, length_of(tensors.past) + request.call.num_tokens
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] != num_tokens:
+            refuse(f"attention_mask must have {num_tokens} columns, got {mask.shape[1]}")
+        arguments = owner_arguments(request.call, tensors, mask, adapter)
         engine = self.engine
-        if isinstance(request, ForwardRequest):
-            timed = await self._run(Priority.TRAINING, lambda: engine.forward(blocks, hidden_states, arguments))
-            return self._reply(request, "hidden_states", timed)
-        grad_output = tensors["grad_output"]
-        timed = await self._run(
-            Priority.TRAINING, lambda: engine.backward(blocks, hidden_states, grad_output, arguments)
-        )
-        return self._reply(request, "grad_input", timed)
+        run = engine.forward if isinstance(request, ForwardRequest) else engine.backward
+        timed = await self._run(Priority.TRAINING, lambda: run(blocks, tensors, arguments))
+        return self._reply(request, timed)
 
     async def _step(
-        self, request: StepRequest, blocks: Span, tensors: dict[str, torch.Tensor], connection_id: int
+        self,
+        request: StepRequest,
+        blocks: Span,
+        tensors: RequestTensors,
+        adapter: Adapter | None,
+        connection_id: int,
     ) -> Reply:
-        session = self._session(request, blocks, tensors["hidden_states"])
+        session = self._session(request, blocks)
         async with session.lock:
             if session.is_closed:
                 refuse("the session was closed meanwhile", RefusalReason.SESSION_LOST)
@@ -197,24 +208,28 @@ class Handler:
                 output, body = session.last_reply
                 return msgspec.structs.replace(output, request_id=request.request_id), body
             try:
-                return await self._new_step(request, session, blocks, tensors)
+                return await self._new_step(request, session, blocks, tensors, adapter)
             except PeerRefused:
                 if session.last_reply is None:  # it did no step yet: as if it had never been opened
                     self.sessions.close(session.session_id)
                 raise
 
-    def _session(self, request: StepRequest, blocks: Span, hidden_states: torch.Tensor) -> Session:
+    def _session(self, request: StepRequest, blocks: Span) -> Session:
         session = self.sessions.get(request.session_id)
         if session is None:
             if not request.create:
                 refuse("unknown session", RefusalReason.SESSION_LOST)
             if self.is_draining:
                 refuse("this peer is leaving", RefusalReason.DRAINING)
+            try:
+                cache = self.engine.new_cache()
+            except UnsupportedCallError as exc:
+                refuse(str(exc))
             session = Session(
                 session_id=request.session_id,
                 span=blocks,
-                cache=self.engine.new_cache(),
-                rows=hidden_states.shape[0],
+                cache=cache,
+                rows=request.call.rows,
                 used_s=self._clock(),
             )
             self.sessions.open(session)
@@ -223,46 +238,59 @@ class Handler:
         return session
 
     async def _new_step(
-        self, request: StepRequest, session: Session, blocks: Span, tensors: dict[str, torch.Tensor]
+        self,
+        request: StepRequest,
+        session: Session,
+        blocks: Span,
+        tensors: RequestTensors,
+        adapter: Adapter | None,
     ) -> Reply:
-        hidden_states = tensors["hidden_states"]
-        position, rows, most_rows = check_ops(request, tensors, position=session.cache.length, rows=session.rows)
+        call, num_tokens = request.call, request.call.num_tokens
+        position, rows, most_rows = check_ops(
+            request,
+            tensors.indices,
+            position=session.cache.length,
+            rows=session.rows,
+            can_go_back=self.engine.model.stack.is_croppable,
+        )
+        if tensors.past:
+            if position:
+                refuse(f"keys and values can only begin a session, this one holds {position} tokens")
+            position, rows = length_of(tensors.past), call.rows
         if position != request.position:
             text = f"the session holds {position} tokens, the step expects {request.position}"
             refuse(text, RefusalReason.SESSION_LOST)
         if position == 0:
-            rows = hidden_states.shape[0]
-        if rows != hidden_states.shape[0]:
-            refuse(f"the session has {rows} rows, got {hidden_states.shape[0]}")
-        num_tokens = hidden_states.shape[1]
-        mask = _whole_mask(request, session, tensors, position + num_tokens)
+            rows = call.rows
+        if rows != call.rows:
+            refuse(f"the session has {rows} rows, got {call.rows}")
+        mask = whole_mask(request, session.mask, tensors.attention_mask, position + num_tokens)
         self.sessions.reserve(session, rows=max(rows, most_rows), tokens=position + num_tokens)
-        arguments = OwnerArguments(
-            position_ids=tensors.get("position_ids"),
-            attention_mask=mask,
-            autocast=DTYPES.get(request.autocast),
-        )
+        arguments = owner_arguments(call, tensors, mask, adapter)
         cache, ops, wanted = session.cache, request.ops, request.num_outputs
         priority = Priority.DECODE if num_tokens == 1 else Priority.PREFILL
         try:
-            timed = await self._run(
-                priority, lambda: last_tokens(self.engine.step(cache, blocks, ops, tensors, arguments), wanted)
-            )
+            timed = await self._run(priority, lambda: self.engine.step(cache, blocks, ops, tensors, arguments, wanted))
         except BaseException:
             self.sessions.close(session.session_id)  # its cache may be half written
             raise
         if most_rows > rows and not session.is_closed:
             self.sessions.reserve(session, rows=rows, tokens=position + num_tokens)
-        session.mask, session.used_s = mask, self._clock()
-        reply = self._reply(request, "hidden_states", timed)
+        session.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        session.used_s = self._clock()
+        reply = self._reply(request, timed)
         session.last_step_id, session.last_reply = request.step_id, reply
         return reply
 
-    async def _run(self, priority: Priority, work: Callable[[], torch.Tensor]) -> Timed[torch.Tensor]:
+    async def _run(
+        self, priority: Priority, work: Callable[[], dict[str, torch.Tensor]]
+    ) -> Timed[dict[str, torch.Tensor]]:
         try:
             return await self.executor.run(priority, work)
         except PeerRefused:
             raise
+        except UnsupportedCallError as exc:  # this architecture cannot do what is asked, here or anywhere
+            refuse(str(exc))
         except (RuntimeError, IndexError, ValueError, TypeError, RemoteModulesError) as exc:
             if isinstance(exc, torch.OutOfMemoryError) or "not enough memory" in str(exc):  # the CPU's has no class
                 text = "the device has no memory for this request"
@@ -270,8 +298,8 @@ class Handler:
             logger.exception("request failed on the device")
             raise PeerRefused("the computation failed", peer_id="", reason=RefusalReason.INTERNAL) from exc
 
-    def _reply(self, request: Request, name: str, timed: Timed[torch.Tensor]) -> Reply:
-        metas, body = encode_tensors({name: timed.value})
+    def _reply(self, request: Request, timed: Timed[dict[str, torch.Tensor]]) -> Reply:
+        metas, body = encode_tensors(timed.value)
         output = Output(
             request.request_id,
             metas,
@@ -281,33 +309,6 @@ class Handler:
             self.sessions.budget.free_tokens,
         )
         return output, body
-
-
-def last_tokens(output: torch.Tensor, num_tokens: int | None) -> torch.Tensor:
-    """The last tokens of ``[B, T, D]``, as many as wanted; all for None."""
-    if num_tokens is None:
-        return output
-    return output[:, max(0, output.shape[1] - num_tokens) :].clone()  # the reply is kept: do not keep the rest with it
-
-
-def _whole_mask(
-    request: StepRequest, session: Session, tensors: dict[str, torch.Tensor], num_columns: int
-) -> torch.Tensor | None:
-    """The attention mask of all tokens, from the columns that came and those that the session kept."""
-    columns = tensors.get("attention_mask")
-    if columns is None:
-        return None
-    mask = columns
-    if not request.mask_is_whole:
-        if request.ops:  # the mask that the session kept does not follow them
-            refuse("a step with cache operations must bring the whole attention mask")
-        kept = session.mask
-        if kept is None or kept.shape[0] != columns.shape[0]:
-            refuse("the session has no attention mask to append to; send the whole one")
-        mask = torch.cat([kept, columns.to(kept.dtype)], dim=1)
-    if mask.shape[1] != num_columns:
-        refuse(f"attention_mask must have {num_columns} columns, got {mask.shape[1]}")
-    return mask
 
 
 class _Served:

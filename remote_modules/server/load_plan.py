@@ -6,15 +6,18 @@ import torch
 
 from remote_modules.config import ServerConfig
 from remote_modules.model.checkpoint import Checkpoint, open_checkpoint
+from remote_modules.model.classes import serving_class
 from remote_modules.model.fingerprint import block_digests, model_key
 from remote_modules.model.loading import check_span, load_span, read_config
-from remote_modules.model.quantization import check_quantization, compute_dtype, quantized_bytes
+from remote_modules.model.probe import probe_stack
+from remote_modules.model.quantization import check_quantization, quantized_bytes
 from remote_modules.model.quantized_cache import QuantizedCache, model_digest
 from remote_modules.model.replay import SpanModel
-from remote_modules.model.stack import StackSpec, causal_lm_class, find_stack, meta_skeleton
+from remote_modules.model.stack import meta_skeleton
 from remote_modules.peers import PeerRecord
 from remote_modules.server.capacity import choose_blocks, parameter_bytes
 from remote_modules.server.engine import Engine, Speeds
+from remote_modules.server.sessions import KVCost
 from remote_modules.spans import Span
 
 __all__ = ["LoadPlan", "LoadedSpan"]
@@ -28,11 +31,11 @@ class LoadedSpan:
         self.engine = Engine(model)
         self.digests = tuple(digests.get(block, "") for block in model.span)
         self.speeds = Speeds(0.0, 0.0)
-        self.kv_token_bytes = dict.fromkeys(model.span, 1)
+        self.kv_costs: dict[int, KVCost] = {}
 
     def measure(self) -> None:
         """Check that the architecture runs, and time it."""
-        self.kv_token_bytes = self.engine.kv_token_bytes()
+        self.kv_costs = self.engine.kv_costs()
         self.speeds = self.engine.measure()
 
 
@@ -44,10 +47,9 @@ class LoadPlan:
             check_quantization(config.quantization)
         self._config = config
         self._checkpoint = checkpoint
-        self._model_config = read_config(checkpoint)
-        self._cls = causal_lm_class(self._model_config)
+        self._cls, self._model_config = serving_class(read_config(checkpoint))
         self._skeleton = meta_skeleton(self._cls, self._model_config)
-        self._stack: StackSpec = find_stack(self._skeleton, self._model_config)
+        self._stack = probe_stack(self._cls, self._model_config)
         self._device = _device(config.device)
         self.key = model_key(self._model_config)
         self.num_blocks = self._stack.num_blocks
@@ -61,29 +63,38 @@ class LoadPlan:
         )
         plan = cls(config, checkpoint)
         if config.blocks is not None:
-            check_span(Span.parse(config.blocks), plan.num_blocks, config.model)
+            span = Span.parse(config.blocks)
+            check_span(span, plan.num_blocks, config.model)
+            plan._stack.check_cuts(span)
         return plan
 
     def choose(self, records: list[PeerRecord]) -> Span:
+        """The span that the swarm of ``records`` needs most.
+
+        Raises:
+            ValueError: no span that may be served fits.
+        """
         text = self._model_config.get_text_config(decoder=True)
-        dtype = self.dtype
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        query_heads = getattr(text, "num_attention_heads", None) or 1
+        heads = getattr(text, "num_key_value_heads", None) or query_heads
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // query_heads
         return choose_blocks(
             num_blocks_of_model=self.num_blocks,
             wanted=self._config.num_blocks,
             block_bytes=self._block_bytes(),
-            kv_token_bytes=2 * heads * head_size * dtype.itemsize,
+            kv_token_bytes=2 * heads * head_size * self.dtype.itemsize,
             device=self._device,
             records=records,
+            cuts=self._stack.cuts,
         )
 
     def _block_bytes(self) -> int:
-        block = self._stack.blocks(self._skeleton)[0]
+        """Of the largest block: some are dense and the others have experts."""
         quantization = self._config.quantization
+        blocks = self._stack.blocks(self._skeleton)
         if quantization == "none":
-            return parameter_bytes(block, self.dtype)
-        return quantized_bytes(block, self.dtype, quantization)
+            return max(parameter_bytes(block, self.dtype) for block in blocks)
+        return max(quantized_bytes(block, self.dtype, quantization) for block in blocks)
 
     def load(self, span: Span) -> LoadedSpan:
         quantization = self._config.quantization
@@ -92,7 +103,7 @@ class LoadPlan:
         if quantization != "none" and self._config.quantized_cache:
             key = model_digest(self._checkpoint, self._model_config, quantization=quantization, dtype=dtype)
             cache = QuantizedCache(key)
-        model, stack = load_span(
+        model, _ = load_span(
             self._checkpoint,
             self._model_config,
             self._cls,
@@ -103,10 +114,8 @@ class LoadPlan:
             quantized_cache=cache,
         )
         # a cached block brings its digest along: its shards are not opened
-        digests = block_digests(self._checkpoint, stack, span) if cache is None else cache.digests
-        span_model = SpanModel(model, stack, span)
-        span_model.dtype = compute_dtype(model)
-        return LoadedSpan(span_model, digests)
+        digests = block_digests(self._checkpoint, self._stack, span) if cache is None else cache.digests
+        return LoadedSpan(SpanModel(model, self._stack, span), digests)
 
     @property
     def dtype(self) -> torch.dtype:

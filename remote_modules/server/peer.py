@@ -176,7 +176,7 @@ class Peer:
         config = self.config
         budget_bytes = config.kv_budget_bytes or free_bytes(loaded.model.device) // 2
         sessions = SessionTable(
-            KVBudget(budget_bytes, loaded.kv_token_bytes),
+            KVBudget(budget_bytes, loaded.kv_costs),
             max_sessions=config.max_sessions,
             idle_s=config.session_idle_s,
             orphan_s=config.orphan_session_s,
@@ -187,7 +187,6 @@ class Peer:
             sessions,
             identity=self._identity,
             instance_id=self._instance_id,
-            num_blocks=self._plan.num_blocks,
             limits=HandlerLimits(
                 max_batch_tokens=config.max_batch_tokens,
                 max_body_bytes=MAX_BODY_BYTES,

@@ -7,6 +7,7 @@ request that does not fit is refused, and nobody else's session is hurt.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +18,22 @@ from remote_modules.spans import Span
 from remote_modules.wire.framing import Buffer
 from remote_modules.wire.messages import Output
 
-__all__ = ["KVBudget", "Session", "SessionTable"]
+__all__ = ["KVBudget", "KVCost", "Session", "SessionTable"]
+
+_MAX_FREE_TOKENS = 2**31  # of caches that do not grow
+
+
+@dataclass(frozen=True, slots=True)
+class KVCost:
+    """What one block keeps for each row of a session.
+
+    Attributes:
+        row_bytes: however long the text is.
+        token_bytes: for each token.
+    """
+
+    row_bytes: int
+    token_bytes: int
 
 
 class KVBudget:
@@ -25,21 +41,26 @@ class KVBudget:
 
     Args:
         total_bytes: what all sessions together may hold.
-        token_bytes: per block, bytes of one token of one row.
+        costs: of each block.
     """
 
-    def __init__(self, total_bytes: int, token_bytes: dict[int, int]) -> None:
+    def __init__(self, total_bytes: int, costs: Mapping[int, KVCost]) -> None:
         self.total_bytes = total_bytes
         self.used_bytes = 0
-        self._token_bytes = token_bytes
+        self._costs = costs
+        self._all = _summed(costs.values())
 
     @property
     def free_tokens(self) -> int:
         """Tokens of one row that still fit, over all blocks."""
-        return (self.total_bytes - self.used_bytes) // max(1, sum(self._token_bytes.values()))
+        free_bytes = self.total_bytes - self.used_bytes - self._all.row_bytes
+        if free_bytes < 0:
+            return 0
+        return min(free_bytes // self._all.token_bytes if self._all.token_bytes else _MAX_FREE_TOKENS, _MAX_FREE_TOKENS)
 
     def needed_bytes(self, span: Span, *, rows: int, capacity: int) -> int:
-        return rows * capacity * sum(self._token_bytes[block] for block in span)
+        cost = _summed(self._costs[block] for block in span)
+        return rows * (cost.row_bytes + capacity * cost.token_bytes)
 
     def resize(self, old_bytes: int, new_bytes: int) -> None:
         """Change one session's reservation.
@@ -56,6 +77,11 @@ class KVBudget:
                 retry_after_s=5.0,
             )
         self.used_bytes += new_bytes - old_bytes
+
+
+def _summed(costs: Iterable[KVCost]) -> KVCost:
+    costs = list(costs)
+    return KVCost(sum(cost.row_bytes for cost in costs), sum(cost.token_bytes for cost in costs))
 
 
 @dataclass(slots=True)

@@ -25,7 +25,7 @@ from remote_modules.server.announcer import Announcer
 from remote_modules.server.engine import Engine
 from remote_modules.server.executor import Priority, Timed
 from remote_modules.server.handler import Handler, HandlerLimits
-from remote_modules.server.sessions import KVBudget, SessionTable
+from remote_modules.server.sessions import KVBudget, KVCost, SessionTable
 from remote_modules.spans import Span
 from remote_modules.testing.memory_network import MemoryDialer, MemoryHost, MemoryNetwork
 
@@ -107,15 +107,15 @@ class SimulatedTracker:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What one simulated peer holds, what one token costs there, and how long one request takes.
+    """What one simulated peer holds, what its KV caches cost, and how long one request takes.
 
     Attributes:
-        token_bytes: `Engine.kv_token_bytes`, measured once and shared by all runs.
+        kv_costs: `Engine.kv_costs`, measured once and shared by all runs.
         compute_s: virtual seconds of each request.
     """
 
     engine: Engine
-    token_bytes: dict[int, int]
+    kv_costs: dict[int, KVCost]
     compute_s: float = 0.02
 
 
@@ -158,7 +158,7 @@ class SimulatedPeer:
     async def start(self) -> None:
         """Come online under a new instance id."""
         self._instance_id = f"instance-{next(self._instances)}"
-        budget = KVBudget(KV_BUDGET_BYTES, self._holding.token_bytes)
+        budget = KVBudget(KV_BUDGET_BYTES, self._holding.kv_costs)
         clock = self._swarm.clock
         self.handler = Handler(
             self.engine,
@@ -166,7 +166,6 @@ class SimulatedPeer:
             SessionTable(budget, max_sessions=64, idle_s=120.0, orphan_s=20.0),
             identity=self.identity,
             instance_id=self._instance_id,
-            num_blocks=self._swarm.num_blocks,
             limits=HandlerLimits(max_batch_tokens=4096, max_body_bytes=1 << 26, max_connections=64),
             clock=clock,
         )
@@ -234,15 +233,12 @@ class SimulatedSwarm:
     Args:
         seed: decides everything random.
         holdings: one for each peer.
-        num_blocks: of the model.
     """
 
-    def __init__(
-        self, seed: int, holdings: Sequence[Holding], *, num_blocks: int, config: ClientConfig | None = None
-    ) -> None:
+    def __init__(self, seed: int, holdings: Sequence[Holding], *, config: ClientConfig | None = None) -> None:
         self.seed = seed
         self.rng = Random(seed)
-        self.num_blocks = num_blocks
+        self.num_blocks = holdings[0].engine.model.stack.num_blocks
         self.config = config or ClientConfig()
         self.clock = asyncio.get_running_loop().time
         self.network = MemoryNetwork(Random(seed + 1))
@@ -259,7 +255,8 @@ class SimulatedSwarm:
             self.tracker,
             MemoryDialer(self.network, self.config),
             model_key=MODEL_KEY,
-            num_blocks=self.num_blocks,
+            stack=self.peers[0].engine.model.stack,
+            hidden_size=self.peers[0].engine.hidden_size,
             known_digests={},
             config=self.config,
             clock=self.clock,

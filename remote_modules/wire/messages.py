@@ -17,12 +17,14 @@ from remote_modules.errors import LocalProtocolError, RefusalReason, RemoteProto
 __all__ = [
     "BackwardRequest",
     "CacheOp",
+    "CallMeta",
     "Cancel",
     "ClientHello",
     "CloseSession",
     "Draining",
     "ForwardRequest",
     "Message",
+    "Option",
     "Output",
     "Ping",
     "Pong",
@@ -38,9 +40,10 @@ __all__ = [
 ]
 
 VERSION_MAJOR = 1
-VERSION_MINOR = 0
+VERSION_MINOR = 1
 
-MAX_TENSORS = 256
+MAX_TENSORS = 1024
+MAX_OPTIONS = 32
 MAX_DIMENSIONS = 8
 MAX_CACHE_OPS = 1024
 
@@ -53,6 +56,7 @@ Block = Annotated[int, Meta(ge=0, le=4096)]
 Seconds = Annotated[float, Meta(ge=0, le=86400)]
 Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]
 CacheOpKind = Literal["crop", "select", "reset"]
+RecordKind = Literal["hidden_states", "router_logits"]
 Dims = Annotated[tuple[Count, ...], Meta(max_length=MAX_DIMENSIONS)]
 
 
@@ -85,6 +89,43 @@ class CacheOp(_Base, frozen=True):
 
 Tensors = Annotated[tuple[TensorMeta, ...], Meta(max_length=MAX_TENSORS)]
 CacheOps = Annotated[tuple[CacheOp, ...], Meta(max_length=MAX_CACHE_OPS)]
+OptionValue = bool | Annotated[int, Meta(ge=-(2**53), lt=2**53)] | float | Annotated[str, Meta(max_length=64)]
+Records = Annotated[tuple[RecordKind, ...], Meta(max_length=2)]
+
+
+class Option(_Base, frozen=True):
+    """One argument of the owner's call that is not a tensor."""
+
+    name: Name
+    value: OptionValue
+
+
+Options = Annotated[tuple[Option, ...], Meta(max_length=MAX_OPTIONS)]
+
+
+class CallMeta(_Base, frozen=True):
+    """How the module that owns the blocks was called at the client, besides tensors.
+
+    Attributes:
+        rows, num_tokens: shape of the owner's inputs ``[B, T]``.
+        use_cache: whether the model's own call had its cache on (it changes which mask some models build).
+        autocast: dtype name of an enclosing ``torch.autocast``, or "".
+        options: further arguments that are no tensors.
+        record: what to return of each block beside the output.
+        adapter: digest of the adapter to apply, or "" for none; see `ForwardRequest`.
+        seed: of the adapter's dropout; None for an adapter that runs without.
+        with_grad: whether a gradient may be asked for later; torch then chooses other kernels for some models.
+    """
+
+    rows: Count = 0
+    num_tokens: Count = 0
+    use_cache: bool = True
+    autocast: Name = ""
+    options: Options = ()
+    record: Records = ()
+    adapter: Name = ""
+    seed: Id | None = None
+    with_grad: bool = False
 
 
 class ClientHello(_Base, frozen=True, tag="client_hello"):
@@ -143,12 +184,12 @@ class StepRequest(_Base, frozen=True, tag="step"):
         start, end: blocks to run.
         position: tokens that the KV cache must hold after ``ops``; otherwise the peer answers ``session_lost``.
         ops: cache operations to apply first.
-        tensors: ``hidden_states`` ``[B, T, D]``; optional ``position_ids`` int64, ``attention_mask`` (new columns, or
-            all columns when ``mask_is_whole``), index tensors of ``ops``.
+        tensors: those of a `ForwardRequest`; ``attention_mask`` holds the new columns, or all columns when
+            ``mask_is_whole``; index tensors of ``ops``.
         timeout_s: after this the client no longer waits.
+        call: how the owner of the blocks was called.
         mask_is_whole: see ``tensors``.
         create: whether an unknown session is to be opened.
-        autocast: dtype name of an enclosing ``torch.autocast``, or "".
         num_outputs: answer only the last so many tokens; None for all.
     """
 
@@ -161,19 +202,22 @@ class StepRequest(_Base, frozen=True, tag="step"):
     ops: CacheOps
     tensors: Tensors
     timeout_s: Seconds
+    call: CallMeta = CallMeta()
     mask_is_whole: bool = False
     create: bool = False
-    autocast: Name = ""
     num_outputs: Count | None = None
 
 
 class ForwardRequest(_Base, frozen=True, tag="forward"):
-    """Run ``hidden_states`` ``[B, T, D]`` through blocks ``[start, end)`` without a session; nothing is kept.
+    """Run what enters block ``start`` through blocks ``[start, end)`` without a session; nothing is kept.
 
     Attributes:
-        request_id, start, end, timeout_s, autocast: as in `StepRequest`.
-        tensors: ``hidden_states``; optional ``position_ids``, ``attention_mask``.
-        use_cache: whether the model's own call had its cache on (it changes which mask some models build).
+        request_id, start, end, timeout_s, call: as in `StepRequest`.
+        tensors: ``hidden_states``, and ``state.<k>`` for what else the block before returned that this one takes;
+            ``side.<argument>`` for arguments of blocks that depend on the text (``side.<argument>.<block>`` when each
+            block has its own); ``position_ids``, ``attention_mask`` or ``attention_mask.<type>``,
+            ``owner.<argument>`` as the owner got them; ``adapter`` (uint8: its entries as JSON) and ``adapter.<n>``
+            (its tensors), left out when the peer has ``call.adapter`` already.
     """
 
     request_id: Id
@@ -181,15 +225,14 @@ class ForwardRequest(_Base, frozen=True, tag="forward"):
     end: Block
     tensors: Tensors
     timeout_s: Seconds
-    use_cache: bool = True
-    autocast: Name = ""
+    call: CallMeta = CallMeta()
 
 
 class BackwardRequest(_Base, frozen=True, tag="backward"):
-    """Recompute the forward of the same fields, and return the gradient of ``hidden_states``.
+    """Recompute the forward of the same fields, and return the gradients of its floating-point inputs.
 
     Attributes:
-        tensors: as in `ForwardRequest`, and ``grad_output`` shaped like the forward's output.
+        tensors: as in `ForwardRequest`, and ``grad.<name>`` for each floating-point output ``<name>``.
     """
 
     request_id: Id
@@ -197,15 +240,15 @@ class BackwardRequest(_Base, frozen=True, tag="backward"):
     end: Block
     tensors: Tensors
     timeout_s: Seconds
-    use_cache: bool = True
-    autocast: Name = ""
+    call: CallMeta = CallMeta()
 
 
 class Output(_Base, frozen=True, tag="output"):
     """The result of a request.
 
     Attributes:
-        tensors: ``hidden_states``, or ``grad_input`` for a backward.
+        tensors: ``hidden_states`` and ``state.<k>`` as the last block returned them, ``record.<kind>.<block>``; for a
+            backward ``grad.<name>`` of each floating-point input, and ``grad.adapter.<n>`` of the adapter's tensors.
         queue_s, compute_s: time spent waiting for the device, and on it.
         load: requests queued or running at the peer.
         free_kv_tokens: as in the peer's record, now.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from remote_modules.model.checkpoint import built_in_path
 
@@ -20,6 +21,7 @@ def _tokenizer() -> Any:
 
 @functools.cache
 def _model() -> Any:
+    transformers_logging.disable_progress_bar()  # else its thread stays
     return AutoModelForCausalLM.from_pretrained(built_in_path(), dtype=torch.float32)
 
 

@@ -17,6 +17,10 @@ TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'].strip() }}\n{% endfor %}assistant:"
 )
 
+FORGETFUL = (
+    "{% for message in messages if message['role'] == 'user' %}user: {{ message['content'] }}\n{% endfor %}assistant:"
+)
+
 
 @pytest.fixture
 def text(swarm: LocalSwarm) -> Iterator[TextModel]:
@@ -53,6 +57,20 @@ def test_template_may_rewrite_earlier_turns(text: TextModel) -> None:
     second = _ask(conversation, "If the file")
     rendered = f"user: The function\nassistant: {first.strip()}\nuser: If the file\nassistant:"
     assert second == text_of(generate_here(encode(rendered), SAMPLING.max_new_tokens))
+
+
+def test_template_that_drops_answers_cuts_the_cache(text: TextModel) -> None:
+    text.tokenizer.chat_template = FORGETFUL
+    conversation = Conversation(text)
+    _ask(conversation, "The function")
+    rendered = "user: The function\nuser: If the file\nassistant:"
+    kept = common_prefix(conversation._cached, encode(rendered))
+    assert 0 < kept < len(conversation._cached)
+    cache = conversation._cache
+    assert _ask(conversation, "If the file") == text_of(generate_here(encode(rendered), SAMPLING.max_new_tokens))
+    assert conversation._cache is cache
+    conversation._keep(kept)
+    assert (cache.get_seq_length(), len(conversation._cached)) == (kept, kept)
 
 
 def test_interrupted_turn_is_forgotten_and_the_next_one_works(text: TextModel) -> None:

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import NUM_BLOCKS, tiny_config
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from remote_modules.errors import UnsupportedCallError
-from remote_modules.model.adoption import RemoteLayer, adopt_cache, link_of
+from remote_modules.model.adoption import RemoteLayer, RemoteLinearLayer, adopt_cache, link_of
+from remote_modules.model.stack import cache_argument
 from remote_modules.spans import Span
 
-ALL = Span(0, NUM_BLOCKS)
+ALL = range(NUM_BLOCKS)
 
 
 @dataclass(eq=False)
@@ -52,7 +53,7 @@ class Log:
         return fork
 
 
-def adopted(family: str = "llama", blocks: Span = ALL, position: int = 0) -> tuple[Any, Log]:
+def adopted(family: str = "llama", blocks: range = ALL, position: int = 0) -> tuple[Any, Log]:
     cache, log = DynamicCache(config=tiny_config(family)), Log(position)
     adopt_cache(cache, blocks, NUM_BLOCKS, log)
     return cache, log
@@ -77,13 +78,13 @@ def test_adopted_cache_stands_for_its_session() -> None:
 
 def test_bare_cache_is_extended_to_all_blocks() -> None:
     cache, log = DynamicCache(), Log(3)
-    adopt_cache(cache, Span(1, 3), NUM_BLOCKS, log)
+    adopt_cache(cache, range(1, 3), NUM_BLOCKS, log)
     assert [type(layer) for layer in cache.layers] == [DynamicLayer, RemoteLayer, RemoteLayer, DynamicLayer]
-    assert link_of(cache, Span(1, 3)) is log
+    assert link_of(cache, range(1, 3)) is log
 
 
 def test_local_blocks_keep_their_layers() -> None:
-    cache, _ = adopted(blocks=Span(1, 3), position=5)
+    cache, _ = adopted(blocks=range(1, 3), position=5)
     fill(cache.layers[0], 5)
     assert cache.get_seq_length(0) == cache.get_seq_length(1) == 5
 
@@ -106,6 +107,40 @@ def test_sliding_blocks_report_the_mask_sizes_of_their_window() -> None:
         assert cache.get_seq_length(index) == theirs.get_seq_length(index)
 
 
+def test_static_cache_is_adopted_for_its_length() -> None:
+    cache: Any = StaticCache(config=tiny_config(), max_cache_len=8)
+    adopt_cache(cache, ALL, NUM_BLOCKS, Log(3))
+    assert [type(layer) for layer in cache.layers] == [RemoteLayer] * NUM_BLOCKS
+    assert cache.get_seq_length() == 3
+    assert cache.get_mask_sizes(2, 0) == (5, 0)
+
+
+def test_cache_of_linear_attention_is_adopted() -> None:
+    cache, log = adopted("mamba", position=2)
+    assert [type(layer) for layer in cache.layers] == [RemoteLinearLayer] * NUM_BLOCKS
+    assert cache.has_previous_state(0)
+    cache.crop(-1)
+    cache.batch_repeat_interleave(2)
+    assert log.told == [("crop", 1), ("repeat", 2)]
+
+
+def test_cache_with_a_state_of_a_local_model_is_refused() -> None:
+    cache: Any = DynamicCache(config=tiny_config("mamba"))
+    model = AutoModelForCausalLM.from_config(tiny_config("mamba"))
+    model(torch.ones(1, 3, dtype=torch.int64), use_cache=True, **{str(cache_argument(model)): cache})
+    with pytest.raises(UnsupportedCallError, match=r"^the KV cache was filled by a local model; "):
+        adopt_cache(cache, ALL, NUM_BLOCKS, Log())
+
+
+def test_cache_whose_past_the_session_has_is_adopted() -> None:
+    cache: Any = DynamicCache(config=tiny_config())
+    for layer in cache.layers:
+        fill(layer, 4)
+    adopt_cache(cache, ALL, NUM_BLOCKS, Log(4), is_taken=True)
+    assert [type(layer) for layer in cache.layers] == [RemoteLayer] * NUM_BLOCKS
+    assert cache.get_seq_length() == 4
+
+
 # Refusing
 
 
@@ -121,19 +156,21 @@ def test_filled_cache_of_a_local_model_is_refused() -> None:
 def test_cache_filled_only_for_local_blocks_is_adopted() -> None:
     cache = DynamicCache(config=tiny_config())
     fill(cache.layers[0], 4)
-    adopt_cache(cache, Span(1, 4), NUM_BLOCKS, Log(4))
+    adopt_cache(cache, range(1, 4), NUM_BLOCKS, Log(4))
 
 
-def test_static_cache_is_refused() -> None:
-    cache = StaticCache(config=tiny_config(), max_cache_len=8)
-    with pytest.raises(UnsupportedCallError, match=r"^KV cache layers of kind StaticLayer are not carried; "):
+def test_quantized_cache_is_refused() -> None:
+    cache: Any = DynamicCache(config=tiny_config())
+    cache.layers[1].residual_length = 128  # transformers' own need packages that are not installed
+    with pytest.raises(UnsupportedCallError, match=r"^KV cache layers of kind DynamicLayer are not carried; "):
         adopt_cache(cache, ALL, NUM_BLOCKS, Log())
+    assert link_of(cache, ALL) is None
 
 
 def test_cache_of_other_remote_blocks_is_refused() -> None:
-    cache, _ = adopted(blocks=Span(0, 2))
+    cache, _ = adopted(blocks=range(0, 2))
     with pytest.raises(UnsupportedCallError, match=r"^KV cache layers of kind RemoteLayer are not carried; "):
-        adopt_cache(cache, Span(1, 3), NUM_BLOCKS, Log())
+        adopt_cache(cache, range(1, 3), NUM_BLOCKS, Log())
 
 
 @pytest.mark.parametrize(("filled_index", "blocks"), [(3, "0:4"), (1, "1:3")])
@@ -143,7 +180,7 @@ def test_refused_cache_is_left_as_it_was(filled_index: int, blocks: str) -> None
     layers = list(cache.layers)
     log = Log()
     with pytest.raises(UnsupportedCallError):
-        adopt_cache(cache, Span.parse(blocks), NUM_BLOCKS, log)
+        adopt_cache(cache, list(Span.parse(blocks)), NUM_BLOCKS, log)
     assert cache.layers == layers
     del cache, layers
     gc.collect()
@@ -152,7 +189,7 @@ def test_refused_cache_is_left_as_it_was(filled_index: int, blocks: str) -> None
 
 def test_keys_cannot_be_put_into_a_remote_layer() -> None:
     cache, _ = adopted()
-    with pytest.raises(UnsupportedCallError, match=r"^a remote block's KV cache cannot be filled at the client$"):
+    with pytest.raises(UnsupportedCallError, match=r"^the KV cache of a remote block cannot be filled here$"):
         cache.update(torch.ones(1, 2, 1, 3), torch.ones(1, 2, 1, 3), 0)
 
 
@@ -177,7 +214,7 @@ def test_each_operation_is_told_once_in_order() -> None:
 
 
 def test_each_operation_is_told_once_by_a_cache_that_begins_with_local_blocks() -> None:
-    cache, log = adopted(blocks=Span(2, 4), position=6)
+    cache, log = adopted(blocks=range(2, 4), position=6)
     for layer in cache.layers[:2]:
         fill(layer, 6)
     cache.crop(-2)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_models import tiny_config
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from remote_modules.errors import UnsupportedCallError
-from remote_modules.model.capture import OwnerCall, OwnerCapture, watch_registrations
+from remote_modules.model.capture import OwnerCall, OwnerCapture, plain_cache, watch_registrations
 from remote_modules.model.stack import cache_argument
 
 Body = Callable[[torch.Tensor], torch.Tensor]
@@ -102,8 +102,93 @@ def test_absent_arguments_are_none_and_use_cache_is_the_configs() -> None:
 def test_cache_that_the_caller_made_is_captured() -> None:
     model, watcher = watched()
     cache = DynamicCache()
-    model(ids(), **{cache_argument(model): cache})
+    model(ids(), **{str(cache_argument(model)): cache})
     assert only_call(watcher).cache is cache
+
+
+def test_shape_is_that_of_the_inputs_whether_tokens_or_embeddings() -> None:
+    model, watcher = watched()
+    model(ids(4))
+    model(inputs_embeds=torch.zeros(1, 5, 32))
+    assert [(call.rows, call.num_tokens) for call in watcher.calls if call is not None] == [(2, 4), (1, 5)]
+
+
+def test_ready_mask_is_captured() -> None:
+    model, watcher = watched()
+    ready = torch.ones(2, 1, 3, 3, dtype=torch.bool)
+    model.model(ids(), attention_mask=ready)
+    assert only_call(watcher).attention_mask is ready
+
+
+def test_masks_by_type_of_layer_are_captured() -> None:
+    class Owner(nn.Module):
+        def forward(self, input_ids: torch.Tensor, **kwargs: object) -> None:
+            seen.append(capture.current)
+
+    seen: list[Any] = []
+    owner, capture = Owner(), OwnerCapture()
+    capture.hook(owner)
+    ready = torch.ones(2, 1, 3, 3)
+    owner(ids(), attention_mask={"full_attention": ready, "sliding_attention": None})
+    assert seen[0].attention_mask == {"full_attention": ready, "sliding_attention": None}
+
+
+def test_cache_where_none_is_carried_is_refused_with_the_reason() -> None:
+    model, _ = watched()
+    capture = OwnerCapture("caches of such models are not carried")
+    capture.hook(model.model)
+    model(ids(), use_cache=False)
+    with pytest.raises(UnsupportedCallError, match=r"^caches of such models are not carried$"):
+        model(ids(), **{str(cache_argument(model)): DynamicCache()})
+    assert copy.deepcopy(capture).no_cache == capture.no_cache
+    assert capture.current is None
+
+
+def test_further_arguments_are_captured_by_name() -> None:
+    model, watcher = watched()
+    types = torch.zeros(2, 3)
+    model.model(ids(), token_type_ids=types, scale=2.0, is_on=True, kind="a", nothing=None)
+    call = only_call(watcher)
+    assert call.tensors.keys() == {"token_type_ids"}
+    assert call.tensors["token_type_ids"] is types
+    assert call.options == {"scale": 2.0, "is_on": True, "kind": "a"}
+
+
+def test_arguments_about_what_the_owner_returns_stay_here() -> None:
+    model, watcher = watched()
+    model.model(ids(), return_dict=True, output_attentions=False, output_hidden_states=False)
+    assert (only_call(watcher).options, only_call(watcher).record) == ({}, ())
+
+
+@pytest.mark.parametrize("is_of_config", [False, True], ids=["argument", "config"])
+def test_outputs_to_record_are_those_asked_for(is_of_config: bool) -> None:
+    model, watcher = watched()
+    if is_of_config:
+        model.config.output_hidden_states = True
+        model.model(ids())
+        model.model(ids(), output_hidden_states=False)
+        assert [call.record for call in watcher.calls if call is not None] == [("hidden_states",), ()]
+    else:
+        model.model(ids(), output_hidden_states=True, output_router_logits=True)
+        assert only_call(watcher).record == ("hidden_states", "router_logits")
+
+
+def test_cache_of_an_encoder_decoder_is_that_of_the_decoder_itself() -> None:
+    own = DynamicCache()
+    assert plain_cache(EncoderDecoderCache(own, DynamicCache())) is own
+    assert plain_cache(own) is own
+    assert plain_cache(None) is None
+
+
+def test_hook_is_removed_by_its_handles() -> None:
+    model, _ = watched()
+    capture, before = OwnerCapture(), len(model.model._forward_pre_hooks)
+    handles = capture.hook(model.model)
+    assert len(model.model._forward_pre_hooks) == before + 1
+    assert capture.hook(model.model) == []
+    for handle in handles:
+        handle.remove()
+    assert len(model.model._forward_pre_hooks) == before
 
 
 def test_owner_called_by_itself_is_captured_too() -> None:
@@ -186,21 +271,15 @@ def test_inner_call_hides_the_outer_one_until_it_ends() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"output_attentions": True}, r"^output_attentions=True is not carried by remote blocks yet; leave it off$"),
+        ({"output_attentions": True}, r"^output_attentions=True is not carried by remote blocks; leave it off$"),
         (
-            {"output_hidden_states": True},
-            r"^output_hidden_states=True is not carried by remote blocks yet; leave it off$",
+            {"attention_mask": torch.ones(3)},
+            r"^attention_mask must be \[B, P \+ T\], \[B, h, T, P \+ T\] or a dict of these, got a 1-D tensor$",
         ),
-        (
-            {"attention_mask": torch.ones(2, 1, 3, 3, dtype=torch.bool)},
-            r"^attention_mask must be \[B, P \+ T\] or absent, got a 4-D tensor$",
-        ),
-        (
-            {"attention_mask": {"full_attention": torch.ones(2, 1, 3, 3)}},
-            r"^attention_mask must be \[B, P \+ T\] or absent, got a dict$",
-        ),
+        ({"attention_mask": {"full_attention": "text"}}, r" or a dict of these, got a dict$"),
+        ({"lengths": [3, 3]}, r"^argument 'lengths' of kind list is not carried by remote blocks$"),
     ],
-    ids=["attentions", "hidden-states", "mask-4d", "mask-dict"],
+    ids=["attentions", "mask-1d", "mask-dict", "list"],
 )
 def test_call_that_is_not_carried_is_refused_and_leaves_nothing(arguments: dict[str, Any], reason: str) -> None:
     model, watcher = watched()
@@ -212,11 +291,10 @@ def test_call_that_is_not_carried_is_refused_and_leaves_nothing(arguments: dict[
     assert len(watcher.calls) == 1
 
 
-@pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
-def test_config_that_asks_for_what_is_not_carried_is_refused(name: str) -> None:
+def test_config_that_asks_for_attentions_is_refused() -> None:
     model, watcher = watched(attn_implementation="eager")
-    setattr(model.config, name, True)
-    with pytest.raises(UnsupportedCallError, match=rf"^{name}=True is not carried "):
+    model.config.output_attentions = True
+    with pytest.raises(UnsupportedCallError, match=r"^output_attentions=True is not carried "):
         model(ids())
     assert watcher.capture.current is None
 
@@ -237,7 +315,7 @@ def test_refused_inner_call_leaves_the_outer_one_current() -> None:
 
     def call_again(hidden_states: torch.Tensor) -> torch.Tensor:
         with pytest.raises(UnsupportedCallError):
-            model.model(ids(), attention_mask=torch.ones(2, 1, 3, 3))
+            model.model(ids(), attention_mask=torch.ones(3))
         current = watcher.capture.current
         seen.append(current.attention_mask if current is not None else None)
         return hidden_states

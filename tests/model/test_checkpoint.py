@@ -16,8 +16,8 @@ from model.fake_hub import COMMIT, HUB_NAME, serving
 from model.support import opened, opened_files
 from remote_modules.errors import CheckpointError
 from remote_modules.model.checkpoint import BUILT_IN, INDEX_NAME, SINGLE_NAME, built_in_path, open_checkpoint
+from remote_modules.model.classes import model_class
 from remote_modules.model.loading import load_span, read_config
-from remote_modules.model.stack import causal_lm_class
 from remote_modules.spans import Span
 
 LATER_COMMIT = "b" * 40
@@ -157,8 +157,8 @@ def cached(folder: Path, cache_dir: Path, names: list[str], commit: str = COMMIT
 
 def load_blocks(checkpoint_name: str, span: str, cache_dir: Path) -> dict[str, torch.Tensor]:
     checkpoint = open_checkpoint(checkpoint_name, cache_dir=str(cache_dir))
-    config = read_config(checkpoint)
-    model, _ = load_span(checkpoint, config, causal_lm_class(config), Span.parse(span))
+    cls, config = model_class(read_config(checkpoint))
+    model, _ = load_span(checkpoint, config, cls, Span.parse(span))
     return dict(model.state_dict())
 
 

@@ -30,6 +30,11 @@ def digests_of(folder: Path) -> dict[int, str]:
     return block_digests(open_checkpoint(str(folder)), STACK, ALL)
 
 
+def shards_of(checkpoint: Checkpoint, block: int) -> set[str]:
+    where = STACK.blocks_of_keys(checkpoint.weight_map)
+    return set(checkpoint.shards(lambda key: where.get(key) == block))
+
+
 def change_tensor(folder: Path, name: str, row: int) -> None:
     shard = folder / open_checkpoint(str(folder)).weight_map[name]
     tensors = load_file(shard)
@@ -135,7 +140,7 @@ def test_digests_do_not_depend_on_how_a_checkpoint_is_sharded(llama_folder: Path
 
 def test_digest_opens_only_the_shards_of_its_block(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(str(llama_folder))
-    needed = set(checkpoint.shards(lambda key: STACK.block_of_key(key) == 0))
+    needed = shards_of(checkpoint, 0)
     assert needed < set(checkpoint.weight_map.values())
     with opened_files(monkeypatch) as names:
         block_digests(checkpoint, STACK, [0])
@@ -148,9 +153,7 @@ def test_block_whose_shard_is_not_here_has_no_digest_and_none_is_fetched(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     local = open_checkpoint(str(copy))
     before = digests_of(copy)
-    gone = set(local.shards(lambda key: STACK.block_of_key(key) == 3)) - set(
-        local.shards(lambda key: STACK.block_of_key(key) in (0, 1))
-    )
+    gone = shards_of(local, 3) - shards_of(local, 0) - shards_of(local, 1)
     for name in gone:
         (copy / name).unlink()
     hub = Checkpoint(

@@ -23,10 +23,11 @@ from transformers import PreTrainedModel
 from model.fake_hub import COMMIT, HUB_NAME, Answer, FakeHub, serving
 from remote_modules.errors import CheckpointError
 from remote_modules.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint
+from remote_modules.model.classes import model_class
 from remote_modules.model.fingerprint import block_digests
 from remote_modules.model.loading import load_client_part, load_span, read_config
 from remote_modules.model.partial import sha256_of
-from remote_modules.model.stack import StackSpec, causal_lm_class
+from remote_modules.model.stack import StackSpec
 from remote_modules.spans import Span
 
 STACK = StackSpec(path="model.layers", num_blocks=NUM_BLOCKS)
@@ -61,14 +62,14 @@ def opened(cache: Path) -> Checkpoint:
 
 
 def span_of(checkpoint: Checkpoint, span: str) -> PreTrainedModel:
-    config = read_config(checkpoint)
-    model, _ = load_span(checkpoint, config, causal_lm_class(config), Span.parse(span))
+    cls, config = model_class(read_config(checkpoint))
+    model, _ = load_span(checkpoint, config, cls, Span.parse(span))
     return model
 
 
 def client_of(checkpoint: Checkpoint) -> PreTrainedModel:
-    config = read_config(checkpoint)
-    model, _ = load_client_part(checkpoint, config, causal_lm_class(config))
+    cls, config = model_class(read_config(checkpoint))
+    model, _ = load_client_part(checkpoint, config, cls)
     return model
 
 
@@ -85,7 +86,13 @@ def bytes_of(folder: Path, span: str) -> int:
     """Bytes of the tensors of these blocks."""
     blocks = Span.parse(span)
     weights = load_whole(folder).state_dict()
-    return sum(tensor.nbytes for name, tensor in weights.items() if STACK.block_of_key(name) in blocks)
+    where = STACK.blocks_of_keys(weights)
+    return sum(tensor.nbytes for name, tensor in weights.items() if where.get(name) in blocks)
+
+
+def shards_of(checkpoint: Checkpoint, block: int) -> dict[str, list[str]]:
+    where = STACK.blocks_of_keys(checkpoint.weight_map)
+    return checkpoint.shards(lambda key: where.get(key) == block)
 
 
 def header_bytes(path: Path) -> int:
@@ -158,7 +165,7 @@ def test_span_that_grows_fetches_only_what_is_new(hub: FakeHub, single_folder: P
 
 def test_only_a_part_of_a_shard_is_fetched(sharded_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local = open_checkpoint(str(sharded_folder))
-    shards = local.shards(lambda key: STACK.block_of_key(key) == 2)
+    shards = shards_of(local, 2)
     assert len(shards) < len(set(local.weight_map.values()))
     with serving(sharded_folder, monkeypatch) as hub:
         check_equal(span_of(opened(cache), "2:3"), sharded_folder)
@@ -532,7 +539,7 @@ def test_digest_of_a_block_in_parts_of_two_shards(
     sharded_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local = open_checkpoint(str(sharded_folder))
-    split = [block for block in ALL if len(local.shards(lambda key, b=block: STACK.block_of_key(key) == b)) > 1]  # type: ignore[misc]
+    split = [block for block in ALL if len(shards_of(local, block)) > 1]
     assert split
     with serving(sharded_folder, monkeypatch):
         checkpoint = opened(cache)
@@ -547,5 +554,6 @@ def test_parts_are_plain_safetensors(hub: FakeHub, cache: Path) -> None:
     span_of(opened(cache), "1:2")
     (path,) = finished_files(cache)
     with safe_open(str(path), framework="pt") as file:
-        assert {STACK.block_of_key(key) for key in file.keys()} == {1}
+        where = STACK.blocks_of_keys(file.keys())
+        assert {where.get(key) for key in file.keys()} == {1}
         assert file.metadata() == {"format": "pt"}

@@ -1,25 +1,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import NUM_BLOCKS, tiny_config
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from remote_modules.errors import UnsupportedCallError
-from remote_modules.model.kv import (
-    MIN_CAPACITY_TOKENS,
-    GrowingLayer,
-    LengthLayer,
-    SpanCache,
-    check_layer,
-    grown_capacity,
-    mask_sizes,
-)
+from remote_modules.model.classes import model_class
+from remote_modules.model.kv import MIN_CAPACITY_TOKENS, GrowingLayer, SpanCache, grown_capacity, is_croppable
+from remote_modules.model.probe import probe_stack
+from remote_modules.model.stack import cache_argument
 from remote_modules.spans import Span
 
 HEADS, SIZE = 2, 3
@@ -164,57 +160,32 @@ def test_capacity_doubles_until_the_tokens_fit(capacity: int, needed: int, expec
     assert grown_capacity(capacity, needed) == expected
 
 
-# Lengths without keys
-
-
-@pytest.mark.parametrize("query_length", [1, 4, 9])
-@pytest.mark.parametrize("sliding_window", [None, 2, 5, 16])
-def test_mask_sizes_are_those_of_transformers(sliding_window: int | None, query_length: int) -> None:
-    theirs: Any = stock_layer(sliding_window)
-    rng = Random(0)
-    past = 0
-    for tokens in (0, 1, 1, 2, 3, 9, 1):
-        if tokens:
-            theirs.update(*states(rng, 1, tokens))
-        past += tokens
-        assert mask_sizes(past, query_length, sliding_window) == theirs.get_mask_sizes(query_length)
-
-
-def test_unheld_layers_tell_the_length_of_the_session_and_take_no_keys() -> None:
-    cache = SpanCache(tiny_config("gemma2"), Span(2, 4))
-    cache.advance(7)
-    sliding, full = cache.cache.layers[:2]
-    assert isinstance(sliding, LengthLayer)
-    assert isinstance(full, LengthLayer)
-    assert (sliding.get_seq_length(), full.get_seq_length(), cache.length) == (7, 7, 7)
-    assert sliding.get_mask_sizes(1) == (5, 3)
-    assert full.get_mask_sizes(1) == (8, 0)
-    assert (sliding.is_sliding, full.is_sliding) == (True, False)
-    with pytest.raises(AssertionError):
-        full.update(*states(Random(0), 1, 1))
-
-
 # The cache of a span
 
 
+def span_cache(family: str, span: str) -> SpanCache:
+    cls, config = model_class(tiny_config(family))
+    return SpanCache(config, probe_stack(cls, config), Span.parse(span))
+
+
 def kinds(cache: SpanCache) -> list[tuple[str, bool]]:
-    layers: list[Any] = cache.cache.layers
+    layers: list[Any] = cache.layers
     return [(type(layer).__name__, layer.is_sliding) for layer in layers]
 
 
 def fill(cache: SpanCache, rng: Random, rows: int, tokens: int) -> None:
-    for layer in cache.cache.layers:
+    for layer in cache.layers:
         if isinstance(layer, GrowingLayer):
             layer.update(*states(rng, rows, tokens))
     cache.advance(tokens)
 
 
 def held(cache: SpanCache) -> list[Any]:
-    return [layer for layer in cache.cache.layers if isinstance(layer, GrowingLayer)]
+    return [layer for layer in cache.layers if isinstance(layer, GrowingLayer)]
 
 
 def test_span_cache_holds_its_blocks_alone() -> None:
-    assert kinds(SpanCache(tiny_config("gemma2"), Span(1, 3))) == [
+    assert kinds(span_cache("gemma2", "1:3")) == [
         ("LengthLayer", True),
         ("GrowingLayer", False),
         ("GrowingLayer", True),
@@ -223,7 +194,7 @@ def test_span_cache_holds_its_blocks_alone() -> None:
 
 
 def test_num_bytes_counts_the_buffers_as_allocated() -> None:
-    cache = SpanCache(tiny_config(), Span(1, 3))
+    cache = span_cache("llama", "1:3")
     assert cache.num_bytes() == 0
     fill(cache, Random(0), 2, 65)
     assert cache.num_bytes() == 2 * 2 * (2 * HEADS * 128 * SIZE) * 4
@@ -237,7 +208,7 @@ def test_num_bytes_counts_the_buffers_as_allocated() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
 def test_crop_and_select_change_every_held_layer(family: str) -> None:
-    cache = SpanCache(tiny_config(family), Span(1, 3))
+    cache = span_cache(family, "1:3")
     fill(cache, Random(0), 3, 20)
     before = [layer.keys.clone() for layer in held(cache)]
     cache.crop(9)
@@ -249,7 +220,7 @@ def test_crop_and_select_change_every_held_layer(family: str) -> None:
 
 
 def test_crop_to_no_less_than_the_length_changes_nothing() -> None:
-    cache = SpanCache(tiny_config(), Span(0, 4))
+    cache = span_cache("llama", "0:4")
     fill(cache, Random(0), 1, 5)
     cache.crop(5)
     cache.crop(50)
@@ -258,7 +229,7 @@ def test_crop_to_no_less_than_the_length_changes_nothing() -> None:
 
 
 def test_crop_to_nothing_takes_another_batch_size() -> None:
-    cache = SpanCache(tiny_config("gemma2"), Span(0, 4))
+    cache = span_cache("gemma2", "0:4")
     fill(cache, Random(0), 3, 20)
     cache.crop(0)
     fill(cache, Random(0), 2, 4)
@@ -266,11 +237,11 @@ def test_crop_to_nothing_takes_another_batch_size() -> None:
 
 
 def test_use_of_some_held_blocks_leaves_the_others_as_lengths() -> None:
-    cache = SpanCache(tiny_config("gemma2"), Span(0, 4))
+    cache = span_cache("gemma2", "0:4")
     cache.use(Span(2, 4))
     assert kinds(cache)[:2] == [("LengthLayer", True), ("LengthLayer", False)]
     fill(cache, Random(0), 1, 7)
-    assert [cache.cache.get_seq_length(index) for index in range(NUM_BLOCKS)] == [7] * NUM_BLOCKS
+    assert [cache.layers[index].get_seq_length() for index in range(NUM_BLOCKS)] == [7] * NUM_BLOCKS
     cache.use(Span(2, 4))
     cache.crop(3)
     assert cache.length == 3
@@ -278,7 +249,7 @@ def test_use_of_some_held_blocks_leaves_the_others_as_lengths() -> None:
 
 @pytest.mark.parametrize(("first", "second"), [("2:4", "0:4"), ("2:4", "1:2"), ("0:4", "2:4")])
 def test_use_of_other_blocks_later_is_refused(first: str, second: str) -> None:
-    cache = SpanCache(tiny_config(), Span(0, 4))
+    cache = span_cache("llama", "0:4")
     cache.use(Span.parse(first))
     fill(cache, Random(0), 1, 7)
     with pytest.raises(ValueError, match=rf"^the KV cache holds blocks .*, got {second}$"):
@@ -286,33 +257,91 @@ def test_use_of_other_blocks_later_is_refused(first: str, second: str) -> None:
 
 
 def test_use_of_blocks_that_are_not_held_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^the KV cache holds blocks \[1, 2\], got 2:4$"):
-        SpanCache(tiny_config(), Span(1, 3)).use(Span(2, 4))
+    with pytest.raises(ValueError, match=r"^the KV cache holds blocks 1:3, got 2:4$"):
+        span_cache("llama", "1:3").use(Span(2, 4))
 
 
-# Kinds of layers that are not carried
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("mamba", [("LengthLinearLayer", None), ("LinearAttentionLayer", None)] * 2),
+        ("bloom", [("LengthLayer", False), ("GrowingLayer", False)] * 2),
+    ],
+)
+def test_kind_of_a_layer_that_is_elsewhere_is_that_of_its_block(family: str, expected: list[tuple[str, Any]]) -> None:
+    layers = [span_cache(family, f"{block}:{block + 1}").layers for block in (1, 3)]
+    found = [layers[0][0], layers[0][1], layers[1][2], layers[1][3]]
+    assert [(type(layer).__name__, getattr(layer, "is_sliding", None)) for layer in found] == expected
 
 
-def test_default_dynamic_layers_are_carried() -> None:
-    for layer in [*DynamicCache(config=tiny_config("gemma2")).layers, DynamicLayer()]:
-        check_layer(layer)
+def test_cache_of_a_decoder_with_cross_attention_is_a_pair() -> None:
+    cls, config = model_class(tiny_config("bert"))
+    stack = replace(probe_stack(cls, config), cache_class=EncoderDecoderCache)
+    cache = SpanCache(config, stack, Span(1, 3))
+    argument = cache.argument
+    assert isinstance(argument, EncoderDecoderCache)
+    assert list(argument.self_attention_cache.layers) == cache.layers
 
 
-@pytest.mark.parametrize("span", ["0:1", "0:4", "3:4"])
-def test_state_space_layers_are_refused_held_or_not(span: str) -> None:
-    with pytest.raises(UnsupportedCallError, match=r"^KV cache layers of kind LinearAttentionLayer are not carried; "):
-        SpanCache(tiny_config("mamba"), Span.parse(span))
+def test_blocks_that_share_keys_of_earlier_ones_have_no_layers() -> None:
+    cls, config = model_class(tiny_config("gemma3n_text", num_kv_shared_layers=2))
+    stack = probe_stack(cls, config)
+    assert stack.layers_of(Span(2, 4)) == ()
+    cache = SpanCache(config, stack, Span(0, 4))
+    assert [type(layer).__name__ for layer in cache.layers[:2]] == ["GrowingLayer"] * 2
+    fill(cache, Random(0), 1, 3)
+    assert cache.num_bytes() == cache.num_bytes(Span(0, 2))
+    assert cache.num_bytes(Span(2, 4)) == 0
 
 
-class LossyLayer(DynamicLayer):
-    """As transformers' quantized layers, which need packages that are not installed."""
-
-    is_croppable = False
+# States that cannot go back
 
 
-@pytest.mark.parametrize("kind", ["StaticLayer", "LossyLayer"])
-def test_static_and_quantized_layers_are_refused(kind: str) -> None:
-    lossy: Any = LossyLayer
-    layer = lossy() if kind == "LossyLayer" else StaticCache(config=tiny_config(), max_cache_len=8).layers[0]
-    with pytest.raises(UnsupportedCallError, match=rf"^KV cache layers of kind {kind} are not carried; "):
-        check_layer(layer)
+def prefilled(family: str) -> tuple[Any, SpanCache]:
+    """A local model with its blocks' cache in the place of its own, after five tokens of two rows."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    cache = span_cache(family, f"0:{NUM_BLOCKS}")
+    step(model, cache, torch.tensor([[7, 8, 9, 10, 11], [5, 6, 7, 8, 9]]))
+    return model, cache
+
+
+def step(model: Any, cache: SpanCache, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(ids, use_cache=True, **{str(cache_argument(model)): cache.argument}).logits
+    cache.advance(ids.shape[1])
+    return logits
+
+
+def test_state_can_be_dropped_whole_but_not_in_part() -> None:
+    model, cache = prefilled("mamba")
+    assert cache.num_bytes() > 0
+    with pytest.raises(UnsupportedCallError, match=r"^the cache of 'mamba' models cannot be cropped$"):
+        cache.crop(3)
+    assert cache.length == 5
+    cache.crop(5)
+    cache.crop(0)
+    assert (cache.length, cache.num_bytes()) == (0, 0)
+    again = step(model, cache, torch.tensor([[7, 8, 9]]))
+    assert torch.equal(again, step(model, span_cache("mamba", "0:4"), torch.tensor([[7, 8, 9]])))
+
+
+def test_rows_of_states_are_selected_as_those_of_keys_are() -> None:
+    _, cache = prefilled("mamba")
+    before = [[tensor.clone() for tensor in tensors_of(vars(layer))] for layer in cache.layers]
+    rows = torch.tensor([1, 0, 1])
+    cache.select(rows)
+    for layer, tensors in zip(cache.layers, before, strict=True):
+        assert tensors
+        for now, was in zip(tensors_of(vars(layer)), tensors, strict=True):
+            assert torch.equal(now, was[rows])
+
+
+def tensors_of(values: dict[Any, Any]) -> list[torch.Tensor]:
+    found = [value for value in values.values() if isinstance(value, torch.Tensor)]
+    return found + [tensor for value in values.values() if isinstance(value, dict) for tensor in tensors_of(value)]
+
+
+@pytest.mark.parametrize(("family", "expected"), [("llama", True), ("gemma2", True), ("mamba", False)])
+def test_cache_of_attention_alone_is_croppable(family: str, expected: bool) -> None:
+    assert is_croppable(DynamicCache(config=tiny_config(family))) is expected

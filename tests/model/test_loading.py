@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 from model.support import opened, opened_files
 from remote_modules.errors import CheckpointError, UnsupportedCallError
 from remote_modules.model.checkpoint import open_checkpoint
-from remote_modules.model.loading import SkippedBlock, check_span, load_client_part, load_span, read_config
+from remote_modules.model.loading import check_span, load_client_part, load_span, read_config
+from remote_modules.model.shadow import is_shadow
 from remote_modules.model.stack import StackSpec
 from remote_modules.spans import Span
 
@@ -33,8 +35,9 @@ def client_of(folder: Path, **kwargs: Any) -> tuple[PreTrainedModel, StackSpec]:
 
 def shards_of(folder: Path, blocks: set[int | None]) -> set[str]:
     """Files that hold a tensor of these blocks; None stands for what lies outside of all."""
-    stack = StackSpec(path="model.layers", num_blocks=NUM_BLOCKS)
-    return set(open_checkpoint(str(folder)).shards(lambda key: stack.block_of_key(key) in blocks))
+    checkpoint = open_checkpoint(str(folder))
+    where = StackSpec(path="model.layers", num_blocks=NUM_BLOCKS).blocks_of_keys(checkpoint.weight_map)
+    return set(checkpoint.shards(lambda key: where.get(key) in blocks))
 
 
 def delete_shards_except(folder: Path, names: set[str]) -> int:
@@ -50,7 +53,8 @@ def copy(llama_folder: Path, tmp_path: Path) -> Path:
 
 
 # One for each kind of head, embedding, expert fusion, and key that is renamed while it is loaded.
-FAMILIES = ["llama", "gemma2", "mixtral", "gpt_oss", "deepseek_v3", "gpt_neox", "gpt2", "opt"]
+FAMILIES = ["llama", "gemma2", "mixtral", "gpt_oss", "deepseek_v3", "gpt_neox", "gpt2", "opt", "bloom", "gemma3n_text"]
+KEPT_AROUND = {"model.decoder.embed_positions.weight"}  # a span needs it: owners give blocks what it returns
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -66,11 +70,14 @@ def test_span_equals_the_whole_load_bit_for_bit(family_folder: Path, span: str) 
     model, stack = span_of(family_folder, span)
     whole = load_whole(family_folder)
     weights = model.state_dict()
+    where = stack.blocks_of_keys(whole.state_dict())
     expected = {
-        name: tensor for name, tensor in whole.state_dict().items() if stack.block_of_key(name) in Span.parse(span)
+        name: tensor
+        for name, tensor in whole.state_dict().items()
+        if where.get(name) in Span.parse(span) or name in KEPT_AROUND
     }
     assert weights.keys() == expected.keys()
-    assert expected
+    assert expected.keys() - KEPT_AROUND
     for name, tensor in expected.items():
         assert weights[name].dtype == tensor.dtype
         assert torch.equal(weights[name], tensor), name
@@ -87,7 +94,7 @@ def test_blocks_outside_the_span_are_stubs(llama_folder: Path) -> None:
     model, stack = span_of(llama_folder, "1:3")
     blocks = stack.blocks(model)
     assert len(blocks) == NUM_BLOCKS
-    assert [isinstance(block, SkippedBlock) for block in blocks] == [True, False, False, True]
+    assert [is_shadow(block) for block in blocks] == [True, False, False, True]
 
 
 def test_span_opens_only_its_shards(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,13 +211,15 @@ def test_client_part_holds_no_block_and_opens_only_its_shards(
     with opened_files(monkeypatch) as names:
         model, stack = client_of(family_folder)
     whole = load_whole(family_folder)
-    expected = {name: tensor for name, tensor in whole.state_dict().items() if stack.block_of_key(name) is None}
+    where = stack.blocks_of_keys(whole.state_dict())
+    expected = {name: tensor for name, tensor in whole.state_dict().items() if name not in where}
     weights = model.state_dict()
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(weights[name], tensor), name
-    assert all(isinstance(block, SkippedBlock) for block in stack.blocks(model))
-    assert names == set(checkpoint.shards(lambda key: stack.block_of_key(key) is None))
+    assert all(is_shadow(block) for block in stack.blocks(model))
+    of_blocks = stack.blocks_of_keys(checkpoint.weight_map)
+    assert names == set(checkpoint.shards(lambda key: key not in of_blocks))
 
 
 def test_client_part_loads_though_the_shards_of_blocks_are_gone(copy: Path) -> None:
@@ -248,16 +257,44 @@ def test_missing_head_is_named(copy: Path) -> None:
         client_of(copy)
 
 
-def test_class_that_looks_into_its_blocks_is_refused_in_one_line(llama_folder: Path) -> None:
-    checkpoint, config, cls = opened(llama_folder)
+WEIGHT = "mlp.up_proj.weight"
+
+
+def strange_class(cls: type[PreTrainedModel], look: Callable[[Any], object]) -> type[PreTrainedModel]:
+    """One that looks into its last block while it is loaded."""
 
     def tie_weights(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        stack_weight = self.model.layers[3].mlp.up_proj.weight
-        assert stack_weight is not None
+        look(self.model.layers[3])
 
-    strange = type("StrangeForCausalLM", (cls,), {"tie_weights": tie_weights})
-    with pytest.raises(UnsupportedCallError, match=r"^StrangeForCausalLM cannot be loaded in part: ") as caught:
-        load_span(checkpoint, config, strange, Span(0, 1))
+    return type("StrangeForCausalLM", (cls,), {"tie_weights": tie_weights})
+
+
+def test_class_that_looks_at_blocks_that_are_not_held_loads_in_part(llama_folder: Path) -> None:
+    checkpoint, config, cls = opened(llama_folder)
+    shapes = []
+    strange = strange_class(cls, lambda block: shapes.append(block.mlp.up_proj.weight.shape))
+    model, _ = load_span(checkpoint, config, strange, Span(0, 1))
+    assert set(shapes) == {(48, 32)}
+    assert {name.split(".")[2] for name, _ in model.named_parameters()} == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("look", "reason"),
+    [
+        (
+            lambda block: dict(block.named_parameters())[WEIGHT],
+            rf"^Strange.* cannot be loaded in part: .*{WEIGHT}",
+        ),
+        (lambda block: block.mlp.up_proj.weight.data.mul_(2), rf"^weight '{WEIGHT}' .* cannot be changed from here"),
+    ],
+    ids=["lacks", "writes"],
+)
+def test_class_that_needs_blocks_that_are_not_held_is_refused_in_one_line(
+    llama_folder: Path, look: Callable[[Any], object], reason: str
+) -> None:
+    checkpoint, config, cls = opened(llama_folder)
+    with pytest.raises(UnsupportedCallError, match=reason) as caught:
+        load_span(checkpoint, config, strange_class(cls, look), Span(0, 1))
     assert "\n" not in str(caught.value)
 
 

@@ -10,7 +10,7 @@ import torch
 from tiny_models import save_tiny
 from torch import nn
 
-from model.support import opened, opened_files
+from model.support import opened, opened_files, run_span
 from remote_modules.model.loading import load_span
 from remote_modules.model.quantization import (
     QuantizedExperts,
@@ -21,7 +21,7 @@ from remote_modules.model.quantization import (
     restore_block,
 )
 from remote_modules.model.quantized_cache import QuantizedCache
-from remote_modules.model.replay import OwnerArguments, SpanModel
+from remote_modules.model.replay import SpanModel
 from remote_modules.model.stack import meta_skeleton
 from remote_modules.spans import Span
 
@@ -74,9 +74,9 @@ def run(model: SpanModel, *, dtype: torch.dtype = torch.float32) -> tuple[torch.
     """Output without grad, then output and gradient of the input with it."""
     inputs = torch.randn(2, 6, model.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.no_grad():
-        output = model.run(inputs, model.span, OwnerArguments())
+        output = run_span(model, inputs)
     inputs.requires_grad_()
-    trained = model.run(inputs, model.span, OwnerArguments())
+    trained = run_span(model, inputs)
     trained.float().square().sum().backward()
     assert inputs.grad is not None
     return output, trained.detach(), inputs.grad
@@ -211,7 +211,7 @@ def test_only_experts_that_are_hit_are_dequantized_and_again_in_backward(
 
     monkeypatch.setattr(QuantizedExperts, "expert", counting)
     inputs = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    output = model.run(inputs, Span(1, 2), OwnerArguments())
+    output = run_span(model, inputs, Span(1, 2))
     assert len(dequantized) == 4  # two tensors of two experts of four
     assert len(set(dequantized)) == 2
     dequantized.clear()

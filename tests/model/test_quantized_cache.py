@@ -14,6 +14,7 @@ from tiny_models import save_tiny
 from model.support import opened
 from remote_modules.model import quantized_cache
 from remote_modules.model.checkpoint import Checkpoint
+from remote_modules.model.hub import HubModel
 from remote_modules.model.loading import load_span
 from remote_modules.model.quantization import block_state
 from remote_modules.model.quantized_cache import QuantizedCache, cache_root, model_digest
@@ -180,8 +181,9 @@ def test_key_changes_with_all_that_the_contents_depend_on(tmp_path: Path, monkey
     keys = [digest_of(checkpoint, config)]
     assert digest_of(*opened(folder)[:2]) == keys[0]
     keys += [digest_of(checkpoint, config, "nf4"), digest_of(checkpoint, config, dtype=torch.float16)]
-    hub = replace(checkpoint, repository="someone/model", revision="a")
-    keys += [digest_of(hub, config), digest_of(replace(hub, revision="b"), config)]
+    for commit in ("a" * 40, "b" * 40):
+        hub = HubModel("someone/model", folder, commit)
+        keys.append(digest_of(replace(checkpoint, hub=hub), config))
     shard = sorted(folder.glob("model-*.safetensors"))[0]
     os.utime(shard, (1.0, 1.0))
     keys.append(digest_of(checkpoint, config))

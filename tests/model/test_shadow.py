@@ -20,15 +20,16 @@ from transformers.pytorch_utils import Conv1D
 
 from model.peft_support import FAMILIES, adapted, local_model, remote_twin, token_ids
 from remote_modules.errors import UnsupportedCallError
+from remote_modules.model.classes import model_class
 from remote_modules.model.shadow import ShadowTensor, is_shadow, shadow_block
-from remote_modules.model.stack import causal_lm_class, find_stack, meta_skeleton
+from remote_modules.model.stack import find_stack, meta_skeleton
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
 
 def real_block(family: str = "llama") -> nn.Module:
-    config = tiny_config(family)
-    skeleton = meta_skeleton(causal_lm_class(config), config)
+    cls, config = model_class(tiny_config(family))
+    skeleton = meta_skeleton(cls, config)
     return find_stack(skeleton, config).blocks(skeleton)[0]
 
 
@@ -207,7 +208,7 @@ def test_copy_of_a_model_calls_its_own_object(tmp_path: Path) -> None:
 
 def test_no_checkpoint_is_put_around_a_remote_block(tmp_path: Path) -> None:
     model: PreTrainedModel = remote_twin(local_model(tmp_path, "llama"))
-    model.activation_checkpointing_enable()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # by release
     model.train()
     block = model.model.layers[0]
     assert isinstance(block, GradientCheckpointingLayer)

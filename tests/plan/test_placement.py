@@ -52,10 +52,13 @@ def test_worst_block_counts_more_than_the_sum() -> None:
 def test_length_below_one_is_refused(length: int) -> None:
     with pytest.raises(ValueError, match="span must satisfy"):
         choose_span(8, length, HOLDERS)
+    with pytest.raises(ValueError, match=f"^{length} blocks are too few: the shortest span that may be served has 1, "):
+        choose_span(8, length, HOLDERS, cuts=range(9))
 
 
+@pytest.mark.parametrize("has_cuts", [False, True], ids=["anywhere", "at-cuts"])
 @pytest.mark.parametrize("seed", range(200))
-def test_random_swarm_agrees_with_brute_force(seed: int) -> None:
+def test_random_swarm_agrees_with_brute_force(seed: int, *, has_cuts: bool) -> None:
     rng = Random(seed)
     num_blocks = rng.randint(1, 12)
     holders = []
@@ -63,6 +66,8 @@ def test_random_swarm_agrees_with_brute_force(seed: int) -> None:
         start = rng.randrange(num_blocks)
         holders.append((Span(start, rng.randint(start + 1, num_blocks)), float(rng.randint(1, 3))))
     length = rng.randint(1, num_blocks)
+    inner = range(1, num_blocks)
+    cuts = {0, num_blocks, *(cut for cut in inner if rng.random() < 0.5)} if has_cuts else {*inner, 0, num_blocks}
 
     def needs_more(one: Span, other: Span) -> bool:
         """Level by level: whichever window has more blocks at the lowest level that tells them apart."""
@@ -73,11 +78,66 @@ def test_random_swarm_agrees_with_brute_force(seed: int) -> None:
                 return here > there
         return False
 
-    best = Span(0, length)
-    for start in range(1, num_blocks - length + 1):
-        if needs_more(Span(start, start + length), best):
-            best = Span(start, start + length)
-    assert choose_span(num_blocks, length, holders) == best
+    legal = [Span(s, e) for s in sorted(cuts) for e in sorted(cuts) if s < e <= s + length]
+    windows = [span for span in legal if not any(span.start == other.start and other.end > span.end for other in legal)]
+    if not has_cuts:
+        windows = [span for span in windows if len(span) == length]
+    given = frozenset(cuts) if has_cuts else ()
+    if not windows:
+        with pytest.raises(ValueError, match=f"^{length} blocks are too few: "):
+            choose_span(num_blocks, length, holders, cuts=given)
+        return
+    best = windows[0]
+    for window in windows[1:]:
+        if needs_more(window, best):
+            best = window
+    assert choose_span(num_blocks, length, holders, cuts=given) == best
+
+
+TAIL = frozenset({0, 1, 2, 3, 4, 8})  # the last four blocks share keys and values
+
+
+@pytest.mark.parametrize(
+    ("length", "holders", "expected"),
+    [
+        (3, [], "0:3"),
+        (4, [], "0:4"),
+        (4, [(Span(0, 4), 1.0)], "4:8"),
+        (5, [(Span(0, 4), 1.0)], "3:8"),
+        (5, [(Span(0, 3), 1.0)], "3:8"),
+        (7, [(Span(4, 8), 1.0)], "0:4"),
+        (8, [], "0:8"),
+        (3, [(Span(0, 4), 1.0)], "0:3"),  # too few for what nobody holds
+    ],
+)
+def test_group_that_cannot_be_cut_is_taken_whole_or_not_at_all(
+    length: int, holders: list[tuple[Span, float]], expected: str
+) -> None:
+    assert str(choose_span(8, length, holders, cuts=TAIL)) == expected
+
+
+def test_all_cuts_are_the_same_as_none() -> None:
+    for length in range(1, 9):
+        assert choose_span(8, length, HOLDERS, cuts=range(9)) == choose_span(8, length, HOLDERS)
+
+
+def test_fewer_blocks_than_any_legal_span_are_refused_naming_the_cuts() -> None:
+    with pytest.raises(ValueError, match="blocks are too few") as caught:
+        choose_span(12, 3, [], cuts=frozenset({12, 0, 5}))
+    assert str(caught.value) == (
+        "3 blocks are too few: the shortest span that may be served has 5, as spans may begin and end only at 0, 5, 12"
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_servers_join_a_model_with_cuts_until_all_blocks_are_covered(seed: int) -> None:
+    rng = Random(seed)
+    cuts = {0, 1, 2, 3, 4, 5, 6, 7, 8, 20}
+    holders: list[tuple[Span, float]] = []
+    for _ in range(8):
+        holders.append((choose_span(20, rng.randint(12, 14), holders, cuts=cuts), 100.0))
+    assert all(span.start in cuts and span.end in cuts for span, _ in holders)
+    assert min(coverage(20, holders)) >= 200.0
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -69,18 +70,26 @@ def random_swarm(rng: Random) -> tuple[Span, list[Candidate], Demand]:
     return blocks, candidates, demand
 
 
-def all_routes(blocks: Span, candidates: list[Candidate]) -> Iterator[list[tuple[Candidate, Span]]]:
+def all_routes(
+    blocks: Span, candidates: list[Candidate], cuts: Collection[int] = range(100)
+) -> Iterator[list[tuple[Candidate, Span]]]:
     for candidate in candidates:
         for end in range(blocks.start + 1, blocks.end + 1):
             hop = Span(blocks.start, end)
-            if not candidate.span.covers(hop):
+            if not candidate.span.covers(hop) or end not in cuts:
                 continue
             if end == blocks.end:
                 yield [(candidate, hop)]
             else:
-                for rest in all_routes(Span(end, blocks.end), candidates):
+                for rest in all_routes(Span(end, blocks.end), candidates, cuts):
                     if rest[0][0].group == candidate.group:
                         yield [(candidate, hop), *rest]
+
+
+def clipped(candidate: Candidate, cuts: Collection[int]) -> Candidate | None:
+    """What a peer can serve of its span."""
+    legal = [cut for cut in cuts if candidate.span.start <= cut <= candidate.span.end]
+    return replace(candidate, span=Span(min(legal), max(legal))) if len(legal) > 1 else None
 
 
 def hop_cost_s(candidate: Candidate, hop: Span, demand: Demand) -> float:
@@ -127,6 +136,62 @@ def test_random_small_swarm_agrees_with_brute_force(seed: int) -> None:
     assert len({candidate.group for candidate, _ in hops}) == 1
     assert all(one.peer_id != following.peer_id for one, following in zip(route, route[1:], strict=False))
     assert math.isclose(cost_s(hops), best_s, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_random_small_swarm_with_cuts_agrees_with_brute_force(seed: int) -> None:
+    rng = Random(seed)
+    _, candidates, demand = random_swarm(rng)
+    num_blocks = max([candidate.span.end for candidate in candidates], default=3)
+    cuts = frozenset({0, num_blocks, *(cut for cut in range(1, num_blocks) if rng.random() < 0.4)})
+    start = rng.choice(sorted(cuts)[:-1])
+    blocks = Span(start, rng.choice([cut for cut in sorted(cuts) if cut > start]))
+    draws = Random(seed)
+    useful = [legal for candidate in candidates if (legal := clipped(candidate, cuts)) is not None]
+    factors = {name: 1 + 0.05 * draws.random() for name in sorted(c.peer_id for c in useful)}
+
+    def cost_s(hops: list[tuple[Candidate, Span]]) -> float:
+        return sum(factors[one.peer_id] * hop_cost_s(one, span, demand) for one, span in hops)
+
+    best_s = min(map(cost_s, all_routes(blocks, useful, cuts)), default=None)
+    if best_s is None:
+        with pytest.raises(NoRouteError) as caught:
+            find_route(blocks, candidates, demand, rng=Random(seed), cuts=cuts)
+        assert caught.value.missing == uncovered(blocks, useful)
+        assert caught.value.missing
+        missing = [span for span in caught.value.missing if isinstance(span, Span)]
+        assert {edge for span in missing for edge in (span.start, span.end)} <= cuts
+        return
+    route = find_route(blocks, candidates, demand, rng=Random(seed), cuts=cuts)
+    by_id = {c.peer_id: c for c in useful}
+    hops = [(by_id[hop.peer_id], hop.span) for hop in route]
+    assert [block for hop in route for block in hop.span] == list(blocks)
+    assert all(hop.span.start in cuts and hop.span.end in cuts for hop in route)
+    assert all(candidate.span.covers(span) for candidate, span in hops)
+    assert math.isclose(cost_s(hops), best_s, rel_tol=1e-9)
+
+
+# Hops meet at cuts.
+
+
+def test_hops_meet_at_cuts_only() -> None:
+    slow = peer("a", "0:6", decode_tokens_per_s=10.0)
+    assert show(find_route(Span(0, 8), [slow, peer("b", "3:8")], DECODE, rng=Random(0))) == "a=0:3 b=3:8"
+    cut = find_route(Span(0, 8), [slow, peer("b", "3:8")], DECODE, rng=Random(0), cuts={0, 2, 5, 8})
+    assert show(cut) == "a=0:5 b=5:8"
+
+
+def test_span_of_a_peer_is_clipped_to_cuts() -> None:
+    with pytest.raises(NoRouteError) as caught:
+        find_route(Span(0, 8), [peer("a", "0:6"), peer("b", "7:8")], DECODE, rng=Random(0), cuts={0, 4, 8})
+    assert caught.value.missing == (Span(4, 8),)
+
+
+def test_peer_within_a_group_that_cannot_be_cut_is_of_no_use() -> None:
+    with pytest.raises(NoRouteError) as caught:
+        find_route(Span(0, 8), [peer("a", "1:4"), peer("b", "5:7")], DECODE, rng=Random(0), cuts={0, 4, 8})
+    assert caught.value.missing == (Span(0, 8),)
+    assert str(caught.value) == "no route for blocks 0:8: 2 peers known, none holds them"
 
 
 # Hops are cut from spans.

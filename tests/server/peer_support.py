@@ -15,13 +15,13 @@ from remote_modules.net.client_connection import ClientConnection
 from remote_modules.server.engine import Engine
 from remote_modules.server.executor import DeviceThread
 from remote_modules.server.handler import Handler, HandlerLimits
-from remote_modules.server.sessions import KVBudget, SessionTable
+from remote_modules.server.sessions import KVBudget, KVCost, SessionTable
 from remote_modules.wire import messages
-from remote_modules.wire.messages import CacheOp, Output
+from remote_modules.wire.messages import CacheOp, CallMeta, Output
 from remote_modules.wire.protocol import Role
 from remote_modules.wire.tensors import encode_tensors
 
-from .tiny import NUM_BLOCKS, TOKEN_BYTES
+from .tiny import TOKEN_BYTES
 
 IDLE_S, ORPHAN_S = 600.0, 30.0
 ROW_BYTES = MIN_CAPACITY_TOKENS * 2 * TOKEN_BYTES  # KV cache of one row of a short session over two blocks
@@ -95,14 +95,13 @@ async def running_peer(
 ) -> AsyncIterator[Peer]:
     clock = Clock()
     executor = DeviceThread(max_queue=max_queue)
-    budget = KVBudget(budget_bytes, dict.fromkeys(engine.model.span, TOKEN_BYTES))
+    budget = KVBudget(budget_bytes, dict.fromkeys(engine.model.span, KVCost(0, TOKEN_BYTES)))
     handler = Handler(
         engine,
         executor,
         SessionTable(budget, max_sessions=max_sessions, idle_s=IDLE_S, orphan_s=ORPHAN_S),
         identity=SERVER,
         instance_id="first",
-        num_blocks=NUM_BLOCKS,
         limits=HandlerLimits(
             max_batch_tokens=MAX_BATCH_TOKENS, max_body_bytes=MAX_BODY_BYTES, max_connections=max_connections
         ),
@@ -157,6 +156,7 @@ def step_request(
     request_id: int, tensors: dict[str, torch.Tensor], **changes: Any
 ) -> tuple[messages.StepRequest, list[Any]]:
     metas, body = encode_tensors(tensors)
+    changes = with_call(tensors["hidden_states"], changes)
     fields: dict[str, Any] = {
         "request_id": request_id,
         "session_id": "session-of-a-test",
@@ -171,9 +171,20 @@ def step_request(
     return messages.StepRequest(**(fields | changes)), body
 
 
+CALL_FIELDS = CallMeta.__struct_fields__
+
+
+def with_call(inputs: torch.Tensor, changes: dict[str, Any]) -> dict[str, Any]:
+    """``changes`` of a request, with those that belong into its call put there."""
+    sizes: dict[str, Any] = {"rows": inputs.shape[0], "num_tokens": inputs.shape[1]} if inputs.dim() > 1 else {}
+    call = CallMeta(**sizes, **{name: value for name, value in changes.items() if name in CALL_FIELDS})
+    return {"call": call, **{name: value for name, value in changes.items() if name not in CALL_FIELDS}}
+
+
 async def forward(connection: ClientConnection, inputs: torch.Tensor, **changes: Any) -> torch.Tensor:
     metas, body = encode_tensors({"hidden_states": inputs, **changes.pop("tensors", {})})
     fields: dict[str, Any] = {"start": 1, "end": 3, "timeout_s": 2.0}
+    changes = with_call(inputs, changes)
     message = messages.ForwardRequest(request_id=connection.new_request_id(), tensors=metas, **(fields | changes))
     return (await connection.request(message, body, timeout_s=2.0))[1]["hidden_states"]
 
@@ -181,8 +192,9 @@ async def forward(connection: ClientConnection, inputs: torch.Tensor, **changes:
 async def backward(connection: ClientConnection, tensors: dict[str, torch.Tensor], **changes: Any) -> torch.Tensor:
     metas, body = encode_tensors(tensors)
     fields: dict[str, Any] = {"start": 1, "end": 3, "timeout_s": 2.0}
+    changes = with_call(tensors["hidden_states"], changes)
     message = messages.BackwardRequest(request_id=connection.new_request_id(), tensors=metas, **(fields | changes))
-    return (await connection.request(message, body, timeout_s=2.0))[1]["grad_input"]
+    return (await connection.request(message, body, timeout_s=2.0))[1]["grad.hidden_states"]
 
 
 def crop(length: int) -> CacheOp:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pytest
 import torch
 from torch import nn
@@ -27,7 +29,14 @@ def holder(start: int, end: int, *, decode_tokens_per_s: float = 0.0) -> PeerRec
     )
 
 
-def chosen(wanted: int | None, records: list[PeerRecord], *, block_bytes: int = 1, kv_token_bytes: int = 1) -> Span:
+def chosen(
+    wanted: int | None,
+    records: list[PeerRecord],
+    *,
+    block_bytes: int = 1,
+    kv_token_bytes: int = 1,
+    cuts: Collection[int] = (),
+) -> Span:
     return choose_blocks(
         num_blocks_of_model=8,
         wanted=wanted,
@@ -35,6 +44,7 @@ def chosen(wanted: int | None, records: list[PeerRecord], *, block_bytes: int = 
         kv_token_bytes=kv_token_bytes,
         device=CPU,
         records=records,
+        cuts=cuts,
     )
 
 
@@ -72,6 +82,22 @@ def test_peer_that_has_not_measured_yet_counts_as_the_fastest(records: list[Peer
 @pytest.mark.parametrize("wanted", [None, 8, 100])
 def test_more_than_the_model_is_the_whole_model(wanted: int | None) -> None:
     assert chosen(wanted, []) == Span(0, 8)
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(5, "3:8"), (4, "4:8"), (3, "0:3"), (None, "0:8")])
+def test_span_begins_and_ends_at_cuts(wanted: int | None, expected: str) -> None:
+    records = [holder(0, 3, decode_tokens_per_s=1.0)]
+    if wanted == 3:
+        records = []
+    assert str(chosen(wanted, records, cuts={0, 1, 2, 3, 4, 8})) == expected
+
+
+def test_group_that_does_not_fit_is_refused_naming_the_cuts() -> None:
+    with pytest.raises(ValueError, match=r"^3 blocks are too few: the shortest .* has 4, as .* only at 0, 4, 8$"):
+        chosen(3, [], cuts={0, 4, 8})
+    third = free_bytes(CPU) // 4
+    with pytest.raises(ValueError, match=r"blocks are too few: the shortest span that may be served has 4"):
+        chosen(None, [], block_bytes=third, cuts={0, 4, 8})
 
 
 def test_as_many_blocks_as_fit_are_chosen() -> None:

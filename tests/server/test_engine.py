@@ -10,13 +10,13 @@ from transformers import DynamicCache
 from remote_modules.model.kv import SpanCache
 from remote_modules.model.replay import OwnerArguments
 from remote_modules.server.engine import PROBE_SECONDS, Engine, apply_op
+from remote_modules.server.sessions import KVCost
 from remote_modules.spans import Span
 from remote_modules.wire.messages import CacheOp
 
-from .tiny import HIDDEN_SIZE, NUM_BLOCKS, TOKEN_BYTES, LocalModel, hidden
+from .tiny import HIDDEN_SIZE, NUM_BLOCKS, TOKEN_BYTES, LocalModel, given, hidden, owner_call
 
 SPANS = [Span(0, 4), Span(0, 1), Span(1, 3), Span(2, 4)]
-NOTHING = OwnerArguments()
 WHOLE = Span(0, NUM_BLOCKS)
 every_span = pytest.mark.parametrize("span", SPANS, ids=str)
 
@@ -28,10 +28,20 @@ def step(
     *,
     span: Span,
     ops: tuple[CacheOp, ...] = (),
-    arguments: OwnerArguments = NOTHING,
+    arguments: OwnerArguments | None = None,
     **tensors: Any,
 ) -> torch.Tensor:
-    return engine.step(cache, span, ops, {"hidden_states": inputs, **tensors}, arguments)
+    request = given(inputs, indices=tensors)
+    return engine.step(cache, span, ops, request, arguments or owner_call(inputs))["hidden_states"]
+
+
+def forward(engine: Engine, span: Span, inputs: torch.Tensor, **changes: Any) -> torch.Tensor:
+    return engine.forward(span, given(inputs), owner_call(inputs, **changes))["hidden_states"]
+
+
+def backward(engine: Engine, span: Span, inputs: torch.Tensor, grad: torch.Tensor, **changes: Any) -> torch.Tensor:
+    request = given(inputs, grads={"hidden_states": grad})
+    return engine.backward(span, request, owner_call(inputs, **changes))["grad.hidden_states"]
 
 
 def prefilled(engine: Engine, inputs: torch.Tensor, span: Span = WHOLE) -> SpanCache:
@@ -57,8 +67,7 @@ def test_prefill_and_decode_equal_the_local_model(whole_engine: Engine, local: L
 @every_span
 def test_forward_equals_the_local_model(whole_engine: Engine, local: LocalModel, span: Span) -> None:
     passed = local.run(hidden(2, 6))
-    arguments = OwnerArguments(use_cache=False)
-    output = whole_engine.forward(span, passed.inputs[span.start], arguments)
+    output = forward(whole_engine, span, passed.inputs[span.start], use_cache=False)
     assert torch.equal(output, passed.outputs[span.end - 1])
     assert not output.requires_grad
 
@@ -68,8 +77,7 @@ def test_backward_equals_the_local_model(whole_engine: Engine, local: LocalModel
     passed = local.run(hidden(2, 6), leaf_block=span.start)
     leaf, output, grad_output = passed.inputs[span.start], passed.outputs[span.end - 1], hidden(2, 6, seed=9)
     (expected,) = torch.autograd.grad(output, leaf, grad_output)
-    arguments = OwnerArguments(use_cache=False)
-    assert torch.equal(whole_engine.backward(span, leaf.detach(), grad_output, arguments), expected)
+    assert torch.equal(backward(whole_engine, span, leaf.detach(), grad_output, use_cache=False), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool], ids=str)
@@ -78,11 +86,11 @@ def test_padding_and_positions_equal_the_local_model(
 ) -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).to(dtype)
     position_ids = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]])
-    given: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids}
-    passed = local.run(hidden(2, 5), **given)
-    arguments = OwnerArguments(use_cache=False, **given)
-    output = whole_engine.forward(Span(0, 4), passed.inputs[0], arguments)
+    sides: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids}
+    passed = local.run(hidden(2, 5), **sides)
+    output = forward(whole_engine, Span(0, 4), passed.inputs[0], use_cache=False, **sides)
     assert torch.equal(output, passed.outputs[3])
+    arguments = owner_call(passed.inputs[0], **sides)
     cached = step(whole_engine, whole_engine.new_cache(), passed.inputs[0], span=Span(0, 4), arguments=arguments)
     assert torch.equal(cached, passed.outputs[3])
 
@@ -97,27 +105,26 @@ def test_peer_of_part_of_the_model_equals_the_local_model(engine: Engine, local:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_output_has_the_dtype_of_the_input(engine: Engine, dtype: torch.dtype) -> None:
     inputs = hidden(1, 2).to(dtype)
-    exact = engine.forward(Span(1, 3), inputs.float(), NOTHING)
-    assert torch.equal(engine.forward(Span(1, 3), inputs, NOTHING), exact.to(dtype))
+    exact = forward(engine, Span(1, 3), inputs.float())
+    assert torch.equal(forward(engine, Span(1, 3), inputs), exact.to(dtype))
     assert step(engine, engine.new_cache(), inputs, span=Span(1, 3)).dtype is dtype
-    assert engine.backward(Span(1, 3), inputs, inputs, NOTHING).dtype is dtype
+    assert backward(engine, Span(1, 3), inputs, inputs).dtype is dtype
 
 
 def test_autocast_of_the_caller_is_applied(engine: Engine, local: LocalModel) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         passed = local.run(hidden(1, 3))
-    arguments = OwnerArguments(use_cache=False, autocast=torch.bfloat16)
-    output = engine.forward(Span(1, 3), passed.inputs[1], arguments)
+    output = forward(engine, Span(1, 3), passed.inputs[1], use_cache=False, autocast=torch.bfloat16)
     assert torch.equal(output, passed.outputs[2].to(output.dtype))
-    assert not torch.equal(output, engine.forward(Span(1, 3), passed.inputs[1], OwnerArguments(use_cache=False)))
+    assert not torch.equal(output, forward(engine, Span(1, 3), passed.inputs[1], use_cache=False))
 
 
 def test_not_finite_states_pass_through(engine: Engine) -> None:
     inputs = hidden(2, 3)
     inputs[0, 1, 0] = float("nan")
-    output = engine.forward(Span(1, 3), inputs, NOTHING)
+    output = forward(engine, Span(1, 3), inputs)
     assert output[0, 1].isnan().all()
-    assert torch.equal(output[1:], engine.forward(Span(1, 3), hidden(2, 3), NOTHING)[1:])
+    assert torch.equal(output[1:], forward(engine, Span(1, 3), hidden(2, 3))[1:])
 
 
 # -------------------------------------------------------------------------------- cache operations
@@ -186,7 +193,7 @@ def test_operations_on_an_empty_cache_change_nothing(engine: Engine) -> None:
 @pytest.mark.parametrize("name", ["engine", "whole_engine"])
 def test_bytes_of_a_token_are_measured(request: pytest.FixtureRequest, name: str) -> None:
     measured: Engine = request.getfixturevalue(name)
-    assert measured.kv_token_bytes() == dict.fromkeys(measured.model.span, TOKEN_BYTES)
+    assert measured.kv_costs() == dict.fromkeys(measured.model.span, KVCost(0, TOKEN_BYTES))
 
 
 def test_cache_takes_the_bytes_that_the_budget_counts(engine: Engine) -> None:

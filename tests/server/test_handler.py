@@ -11,9 +11,8 @@ import torch
 from net.memory import MAX_BODY_BYTES, SERVER, RawEnd, client_connection, client_hello, join, turns, until
 
 from remote_modules.errors import PeerRefused, PeerUnreachable, RefusalReason
-from remote_modules.model.replay import OwnerArguments
 from remote_modules.server.engine import Engine
-from remote_modules.server.handler import MAX_REQUESTS_PER_CONNECTION, last_tokens
+from remote_modules.server.handler import MAX_REQUESTS_PER_CONNECTION
 from remote_modules.spans import Span
 from remote_modules.wire import messages
 from remote_modules.wire.framing import encode_frame
@@ -34,10 +33,10 @@ from .peer_support import (
     select,
     step_request,
 )
-from .tiny import HIDDEN_SIZE, hidden
+from .tiny import HIDDEN_SIZE, given, hidden, owner_call
 
 SPAN = Span(1, 3)
-NOTHING = OwnerArguments()
+ROWS = "indices.0"
 
 
 async def refusal_of(work: Awaitable[object]) -> tuple[RefusalReason, str]:
@@ -60,10 +59,11 @@ class Twin:
         *,
         ops: tuple[CacheOp, ...] = (),
         attention_mask: torch.Tensor | None = None,
-        **tensors: torch.Tensor,
+        tensors: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        arguments = OwnerArguments(attention_mask=attention_mask)
-        return self._engine.step(self._cache, SPAN, ops, {"hidden_states": inputs, **tensors}, arguments)
+        arguments = owner_call(inputs, attention_mask=attention_mask)
+        request = given(inputs, indices=tensors or {})
+        return self._engine.step(self._cache, SPAN, ops, request, arguments)["hidden_states"]
 
 
 class BrokenEngine(Engine):
@@ -71,12 +71,12 @@ class BrokenEngine(Engine):
 
     error: BaseException | None = None
 
-    def step(self, *args: Any) -> torch.Tensor:
+    def step(self, *args: Any) -> dict[str, torch.Tensor]:
         if self.error is not None:
             raise self.error
         return super().step(*args)
 
-    def forward(self, *args: Any) -> torch.Tensor:
+    def forward(self, *args: Any) -> dict[str, torch.Tensor]:
         if self.error is not None:
             raise self.error
         return super().forward(*args)
@@ -119,12 +119,13 @@ def test_forward_and_backward_equal_the_engine_and_keep_nothing(engine: Engine) 
         mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
         side: dict[str, Any] = {"attention_mask": mask, "position_ids": torch.tensor([[0, 0, 1], [0, 1, 2]])}
         for use_cache in (True, False):
-            arguments = OwnerArguments(use_cache=use_cache, **side)
+            arguments = owner_call(inputs, use_cache=use_cache, **side)
             output = await forward(client, inputs, use_cache=use_cache, tensors=side)
-            assert torch.equal(output, engine.forward(SPAN, inputs, arguments))
-            tensors = {"hidden_states": inputs, "grad_output": grad_output, **side}
+            assert torch.equal(output, engine.forward(SPAN, given(inputs), arguments)["hidden_states"])
+            tensors = {"hidden_states": inputs, "grad.hidden_states": grad_output, **side}
             gradient = await backward(client, tensors, use_cache=use_cache)
-            assert torch.equal(gradient, engine.backward(SPAN, inputs, grad_output, arguments))
+            grads = engine.backward(SPAN, given(inputs, grads={"hidden_states": grad_output}), arguments)
+            assert torch.equal(gradient, grads["grad.hidden_states"])
         assert (peer.num_sessions, peer.used_bytes) == (0, 0)
         assert peer.handler.num_requests == {"forward": 2, "backward": 2}
 
@@ -134,9 +135,9 @@ def test_forward_and_backward_equal_the_engine_and_keep_nothing(engine: Engine) 
 def test_part_of_the_span_and_autocast_equal_the_engine(engine: Engine) -> None:
     async def main(peer: Peer) -> None:
         client = await peer.connect()
-        arguments = OwnerArguments(autocast=torch.bfloat16)
+        arguments = owner_call(hidden(1, 3), autocast=torch.bfloat16)
         output = await forward(client, hidden(1, 3), start=2, autocast="bfloat16")
-        assert torch.equal(output, engine.forward(Span(2, 3), hidden(1, 3), arguments))
+        assert torch.equal(output, engine.forward(Span(2, 3), given(hidden(1, 3)), arguments)["hidden_states"])
 
     run(main, engine)
 
@@ -147,7 +148,7 @@ def test_only_the_last_tokens_wanted_are_answered(engine: Engine, wanted: int | 
         session = SessionDriver(await peer.connect())
         output = await session.step(hidden(2, 4), num_outputs=wanted)
         expected = Twin(engine).step(hidden(2, 4))
-        assert torch.equal(output, last_tokens(expected, wanted))
+        assert torch.equal(output, expected if wanted is None else expected[:, max(0, 4 - wanted) :])
         assert output.shape[1] == min(4, 4 if wanted is None else wanted)
 
     run(main, engine)
@@ -181,17 +182,17 @@ def test_cache_operations_equal_the_engine(engine: Engine) -> None:
         assert torch.equal(await session.step(hidden(2, 6)), twin.step(hidden(2, 6)))
         scenes: list[tuple[int, int, tuple[CacheOp, ...], list[int]]] = [
             (4, 2, (crop(4),), []),
-            (5, 2, (select("rows"),), [1, 0]),
-            (6, 3, (select("rows"),), [1, 0, 0]),
-            (3, 1, (crop(3), select("rows")), [2]),
+            (5, 2, (select(ROWS),), [1, 0]),
+            (6, 3, (select(ROWS),), [1, 0, 0]),
+            (3, 1, (crop(3), select(ROWS)), [2]),
             (0, 4, (CacheOp("reset"),), []),
             (0, 2, (crop(0),), []),
         ]
         for position, rows, ops, indices in scenes:
             new = hidden(rows, 1, seed=position)
-            tensors = {"rows": torch.tensor(indices)} if indices else {}
+            tensors = {ROWS: torch.tensor(indices)} if indices else {}
             output = await session.step(new, position=position, ops=ops, tensors=tensors)
-            assert torch.equal(output, twin.step(new, ops=ops, **tensors))
+            assert torch.equal(output, twin.step(new, ops=ops, tensors=tensors))
             assert peer.used_bytes == rows * ROW_BYTES
 
     run(main, engine)
@@ -348,7 +349,7 @@ REFUSED_STEPS: dict[str, tuple[torch.Tensor, dict[str, Any], RefusalReason, str]
     ),
     "select-beyond": (
         hidden(),
-        {"ops": (select("rows"),), "tensors": {"rows": torch.tensor([1])}},
+        {"ops": (select(ROWS),), "tensors": {ROWS: torch.tensor([1])}},
         RefusalReason.BAD_REQUEST,
         "select names rows 1..1, the session has 1",
     ),
@@ -356,7 +357,7 @@ REFUSED_STEPS: dict[str, tuple[torch.Tensor, dict[str, Any], RefusalReason, str]
         hidden()[:, :, 1:],
         {},
         RefusalReason.BAD_REQUEST,
-        f"hidden states must be [B, T, {HIDDEN_SIZE}], got [1, 1, {HIDDEN_SIZE - 1}]",
+        f"hidden states must be [B, T, {HIDDEN_SIZE}] for 1 x 1 tokens, got [1, 1, {HIDDEN_SIZE - 1}]",
     ),
     "oversized-batch": (
         hidden(1, MAX_BATCH_TOKENS + 1),
@@ -517,12 +518,12 @@ def test_whole_mask_replaces_the_one_before(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ops", "position", "rows"), [((crop(3),), 3, 2), ((select("rows"),), 4, 2)], ids=["crop", "reorder"]
+    ("ops", "position", "rows"), [((crop(3),), 3, 2), ((select(ROWS),), 4, 2)], ids=["crop", "reorder"]
 )
 def test_operations_need_the_whole_mask(engine: Engine, ops: tuple[CacheOp, ...], position: int, rows: int) -> None:
     async def main(peer: Peer) -> None:
         session, twin = await padded_session(peer, engine)
-        tensors = {"rows": torch.tensor([1, 0]), "attention_mask": ONE_MORE}
+        tensors = {ROWS: torch.tensor([1, 0]), "attention_mask": ONE_MORE}
         refused = await refusal_of(session.step(hidden(rows, 1), ops=ops, position=position, tensors=tensors))
         assert refused == (
             RefusalReason.BAD_REQUEST,
@@ -533,7 +534,7 @@ def test_operations_need_the_whole_mask(engine: Engine, ops: tuple[CacheOp, ...]
         output = await session.step(
             hidden(rows, 1), ops=ops, position=position, mask_is_whole=True, tensors=dict(tensors)
         )
-        expected = twin.step(hidden(rows, 1), ops=ops, attention_mask=whole(kept, 1), rows=tensors["rows"])
+        expected = twin.step(hidden(rows, 1), ops=ops, attention_mask=whole(kept, 1), tensors=tensors)
         assert torch.equal(output, expected)
 
     run(main, engine)
@@ -554,7 +555,7 @@ def test_backward_without_gradient_is_refused(engine: Engine) -> None:
     async def main(peer: Peer) -> None:
         client = await peer.connect()
         refused = await refusal_of(backward(client, {"hidden_states": hidden()}))
-        assert refused == (RefusalReason.BAD_REQUEST, "a backward needs a tensor 'grad_output'")
+        assert refused == (RefusalReason.BAD_REQUEST, "a backward needs a tensor 'grad.hidden_states'")
 
     run(main, engine)
 
@@ -594,8 +595,8 @@ def test_session_that_cannot_grow_stays_as_it_was(engine: Engine) -> None:
         assert reason is RefusalReason.OUT_OF_MEMORY
         assert peer.used_bytes == ROW_BYTES
         await check_unharmed(session, twin)
-        rows = {"rows": torch.zeros(2, dtype=torch.int64)}
-        reason, _ = await refusal_of(session.step(hidden(2, 1), ops=(select("rows"),), tensors=rows))
+        rows = {ROWS: torch.zeros(2, dtype=torch.int64)}
+        reason, _ = await refusal_of(session.step(hidden(2, 1), ops=(select(ROWS),), tensors=rows))
         assert reason is RefusalReason.OUT_OF_MEMORY
         await check_unharmed(session, twin)
 
@@ -607,14 +608,14 @@ def test_rows_that_a_step_has_only_in_between_count_too(engine: Engine) -> None:
         session, twin = SessionDriver(await peer.connect()), Twin(engine)
         await session.step(hidden(1, 4))
         twin.step(hidden(1, 4))
-        ops = (select("many"), select("one"))
-        tensors = {"many": torch.zeros(4, dtype=torch.int64), "one": torch.tensor([3])}
+        ops = (select("indices.0"), select("indices.1"))
+        tensors = {"indices.0": torch.zeros(4, dtype=torch.int64), "indices.1": torch.tensor([3])}
         reason, _ = await refusal_of(session.step(hidden(), ops=ops, tensors=dict(tensors)))
         assert reason is RefusalReason.OUT_OF_MEMORY
         assert peer.used_bytes == ROW_BYTES
-        tensors = {"many": torch.zeros(3, dtype=torch.int64), "one": torch.tensor([2])}
+        tensors = {"indices.0": torch.zeros(3, dtype=torch.int64), "indices.1": torch.tensor([2])}
         output = await session.step(hidden(), ops=ops, tensors=dict(tensors))
-        assert torch.equal(output, twin.step(hidden(), ops=ops, **tensors))
+        assert torch.equal(output, twin.step(hidden(), ops=ops, tensors=tensors))
         assert peer.used_bytes == ROW_BYTES
         await check_unharmed(session, twin)
 
@@ -825,7 +826,7 @@ def test_client_that_vanishes_while_its_step_runs_leaves_nothing_once_it_ends(en
     gate = Gate()
 
     class SlowEngine(Engine):
-        def step(self, *args: Any) -> torch.Tensor:
+        def step(self, *args: Any) -> dict[str, torch.Tensor]:
             gate()
             return super().step(*args)
 
@@ -963,7 +964,7 @@ def test_other_version_is_rejected_naming_both(engine: Engine, major: int) -> No
     async def main(peer: Peer) -> None:
         end = peer.connect_silent()
         end.send(msgspec.structs.replace(client_hello(), major=major, minor=7))
-        text = f"peer speaks protocol {major}.7, we speak 1.0; update the older side"
+        text = f"peer speaks protocol {major}.7, we speak 1.1; update the older side"
         assert await end.message(messages.Reject) == messages.Reject(text)
         await asyncio.wait_for(end.closed.wait(), 1.0)
         assert peer.handler.num_connections == 0
@@ -977,7 +978,7 @@ def test_hello_says_who_the_peer_is_and_what_it_takes(engine: Engine, minor: int
         end = peer.connect_silent()
         end.send(msgspec.structs.replace(client_hello(), minor=minor))
         hello = await end.message(messages.ServerHello)
-        assert (hello.major, hello.minor) == (1, 0)
+        assert (hello.major, hello.minor) == (1, 1)
         assert hello.public_key == SERVER.public_key
         assert (hello.instance_id, hello.software) == ("first", "test peer")
         assert hello.max_body_bytes == MAX_BODY_BYTES

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+from tiny_models import WORKING
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from remote_modules import Server, ServerConfig, Tracker
 from remote_modules.discovery.tracker_client import TrackerClient
-from remote_modules.errors import CheckpointError, RemoteModulesError
+from remote_modules.errors import CheckpointError, RemoteModulesError, UnsupportedCallError
 from remote_modules.model.checkpoint import BUILT_IN
 from remote_modules.peers import PeerRecord, PeerState
 
@@ -99,6 +103,55 @@ def test_span_outside_the_model_is_refused() -> None:
         pytest.raises(ValueError, match=r"span 4:9 is outside model 'pydoc-2m' of 8 blocks \(0:8\)"),
     ):
         Server(config(tracker, blocks="4:9")).start()
+
+
+@pytest.fixture(scope="module")
+def sharing_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose blocks 4 and 5 read the keys and values of earlier ones."""
+    known = WORKING["gemma3n_text"] | {
+        "num_hidden_layers": 6,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "activation_sparsity_pattern": [0.0] * 6,
+        "intermediate_size": [48] * 6,
+    }
+    folder = tmp_path_factory.mktemp("sharing")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3n_text", **known)).save_pretrained(folder)
+    return folder
+
+
+ILLEGAL = (
+    "blocks 0:4 cannot be served apart: the model shares keys and values across block 4; "
+    "spans may begin and end at 0..2, 6"
+)
+
+
+def test_blocks_that_cannot_be_served_apart_are_refused_naming_the_legal_cuts(sharing_folder: Path) -> None:
+    with Tracker() as tracker, pytest.raises(UnsupportedCallError) as caught:
+        Server(ServerConfig(model=str(sharing_folder), blocks="0:4", trackers=(tracker.url,), mdns=False)).start()
+    assert str(caught.value) == ILLEGAL
+
+
+def test_serve_says_the_legal_cuts_in_one_line(sharing_folder: Path) -> None:
+    arguments = ["serve", str(sharing_folder), "--blocks", "0:4", "--no-mdns"]
+    done = subprocess.run(
+        [sys.executable, "-m", "remote_modules", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if "cannot be served apart" in line] == [f"error: {ILLEGAL}"]
+    assert "Traceback" not in done.stderr
+
+
+def test_peer_that_chooses_takes_blocks_that_share_keys_whole(sharing_folder: Path) -> None:
+    with Tracker() as tracker:
+        spans = []
+        options: dict[str, object] = {"trackers": (tracker.url,), "mdns": False, "num_blocks": 4}
+        with (
+            Server(ServerConfig(model=str(sharing_folder), **options)) as first,  # type: ignore[arg-type]
+            Server(ServerConfig(model=str(sharing_folder), **options)) as second,  # type: ignore[arg-type]
+        ):
+            spans = [str(first.span), str(second.span)]
+        assert sorted(spans) == ["0:2", "2:6"]
 
 
 def test_unknown_folder_is_refused(tmp_path: Path) -> None:

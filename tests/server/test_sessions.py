@@ -8,22 +8,23 @@ from transformers import LlamaConfig
 
 from remote_modules.errors import PeerRefused, RefusalReason
 from remote_modules.model.kv import MIN_CAPACITY_TOKENS, SpanCache
-from remote_modules.server.sessions import KVBudget, Session, SessionTable
+from remote_modules.model.stack import StackSpec
+from remote_modules.server.sessions import KVBudget, KVCost, Session, SessionTable
 from remote_modules.spans import Span
 
 CONFIG = LlamaConfig(num_hidden_layers=4, hidden_size=8, num_attention_heads=2)
-TOKEN_BYTES = {1: 10, 2: 30}
+COSTS = {1: KVCost(0, 10), 2: KVCost(0, 30)}
 SPAN = Span(1, 3)
 ROW_BYTES = MIN_CAPACITY_TOKENS * 40  # of one row at the least capacity
 
 
 def table(*, total_bytes: int = 100 * ROW_BYTES, max_sessions: int = 100) -> SessionTable:
-    budget = KVBudget(total_bytes, TOKEN_BYTES)
+    budget = KVBudget(total_bytes, COSTS)
     return SessionTable(budget, max_sessions=max_sessions, idle_s=600.0, orphan_s=30.0)
 
 
 def session(name: str, *, span: Span = SPAN, used_s: float = 0.0, connection_id: int | None = 1) -> Session:
-    cache = SpanCache(CONFIG, span)
+    cache = SpanCache(CONFIG, StackSpec("model.layers", 4), span)
     return Session(session_id=name, span=span, cache=cache, rows=1, used_s=used_s, connection_id=connection_id)
 
 
@@ -38,21 +39,46 @@ def opened(sessions: SessionTable, name: str, *, rows: int = 1, tokens: int = 1)
 
 
 def test_needed_bytes_count_rows_capacity_and_the_blocks_used() -> None:
-    budget = KVBudget(1000, TOKEN_BYTES)
+    budget = KVBudget(1000, COSTS)
     assert budget.needed_bytes(SPAN, rows=3, capacity=5) == 3 * 5 * 40
     assert budget.needed_bytes(Span(2, 3), rows=3, capacity=5) == 3 * 5 * 30
 
 
 def test_free_tokens_are_those_of_one_row_through_all_blocks() -> None:
-    budget = KVBudget(1000, TOKEN_BYTES)
+    budget = KVBudget(1000, COSTS)
     assert budget.free_tokens == 25
     budget.resize(0, 961)
     assert budget.free_tokens == 0
-    assert KVBudget(1000, {}).free_tokens == 1000
+
+
+STATES = {1: KVCost(100, 0), 2: KVCost(50, 30)}
+
+
+def test_needed_bytes_count_what_does_not_grow_once_for_each_row() -> None:
+    budget = KVBudget(1000, STATES)
+    assert budget.needed_bytes(SPAN, rows=3, capacity=64) == 3 * (150 + 64 * 30)
+    assert budget.needed_bytes(Span(1, 2), rows=3, capacity=64) == budget.needed_bytes(Span(1, 2), rows=3, capacity=1)
+
+
+def test_free_tokens_leave_room_for_what_does_not_grow() -> None:
+    budget = KVBudget(1000, STATES)
+    assert budget.free_tokens == (1000 - 150) // 30
+    budget.resize(0, 850)
+    assert budget.free_tokens == 0
+    budget.resize(0, 100)
+    assert budget.free_tokens == 0
+
+
+def test_caches_that_do_not_grow_have_room_for_any_text_or_for_none() -> None:
+    budget = KVBudget(1000, {1: KVCost(100, 0)})
+    assert budget.free_tokens == 2**31
+    budget.resize(0, 901)
+    assert budget.free_tokens == 0
+    assert KVBudget(1000, {1: KVCost(0, 0)}).free_tokens == 2**31
 
 
 def test_reservation_beyond_the_budget_is_refused_and_changes_nothing() -> None:
-    budget = KVBudget(1000, TOKEN_BYTES)
+    budget = KVBudget(1000, COSTS)
     budget.resize(0, 600)
     with pytest.raises(PeerRefused, match=r"^KV cache needs 401 more bytes, 400 of 1000 are free$") as caught:
         budget.resize(100, 501)

@@ -10,9 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from remote_modules.model.checkpoint import open_checkpoint
+from remote_modules.model.classes import serving_class
 from remote_modules.model.loading import load_span, read_config
-from remote_modules.model.replay import SpanModel
-from remote_modules.model.stack import cache_argument, causal_lm_class
+from remote_modules.model.probe import probe_stack
+from remote_modules.model.replay import OwnerArguments, SpanModel
+from remote_modules.model.stack import cache_argument
+from remote_modules.server.checks import RequestTensors
 from remote_modules.server.engine import Engine
 from remote_modules.spans import Span
 
@@ -37,9 +40,19 @@ def save_tiny_model(folder: Path) -> None:
 
 def load_engine(folder: Path, span: Span) -> Engine:
     checkpoint = open_checkpoint(str(folder))
-    config = read_config(checkpoint)
-    model, stack = load_span(checkpoint, config, causal_lm_class(config), span)
-    return Engine(SpanModel(model, stack, span))
+    cls, config = serving_class(read_config(checkpoint))
+    model, _ = load_span(checkpoint, config, cls, span)
+    return Engine(SpanModel(model, probe_stack(cls, config), span))
+
+
+def owner_call(inputs: torch.Tensor, **changes: Any) -> OwnerArguments:
+    """The owner's call for hidden states ``[B, T, D]``."""
+    return OwnerArguments(**{"rows": inputs.shape[0], "num_tokens": inputs.shape[1], **changes})
+
+
+def given(inputs: torch.Tensor, **others: Any) -> RequestTensors:
+    """What came with a request, once it is checked."""
+    return RequestTensors(inputs={"hidden_states": inputs}, **others)
 
 
 def hidden(rows: int = 1, num_tokens: int = 1, *, seed: int = 0) -> torch.Tensor:
@@ -81,7 +94,8 @@ class LocalModel:
     ) -> Passed:
         """One call of the owner; with ``leaf_block`` the graph of gradients begins where that block is entered."""
         self._passed, self._leaf_block = Passed({}, {}), leaf_block
-        call = {self._cache_argument: cache, "use_cache": cache is not None, **kwargs}
+        assert self._cache_argument is not None
+        call: dict[str, Any] = {self._cache_argument: cache, "use_cache": cache is not None, **kwargs}
         with torch.set_grad_enabled(leaf_block is not None):
             self.model.model(inputs_embeds=embeddings, **call)
         return self._passed

@@ -8,13 +8,13 @@ from random import Random
 
 import torch
 
-from remote_modules.client.chain import PassArguments, backward, forward
+from remote_modules.client.passes import backward, forward
 from remote_modules.client.session import SessionState
 from remote_modules.client.swarm import Swarm
 from remote_modules.spans import Span
 from remote_modules.testing.simulation import SimulatedPeer, SimulatedSwarm
 
-from .tiny import PAD, VOCABULARY, TinyModel
+from .tiny import PAD, VOCABULARY, TinyModel, call_of
 
 SETTLE_S = 300.0  # longer than any lease, ban or session timeout of the simulation
 
@@ -40,7 +40,7 @@ async def random_run(model: TinyModel, spans: tuple[str, ...], seed: int, num_to
     """One client generates and trains while a random schedule of faults runs; every fault ends within half a minute."""
     rng = Random(seed)
     report = Report(seed)
-    swarm = SimulatedSwarm(seed, [model.holdings[span] for span in spans], num_blocks=model.num_blocks)
+    swarm = SimulatedSwarm(seed, [model.holdings[span] for span in spans])
     await swarm.start()
     client = swarm.client()
     faults = asyncio.get_running_loop().create_task(_disturb(swarm, rng, report))
@@ -72,13 +72,10 @@ async def _generate(
     session = SessionState(client, blocks_of(model), lambda callback: callback())
     start = 0
     for _ in range(num_tokens):
-        new = tokens[:, start:]
-        hidden = await timed(
-            swarm,
-            report,
-            session.step(model.embed(new), position_ids=positions(tokens, mask)[:, start:], attention_mask=mask),
-        )
-        logits = model.logits(hidden[:, -1:])
+        new = model.embed(tokens[:, start:])
+        call = call_of(new, positions(tokens, mask)[:, start:], mask)
+        outputs = await timed(swarm, report, session.step({"hidden_states": new}, call))
+        logits = model.logits(outputs["hidden_states"][:, -1:])
         expected = reference(model, tokens, mask)
         if not torch.equal(logits.argmax(-1), expected.argmax(-1)) or not torch.allclose(logits, expected, atol=1e-4):
             report.violations.append(f"step at position {session.position} differs from the local model")
@@ -110,15 +107,19 @@ def _change_cache(
 async def _train(model: TinyModel, swarm: SimulatedSwarm, client: Swarm, rng: Random, report: Report) -> None:
     tokens = torch.tensor([[rng.randrange(1, VOCABULARY) for _ in range(5)] for _ in range(2)])
     inputs = model.embed(tokens)
-    arguments = PassArguments()
-    outputs, segments = await timed(swarm, report, forward(client, blocks_of(model), inputs, arguments))
+    call = call_of(inputs)
+    named = {"hidden_states": inputs}
+    outputs, recorded, segments = await timed(swarm, report, forward(client, blocks_of(model), named, call))
     await asyncio.sleep(rng.choice([0.0, 0.5]))
-    grad_output = torch.ones_like(outputs)
-    grad = await timed(swarm, report, backward(client, segments, grad_output, arguments))
+    grad_output = torch.ones_like(inputs)
+    grads = {"hidden_states": grad_output}
+    found, adapter_grads = await timed(swarm, report, backward(client, segments, grads, call))
     expected_outputs, expected_grad = local_pass(model, inputs, grad_output)
-    if not torch.equal(outputs, expected_outputs):
+    if (outputs.keys(), recorded, found.keys(), adapter_grads) != (grads.keys(), {}, grads.keys(), {}):
+        report.violations.append("names of outputs or gradients are others")
+    if not torch.equal(outputs["hidden_states"], expected_outputs):
         report.violations.append("forward differs from the local model")
-    if not torch.equal(grad, expected_grad):
+    if not torch.equal(found["hidden_states"], expected_grad):
         report.violations.append("gradient differs from the local model")
 
 

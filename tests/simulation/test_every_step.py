@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from remote_modules.client.chain import PassArguments, backward, forward
+from remote_modules.client.passes import backward, forward
 from remote_modules.client.session import SessionState
 from remote_modules.client.swarm import Swarm
 from remote_modules.testing.simulation import SimulatedPeer, SimulatedSwarm
 from remote_modules.testing.virtual_time import run_virtual
 
 from .scenario import blocks_of, local_pass
-from .tiny import TinyModel, tiny_model
+from .tiny import TinyModel, call_of, tiny_model
 
 SPANS = ("0:3", "3:6", "6:8")
 SPARES = {"same": SPANS, "longer": ("0:8",), "other_cuts": ("0:4", "2:7", "5:8")}
@@ -50,7 +50,7 @@ def model() -> TinyModel:
 async def start(spares: tuple[str, ...]) -> SimulatedSwarm:
     """Only ``SPANS`` are up; the spares join when `join_spares` is called, so that routes begin on the first three."""
     holdings = [model().holdings[span] for span in (*SPANS, *spares)]
-    swarm = SimulatedSwarm(5, holdings, num_blocks=8)
+    swarm = SimulatedSwarm(5, holdings)
     for peer in swarm.peers[: len(SPANS)]:
         await peer.start()
     return swarm
@@ -100,9 +100,10 @@ async def generate(loss: Loss | None, spares: tuple[str, ...], hop: int, step: i
             await join_spares(swarm)
             fired = schedule(loss, swarm.peers[hop], hop * HOP_S + moment_s)
         began_s = swarm.clock()
-        hidden = await session.step(model().embed(tokens))
+        new = model().embed(tokens)
+        outputs = await session.step({"hidden_states": new}, call_of(new))
         longest_s = max(longest_s, swarm.clock() - began_s)
-        tokens = model().logits(hidden[:, -1:]).argmax(-1)
+        tokens = model().logits(outputs["hidden_states"][:, -1:]).argmax(-1)
         generated.append(int(tokens))
     await client.aclose()
     swarm.stop()
@@ -148,14 +149,15 @@ def test_loss_in_training_changes_no_gradient(loss: str, spares: str, hop: int, 
         delay_s = order * HOP_S + moment_s
         fired = schedule(LOSSES[loss], swarm.peers[hop], delay_s) if when == "forward" else []
         began_s = swarm.clock()
-        outputs, segments = await forward(client, blocks_of(model()), inputs, PassArguments())
+        call = call_of(inputs)
+        outputs, _, segments = await forward(client, blocks_of(model()), {"hidden_states": inputs}, call)
         if when == "backward":
             fired = schedule(LOSSES[loss], swarm.peers[hop], delay_s)
-        grad = await backward(client, segments, torch.ones_like(outputs), PassArguments())
+        grads, _ = await backward(client, segments, {"hidden_states": torch.ones_like(inputs)}, call)
         took_s = swarm.clock() - began_s
         await client.aclose()
         swarm.stop()
-        return outputs, grad, client.stats.failovers, bool(fired), took_s
+        return outputs["hidden_states"], grads["hidden_states"], client.stats.failovers, bool(fired), took_s
 
     expected_outputs, expected_grad = local_pass(model(), inputs, torch.ones_like(inputs))
     for moment, moment_s in MOMENTS.items():

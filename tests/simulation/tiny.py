@@ -11,10 +11,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from remote_modules.client.call import CallArguments
 from remote_modules.model.checkpoint import open_checkpoint
+from remote_modules.model.classes import serving_class
 from remote_modules.model.loading import load_span, read_config
 from remote_modules.model.replay import SpanModel
-from remote_modules.model.stack import causal_lm_class
 from remote_modules.server.engine import Engine
 from remote_modules.spans import Span
 from remote_modules.testing.simulation import Holding
@@ -49,6 +50,14 @@ class TinyModel:
         return logits
 
 
+def call_of(
+    hidden_states: torch.Tensor, position_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None
+) -> CallArguments:
+    """As the owner would be called with ``hidden_states`` ``[B, T, D]``."""
+    rows, num_tokens = hidden_states.shape[:2]
+    return CallArguments(rows=rows, num_tokens=num_tokens, position_ids=position_ids, attention_mask=attention_mask)
+
+
 @functools.cache
 def tiny_model(num_blocks: int, spans: tuple[str, ...]) -> TinyModel:
     """A random llama of ``num_blocks`` blocks, hidden size 32, and an engine for each span."""
@@ -77,9 +86,9 @@ def tiny_model(num_blocks: int, spans: tuple[str, ...]) -> TinyModel:
 
 def _holding(folder: Path, span: Span) -> Holding:
     checkpoint = open_checkpoint(str(folder))
-    config = read_config(checkpoint)
-    model, stack = load_span(checkpoint, config, causal_lm_class(config), span)
+    cls, config = serving_class(read_config(checkpoint))
+    model, stack = load_span(checkpoint, config, cls, span)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # off the file, which is deleted
     engine = Engine(SpanModel(model, stack, span))
-    return Holding(engine, engine.kv_token_bytes())
+    return Holding(engine, engine.kv_costs())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,10 @@ import pytest
 import torch
 from tiny_models import load_whole, save_tiny
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from remote_modules import ClientConfig, RemoteSequential
+from remote_modules.model.stack import CACHE_ARGUMENTS
 from remote_modules.testing import LocalSwarm
 
 NUM_BLOCKS = 8
@@ -129,6 +131,12 @@ def generate(model: PreTrainedModel, tokens: torch.Tensor, num_new: int = 8, **k
     return output
 
 
+def cached(cache: object) -> dict[str, Any]:
+    """How a call of the model takes a KV cache, by the name that this release of transformers has for it."""
+    parameters = inspect.signature(LlamaForCausalLM.forward).parameters
+    return {next(name for name in CACHE_ARGUMENTS if name in parameters): cache}
+
+
 def grad_of(tensor: torch.Tensor) -> torch.Tensor:
     assert tensor.grad is not None
     return tensor.grad
@@ -170,7 +178,7 @@ def undisturbed(
         first = model(tokens, use_cache=True)
         yield
         assert not banned(layers, [swarm])
-        again = model(tokens[:, :1], cache=first.past_key_values)
+        again = model(tokens[:, :1], **cached(first.past_key_values))
     assert torch.equal(again.logits, next_logits)
     assert torch.equal(generate(model, tokens, 4), generated)
     assert layers.stats().failovers == failovers
@@ -181,7 +189,7 @@ def _expected(local: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = prompt(rows=2)
     with torch.no_grad():
         cache = local(tokens, use_cache=True).past_key_values
-        next_logits: torch.Tensor = local(tokens[:, :1], cache=cache).logits
+        next_logits: torch.Tensor = local(tokens[:, :1], **cached(cache)).logits
     return next_logits, generate(local, tokens, 4)
 
 

@@ -119,11 +119,13 @@ WRONG_SIDES: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "float positions": ({"position_ids": torch.zeros(1, 4)}, "position_ids must be int64"),
     "flat positions": ({"position_ids": torch.arange(4)}, "position_ids must be int64"),
     "mask of other tokens": ({"attention_mask": torch.ones(2, 5)}, "attention_mask must have 4 columns, got 5"),
-    "mask of other rows": ({"attention_mask": torch.ones(3, 4)}, r"attention_mask must be \[2, tokens\]"),
-    "mask of four dimensions": ({"attention_mask": torch.ones(2, 1, 4, 4)}, r"attention_mask must be \[2, tokens\]"),
+    "mask of other rows": ({"attention_mask": torch.ones(3, 4)}, r"attention_mask'? must be \[2, tokens\]"),
+    "mask of one dimension": ({"attention_mask": torch.ones(4)}, r"attention_mask'? must be \[2, tokens\]"),
+    "4-D mask of other rows": ({"attention_mask": torch.ones(3, 1, 4, 4)}, r"\[2, h, 4, 4\], got .* \[3, 1, 4, 4\]"),
+    "4-D mask of more tokens": ({"attention_mask": torch.ones(2, 1, 4, 5)}, r"\[2, h, 4, 4\], got .* \[2, 1, 4, 5\]"),
     "complex mask": (
         {"attention_mask": torch.ones(2, 4, dtype=torch.bfloat16)},
-        r"attention_mask must be \[2, tokens\]",
+        r"attention_mask'? must be \[2, tokens\]",
     ),
 }
 
@@ -154,7 +156,11 @@ WRONG_STEPS: dict[str, tuple[dict[str, torch.Tensor], type[Exception], str]] = {
         UnsupportedCallError,
         "attention_mask must have 6 columns, got 2",
     ),
-    "mask of other rows": ({"attention_mask": torch.ones(1, 6)}, PeerRefused, r"attention_mask must be \[2, tokens\]"),
+    "mask of other rows": (
+        {"attention_mask": torch.ones(1, 6)},
+        PeerRefused,
+        r"attention_mask'? must be \[2, tokens\]",
+    ),
 }
 
 
@@ -512,24 +518,36 @@ def tensors(num_tokens: int = 3, **changes: torch.Tensor) -> dict[str, torch.Ten
     return {"hidden_states": noise(1, num_tokens), **changes}
 
 
+def with_grad(grad: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {**tensors(), "grad.hidden_states": grad}
+
+
+def call(**changes: Any) -> messages.CallMeta:
+    return messages.CallMeta(**{"rows": 1, "num_tokens": 3, **changes})
+
+
 def forward(named: dict[str, torch.Tensor], **changes: Any) -> tuple[messages.ForwardRequest, list[Any]]:
     metas, body = encode_tensors(named)
-    fields: dict[str, Any] = {"start": 3, "end": 6, "tensors": metas, "timeout_s": 5.0, **changes}
+    fields: dict[str, Any] = {"start": 3, "end": 6, "tensors": metas, "timeout_s": 5.0, "call": call(), **changes}
     return messages.ForwardRequest(0, **fields), body
 
 
 def backward(named: dict[str, torch.Tensor], **changes: Any) -> tuple[messages.BackwardRequest, list[Any]]:
     metas, body = encode_tensors(named)
-    return messages.BackwardRequest(0, start=3, end=6, tensors=metas, timeout_s=5.0, **changes), body
+    fields: dict[str, Any] = {"start": 3, "end": 6, "tensors": metas, "timeout_s": 5.0, "call": call(), **changes}
+    return messages.BackwardRequest(0, **fields), body
 
 
 def step(named: dict[str, torch.Tensor], **changes: Any) -> tuple[messages.StepRequest, list[Any]]:
     metas, body = encode_tensors(named)
-    fields: dict[str, Any] = {"start": 3, "end": 6, "position": 0, "ops": (), "create": True, **changes}
+    fields: dict[str, Any] = {"start": 3, "end": 6, "position": 0, "ops": (), "create": True, "call": call(), **changes}
     return messages.StepRequest(0, "a-session-of-nobody", 0, tensors=metas, timeout_s=5.0, **fields), body
 
 
 BAD, LOST, ELSEWHERE = RefusalReason.BAD_REQUEST, RefusalReason.SESSION_LOST, RefusalReason.NOT_SERVED
+RESERVED = (messages.Option("attention_mask", True),)
+LONG = messages.CacheOp("crop", length=4)
+UNNAMED = messages.CacheOp("select", tensor="x")
 REFUSED: dict[str, tuple[tuple[Any, list[Any]], RefusalReason, str]] = {
     "span beyond the model": (forward(tensors(), start=5, end=9), BAD, "span 5:9 is outside the model's blocks 0:8"),
     "empty span": (forward(tensors(), start=4, end=4), BAD, "span 4:4 is outside"),
@@ -538,14 +556,22 @@ REFUSED: dict[str, tuple[tuple[Any, list[Any]], RefusalReason, str]] = {
     "no hidden states": (forward({"states": noise(1, 3)}), BAD, "needs a tensor 'hidden_states'"),
     "another width": (forward({"hidden_states": torch.zeros(1, 3, 65)}), BAD, r"must be \[B, T, 64\]"),
     "integers": (forward({"hidden_states": noise(1, 3).long()}), BAD, "floating point"),
-    "unknown autocast": (forward(tensors(), autocast="float7"), BAD, "autocast must be bfloat16 or float16"),
+    "another shape than told": (forward(tensors(4)), BAD, r"for 1 x 3 tokens, got \[1, 4, 64\]"),
+    "no tokens told": (forward(tensors(), call=call(num_tokens=0)), BAD, "for 1 x 0 tokens"),
+    "unknown tensor": (
+        forward(tensors(weights=noise(1, 3))),
+        BAD,
+        "tensor 'weights' is not one that these blocks take",
+    ),
+    "unknown autocast": (forward(tensors(), call=call(autocast="float7")), BAD, "must be bfloat16 or float16"),
+    "reserved option": (forward(tensors(), call=call(options=RESERVED)), BAD, "'attention_mask' may not be an option"),
     "mask of other tokens": (forward(tensors(attention_mask=torch.ones(1, 9))), BAD, "3 columns, got 9"),
-    "backward without a gradient": (backward(tensors()), BAD, "needs a tensor 'grad_output'"),
-    "gradient of another shape": (backward(tensors(grad_output=noise(1, 2))), BAD, "grad_output must be"),
+    "backward without a gradient": (backward(tensors()), BAD, "needs a tensor 'grad.hidden_states'"),
+    "gradient of another shape": (backward(with_grad(noise(1, 2))), BAD, "grad.hidden_states must be"),
     "unknown session": (step(tensors(), create=False), LOST, "unknown session"),
     "wrong position": (step(tensors(), position=7), LOST, "holds 0 tokens, the step expects 7"),
-    "crop of what is not there": (step(tensors(), ops=(messages.CacheOp("crop", length=4),)), BAD, "cannot crop to 4"),
-    "select without indices": (step(tensors(), ops=(messages.CacheOp("select", tensor="x"),)), BAD, "named 'x'"),
+    "crop of what is not there": (step(tensors(), ops=(LONG,)), BAD, "cannot crop to 4"),
+    "select without indices": (step(tensors(), ops=(UNNAMED,)), BAD, "named 'x'"),
     "mask to append to nothing": (step(tensors(attention_mask=torch.ones(1, 3))), BAD, "send the whole one"),
 }
 
@@ -659,7 +685,7 @@ def test_stream_that_ends_inside_a_frame_is_forgotten(swarm: LocalSwarm, others:
 def test_another_major_version_is_rejected_naming_both(swarm: LocalSwarm, others: Undisturbed) -> None:
     with others(), upgraded(swarm.peers[1].address) as sock:
         sock.sendall(frame(messages.ClientHello(9, 4, b"n" * 32, 2**20, "from the future")))
-        assert b"peer speaks protocol 9.4, we speak 1.0; update the older side" in read_to_the_end(sock)
+        assert b"peer speaks protocol 9.4, we speak 1.1; update the older side" in read_to_the_end(sock)
 
 
 def test_peer_of_another_identity_is_not_believed(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from remote_modules import load
 from remote_modules.model.checkpoint import built_in_path
+from remote_modules.model.shrink import tiny_config, tiny_model
 from remote_modules.testing import LocalSwarm
+
+transformers_logging.disable_progress_bar()  # else its thread stays
 
 SPANS = ["0:3", "3:6", "6:8"]
 NUM_TOKENS = 12
@@ -43,8 +48,10 @@ def prompt() -> torch.Tensor:
     return ids
 
 
-def generate(model: Any, tokens: torch.Tensor, at: int = -1, lose: Callable[[], None] | None = None) -> torch.Tensor:
-    """Greedy tokens; ``lose`` is called after token ``at``."""
+def generate(
+    model: Any, tokens: torch.Tensor, at: int = -1, lose: Callable[[], None] | None = None, **options: Any
+) -> torch.Tensor:
+    """Tokens, greedy unless asked otherwise; ``lose`` is called after token ``at``."""
     count = 0
 
     def note(input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
@@ -61,6 +68,7 @@ def generate(model: Any, tokens: torch.Tensor, at: int = -1, lose: Callable[[], 
         min_new_tokens=NUM_TOKENS,
         do_sample=False,
         stopping_criteria=[note],
+        **options,
     )
     return output
 
@@ -129,3 +137,29 @@ def test_killed_process_changes_no_gradient(
     assert result[0] == expected[0]
     assert torch.equal(result[1], expected[1])
     lost[0].restart()
+
+
+def test_killed_process_changes_no_beam_of_a_hybrid_model(tmp_path: Path) -> None:
+    """Linear attention and mixtures of experts; the peer is lost between two reorderings of beams."""
+    hybrid: Any = tiny_model(tiny_config("qwen3_next"))
+    hybrid.save_pretrained(tmp_path)
+    tokens = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2, "eos_token_id": None, "pad_token_id": 0}
+    expected = generate(hybrid, tokens, **options)
+    with LocalSwarm(tmp_path, spans=["0:2", "2:4"] * 2, mode="process", num_threads=1) as swarm:
+        remote: Any = load(tmp_path, trackers=swarm.trackers, mdns=False)
+        try:
+            for hop, step in ((0, 4), (1, 7)):
+                lost: list[Any] = []
+
+                def kill() -> None:
+                    lost.append(peer_of_hop(swarm, remote, hop))  # noqa: B023 - called in this round only
+                    lost[0].kill()  # noqa: B023
+
+                failovers = remote.model.layers.stats().failovers
+                assert torch.equal(generate(remote, tokens, step, kill, **options), expected)
+                assert lost
+                assert remote.model.layers.stats().failovers > failovers
+                lost[0].restart()
+        finally:
+            remote.model.layers.close()

@@ -35,6 +35,7 @@ from .conftest import (
     NUM_BLOCKS,
     Connect,
     assert_rebuilt,
+    cached,
     generate,
     grad_of,
     local_blocks,
@@ -184,7 +185,8 @@ def test_list_has_one_proxy_for_each_block(layers: RemoteSequential) -> None:
     assert len(layers) == NUM_BLOCKS
     assert [block is layers[index] for index, block in enumerate(layers)] == [True] * NUM_BLOCKS
     assert layers[-1] is layers[NUM_BLOCKS - 1]
-    assert layers[3].extra_repr() == "block 3"
+    assert [type(block).__name__ for block in layers] == ["LlamaDecoderLayer"] * NUM_BLOCKS
+    assert list(layers.parameters()) == []
     assert repr(layers).startswith("RemoteSequential(0:8 of ")
     with pytest.raises(IndexError):
         layers[NUM_BLOCKS]
@@ -332,8 +334,8 @@ def test_returned_cache_goes_on_in_a_second_call(model: PreTrainedModel, local: 
     with torch.no_grad():
         ours, theirs = model(tokens, use_cache=True), local(tokens, use_cache=True)
         assert ours.past_key_values.get_seq_length() == 6
-        again = model(more, cache=ours.past_key_values)
-        assert torch.equal(again.logits, logits(local, more, cache=theirs.past_key_values))
+        again = model(more, **cached(ours.past_key_values))
+        assert torch.equal(again.logits, logits(local, more, **cached(theirs.past_key_values)))
 
 
 def test_cache_returned_in_grad_mode_goes_on_from_history(
@@ -345,8 +347,8 @@ def test_cache_returned_in_grad_mode_goes_on_from_history(
     assert torch.equal(ours.logits, theirs.logits)
     assert ours.past_key_values.get_seq_length() == 6
     poll(lambda: holds_nothing(swarm), "nothing is opened: most callers drop it")
-    again = model(more, cache=ours.past_key_values)
-    assert_rebuilt(again.logits, logits(local, more, cache=theirs.past_key_values))
+    again = model(more, **cached(ours.past_key_values))
+    assert_rebuilt(again.logits, logits(local, more, **cached(theirs.past_key_values)))
     assert all(metric(swarm, "remote_modules_kv_bytes"))
 
 
@@ -354,10 +356,10 @@ def test_cache_of_a_training_call_goes_on_without_grad_only(model: PreTrainedMod
     tokens, more = prompt(rows=2), prompt(3, rows=2, seed=1)
     ours, theirs = model(tokens, use_cache=True), local(tokens, use_cache=True)
     with pytest.raises(UnsupportedCallError, match="made by a training call; go on from it under torch.no_grad"):
-        model(more, cache=ours.past_key_values)
+        model(more, **cached(ours.past_key_values))
     with torch.no_grad():
-        again = model(more, cache=ours.past_key_values)
-        assert_rebuilt(again.logits, logits(local, more, cache=theirs.past_key_values))
+        again = model(more, **cached(ours.past_key_values))
+        assert_rebuilt(again.logits, logits(local, more, **cached(theirs.past_key_values)))
 
 
 def test_use_cache_false_opens_nothing(swarm: LocalSwarm, model: PreTrainedModel) -> None:
@@ -373,12 +375,12 @@ def test_copied_cache_forks_the_session(model: PreTrainedModel, local: PreTraine
         ours, theirs = model(prompt(), use_cache=True), local(prompt(), use_cache=True)
         for _ in range(2):
             our_fork, their_fork = copy.deepcopy(ours.past_key_values), copy.deepcopy(theirs.past_key_values)
-            our_logits = logits(model, one, cache=our_fork)
-            assert_rebuilt(our_logits, logits(local, one, cache=their_fork))
+            our_logits = logits(model, one, **cached(our_fork))
+            assert_rebuilt(our_logits, logits(local, one, **cached(their_fork)))
             assert ours.past_key_values.get_seq_length() == 6
         assert torch.equal(
-            logits(model, other, cache=ours.past_key_values),
-            logits(local, other, cache=theirs.past_key_values),
+            logits(model, other, **cached(ours.past_key_values)),
+            logits(local, other, **cached(theirs.past_key_values)),
         )
 
 
@@ -387,7 +389,7 @@ def test_dropped_cache_frees_the_memory_of_peers(swarm: LocalSwarm, model: PreTr
     with torch.no_grad():
         output = model(prompt(), use_cache=True)
         fork = copy.deepcopy(output.past_key_values)
-        model(prompt(1), cache=fork)
+        model(prompt(1), **cached(fork))
     assert metric(swarm, "remote_modules_sessions") == [2.0, 2.0, 2.0]
     del output
     gc.collect()
@@ -577,7 +579,7 @@ def test_double_backward_is_refused(layers: RemoteSequential, hidden: torch.Tens
 
 
 def test_backward_through_a_cache_step_is_refused_by_name(model: PreTrainedModel) -> None:
-    output = model(prompt(), cache=DynamicCache())
+    output = model(prompt(), **cached(DynamicCache()))
     with pytest.raises(UnsupportedCallError, match="KV cache is not carried; call the model without a cache to train"):
         output.logits.sum().backward()
 
@@ -585,28 +587,42 @@ def test_backward_through_a_cache_step_is_refused_by_name(model: PreTrainedModel
 # ------------------------------------------------------------------------------------- what is not carried
 
 
-@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
-def test_unsupported_outputs_are_refused_by_name(model: PreTrainedModel, local: PreTrainedModel, name: str) -> None:
-    with pytest.raises(UnsupportedCallError, match=f"{name}=True is not carried"):
-        model(prompt(), **{name: True})
-    if name == "output_hidden_states":  # the config's field
-        model.config.output_hidden_states = True
-        with pytest.raises(UnsupportedCallError, match=f"{name}=True is not carried"):
-            model(prompt())
-        model.config.output_hidden_states = False
+def test_unsupported_output_is_refused_by_name(model: PreTrainedModel, local: PreTrainedModel) -> None:
+    with pytest.raises(UnsupportedCallError, match="output_attentions=True is not carried"):
+        model(prompt(), output_attentions=True)
     assert torch.equal(logits(model, prompt()), logits(local, prompt()))
 
 
-def test_four_dimensional_mask_is_refused(model: PreTrainedModel) -> None:
-    with pytest.raises(UnsupportedCallError, match=r"attention_mask must be \[B, P \+ T\] or absent, got a 4-D tensor"):
-        model(prompt(4), attention_mask=torch.zeros(1, 1, 4, 4))
-
-
-def test_locally_filled_cache_is_refused(model: PreTrainedModel, local: PreTrainedModel) -> None:
+@pytest.mark.parametrize("is_in_config", [False, True])
+def test_states_of_all_blocks_are_those_of_the_local_model(
+    model: PreTrainedModel, local: PreTrainedModel, is_in_config: bool
+) -> None:
+    kwargs = {} if is_in_config else {"output_hidden_states": True}
+    model.config.output_hidden_states = is_in_config
     with torch.no_grad():
-        cache = local(prompt(), use_cache=True).past_key_values
-        with pytest.raises(UnsupportedCallError, match="filled by a local model; start with an empty one"):
-            model(prompt(1), cache=cache)
+        ours = model(prompt(rows=2), **kwargs)
+        theirs = local(prompt(rows=2), output_hidden_states=True)
+    model.config.output_hidden_states = False
+    assert torch.equal(ours.logits, theirs.logits)
+    assert len(ours.hidden_states) == len(theirs.hidden_states) == NUM_BLOCKS + 1
+    assert all(map(torch.equal, ours.hidden_states, theirs.hidden_states))
+
+
+def test_four_dimensional_mask_reaches_the_blocks(model: PreTrainedModel, local: PreTrainedModel) -> None:
+    mask = torch.zeros(1, 1, 4, 4).masked_fill(torch.ones(4, 4).triu(1).bool(), torch.finfo(torch.float32).min)
+    mask[..., 3, 1] = torch.finfo(torch.float32).min
+    expected = logits(local, prompt(4), attention_mask=mask)
+    assert torch.equal(logits(model, prompt(4), attention_mask=mask), expected)
+    assert not torch.equal(expected, logits(local, prompt(4)))
+
+
+def test_locally_filled_cache_goes_on_remotely(model: PreTrainedModel, local: PreTrainedModel) -> None:
+    tokens = prompt(rows=2)  # one row of one token rounds by the alignment of the weights, even locally
+    with torch.no_grad():
+        ours, theirs = (local(tokens, use_cache=True).past_key_values for _ in range(2))
+        for step in range(2):
+            token = tokens[:, step : step + 1]
+            assert torch.equal(model(token, **cached(ours)).logits, local(token, **cached(theirs)).logits)
 
 
 def test_cache_of_other_remote_blocks_is_refused(
@@ -616,7 +632,7 @@ def test_cache_of_other_remote_blocks_is_refused(
     with torch.no_grad():
         cache = other(prompt(), use_cache=True).past_key_values
         with pytest.raises(UnsupportedCallError, match="belongs to another set of remote blocks"):
-            model(prompt(1), cache=cache)
+            model(prompt(1), **cached(cache))
 
 
 class Glued(LlamaModel):
@@ -695,7 +711,7 @@ def test_close_is_idempotent_and_later_use_is_a_typed_error(model: PreTrainedMod
         lambda: session.step(noise(1, 1)),
         lambda: model(prompt()),
         lambda: generate(model, prompt(1)),
-        lambda: model(prompt(1), cache=cache),
+        lambda: model(prompt(1), **cached(cache)),
     ]
     for use in uses:
         with pytest.raises(RemoteModulesError, match="closed; make new ones with from_swarm"):

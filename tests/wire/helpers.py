@@ -11,7 +11,7 @@ import msgspec
 from remote_modules.errors import RefusalReason
 from remote_modules.wire import messages
 from remote_modules.wire.framing import Buffer, encode_frame
-from remote_modules.wire.messages import CacheOp, Message, TensorMeta, encode_message
+from remote_modules.wire.messages import CacheOp, CallMeta, Message, Option, TensorMeta, encode_message
 from remote_modules.wire.protocol import MessageReceived, Protocol, Role, State
 
 Slicer = Callable[[bytes], Iterable[bytes]]
@@ -20,18 +20,20 @@ MAX_BODY_BYTES = 1 << 20
 MESSAGE_TYPES: tuple[type[Message], ...] = get_args(Message)
 REQUESTS = (messages.StepRequest, messages.ForwardRequest, messages.BackwardRequest)
 
-CLIENT_HELLO = messages.ClientHello(1, 0, b"n" * 32, MAX_BODY_BYTES, "client 1")
-SERVER_HELLO = messages.ServerHello(1, 0, b"k" * 32, b"s" * 64, "run-1", MAX_BODY_BYTES, "server 1")
+CLIENT_HELLO = messages.ClientHello(1, 1, b"n" * 32, MAX_BODY_BYTES, "client 1")
+SERVER_HELLO = messages.ServerHello(1, 1, b"k" * 32, b"s" * 64, "run-1", MAX_BODY_BYTES, "server 1")
 HIDDEN = (TensorMeta("hidden_states", "float32", (1, 2, 4)),)
+OPTIONS = (Option("is_causal", True), Option("window", 5), Option("scale", 0.5), Option("kind", "full"))
+CALL = CallMeta(1, 2, False, "bfloat16", OPTIONS, ("hidden_states", "router_logits"), "d" * 64, 7, True)
 OPS = (CacheOp("crop", 3), CacheOp("select", 0, "rows"), CacheOp("reset"))
 
 EXAMPLES: tuple[Message, ...] = (
     CLIENT_HELLO,
     SERVER_HELLO,
     messages.Reject("too many connections"),
-    messages.StepRequest(1, "s" * 16, 2, 0, 4, 3, OPS, HIDDEN, 1.5, True, True, "bfloat16", 1),
-    messages.ForwardRequest(2, 0, 4, HIDDEN, 1.5, False, "float16"),
-    messages.BackwardRequest(3, 0, 4, HIDDEN, 1.5, False, "float16"),
+    messages.StepRequest(1, "s" * 16, 2, 0, 4, 3, OPS, HIDDEN, 1.5, CALL, True, True, 1),
+    messages.ForwardRequest(2, 0, 4, HIDDEN, 1.5, CALL),
+    messages.BackwardRequest(3, 0, 4, HIDDEN, 1.5, CALL),
     messages.Output(1, HIDDEN, 0.25, 0.5, 2, 4096),
     messages.Refused(1, RefusalReason.BUSY, "queue is full", 0.5),
     messages.Cancel(1),

@@ -11,7 +11,7 @@ from remote_modules.errors import LocalProtocolError, RefusalReason, RemoteProto
 from remote_modules.wire import messages
 from remote_modules.wire.messages import Message, decode_message, encode_message
 
-from .helpers import EXAMPLES, HIDDEN, MESSAGE_TYPES, items_of, name_of
+from .helpers import CALL, EXAMPLES, HIDDEN, MESSAGE_TYPES, OPTIONS, items_of, name_of
 
 pack = msgspec.msgpack.encode
 
@@ -22,6 +22,7 @@ ANYTHING_ELSE: dict[str, tuple[Any, ...]] = {
     "bytes": (None, True, 1, 1.0, "n" * 32, [], {}),
     "bool": (None, 0, 1, 1.0, "true", b"1", [], {}),
     "list": (None, True, 1, 1.0, "a", b"a", {}),
+    "option": (None, b"1", [], [1], {}),
 }
 
 # Per annotation: base type, values that just pass, values that just do not.
@@ -41,14 +42,37 @@ BOUNDS: dict[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]] = {
     "bool": ("bool", (True, False), ()),
     "RefusalReason": ("str", tuple(reason.value for reason in RefusalReason), ("", "BUSY", "busy ", "other")),
     "Dims": ("list", ([], [0], [2**40 - 1] * 8), ([1] * 9, [-1], [2**40], [1.0], [None], [[1]])),
-    "Tensors": ("list", ([], [["a", "b", [1]]] * 256), ([["a", "b", [1]]] * 257, [1], [["a", "b"]], [["a"]])),
+    "Tensors": ("list", ([], [["a", "b", [1]]] * 1024), ([["a", "b", [1]]] * 1025, [1], [["a", "b"]], [["a"]])),
+    "OptionValue": (
+        "option",
+        (True, False, 0, -(2**53), 2**53 - 1, 0.5, float("inf"), "", "t" * 64, "é" * 64),
+        (2**53, -(2**53) - 1, "t" * 65),
+    ),
+    "Options": ("list", ([], [["a", 1]] * 32), ([["a", 1]] * 33, [1], [["a"]], [[1, 1]], [["a", []]])),
+    "Records": (
+        "list",
+        ([], ["hidden_states"], ["router_logits", "hidden_states"]),
+        (["hidden_states"] * 3, ["attentions"], [""], [1], [None], [["hidden_states"]]),
+    ),
+    "CallMeta": (
+        "list",
+        ([], [1, 2], [1, 2, True, "", [["a", 1]], ["hidden_states"], "d", None, True]),
+        (
+            [-1],
+            [1, 2, 1],
+            [1, 2, True, None],
+            [1, 2, True, "", [1]],
+            [1, 2, True, "", [], [], "", -1],
+            [1, 2, True, "", [], [], "", 1, 0],
+        ),
+    ),
     "CacheOps": ("list", ([], [["crop"]] * 1024), ([["crop"]] * 1025, [1], [[]], [["crop", "1"]])),
 }
 
 
 def fields_of(struct: type[msgspec.Struct]) -> list[tuple[int, str, bool]]:
     """Position in the array, annotation as written, and whether it must be given."""
-    first = 0 if struct in (messages.TensorMeta, messages.CacheOp) else 1
+    first = 0 if struct.__struct_config__.tag is None else 1
     return [
         (index, str(struct.__annotations__[field.name]), field.required)
         for index, field in enumerate(msgspec.structs.fields(struct), start=first)
@@ -65,6 +89,14 @@ def with_tensor(meta: list[Any]) -> list[Any]:
 
 def with_op(op: list[Any]) -> list[Any]:
     return ["step", 1, "s" * 16, 2, 0, 4, 3, [op], [], 1.5]
+
+
+def with_call(call: list[Any]) -> list[Any]:
+    return ["forward", 2, 0, 4, [], 1.5, call]
+
+
+def with_option(option: list[Any]) -> list[Any]:
+    return with_call([1, 2, True, "", [option]])
 
 
 def check_field(items: list[Any], index: int, annotation: str, *, wrap: Any = lambda items: items) -> None:
@@ -116,15 +148,46 @@ def test_cache_op_fields_out_of_type_or_bounds_are_refused() -> None:
         check_field(["select", 0, "rows"], index, annotation, wrap=with_op)
 
 
+def test_call_fields_out_of_type_or_bounds_are_refused() -> None:
+    for index, annotation, _ in fields_of(messages.CallMeta):
+        check_field(msgspec.msgpack.decode(pack(CALL)), index, annotation, wrap=with_call)
+
+
+def test_option_fields_out_of_type_or_bounds_are_refused() -> None:
+    for index, annotation, _ in fields_of(messages.Option):
+        check_field(["window", 5], index, annotation, wrap=with_option)
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_option_keeps_the_type_of_its_value(option: messages.Option) -> None:
+    call = messages.CallMeta(options=(option,))
+    decoded = decode_message(encode_message(messages.ForwardRequest(1, 0, 1, (), 1.0, call)))
+    assert isinstance(decoded, messages.ForwardRequest)
+    assert decoded.call.options == (option,)
+    assert type(decoded.call.options[0].value) is type(option.value)
+
+
+@pytest.mark.parametrize("num_fields", range(10))
+def test_fields_of_a_call_that_are_left_out_have_their_defaults(num_fields: int) -> None:
+    whole, default = (msgspec.structs.astuple(call) for call in (CALL, messages.CallMeta()))
+    items = msgspec.msgpack.decode(pack(CALL))[:num_fields]
+    decoded = decode_message(pack(with_call(items)))
+    assert isinstance(decoded, messages.ForwardRequest)
+    assert msgspec.structs.astuple(decoded.call) == whole[:num_fields] + default[num_fields:]
+
+
 @pytest.mark.parametrize("message", EXAMPLES, ids=name_of)
 def test_extra_trailing_fields_of_a_later_minor_version_are_ignored(message: Message) -> None:
     assert decode_message(pack([*items_of(message), 1, "x", [None, {"deep": [1]}]])) == message
 
 
-def test_extra_trailing_fields_of_tensors_and_cache_ops_are_ignored() -> None:
+def test_extra_trailing_fields_of_parts_of_a_message_are_ignored() -> None:
     forward = decode_message(pack(with_tensor(["hidden_states", "float32", [1, 2, 4], "zstd"])))
     assert isinstance(forward, messages.ForwardRequest)
     assert forward.tensors == HIDDEN
+    call = decode_message(pack(with_option(["window", 5, "unit"])))
+    assert isinstance(call, messages.ForwardRequest)
+    assert call.call == messages.CallMeta(1, 2, True, "", (messages.Option("window", 5),))
     step = decode_message(pack(with_op(["crop", 3, "", {"a": 1}])))
     assert isinstance(step, messages.StepRequest)
     assert step.ops == (messages.CacheOp("crop", 3),)
@@ -149,7 +212,8 @@ def test_missing_fields_are_refused_unless_they_have_a_default(message: Message)
         messages.Ping(2**53),
         messages.Refused(1, RefusalReason.BUSY, "x", float("nan")),
         messages.CloseSession("short"),
-        messages.Output(1, HIDDEN * 257, 0.0, 0.0),
+        messages.Output(1, HIDDEN * 1025, 0.0, 0.0),
+        messages.ForwardRequest(1, 0, 1, (), 1.0, messages.CallMeta(options=(messages.Option("a", 2**53),))),
         messages.ForwardRequest(1, 0, 1, (messages.TensorMeta("a", "float32", (1,) * 9),), 1.0),
     ],
     ids=name_of,

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 import msgspec
@@ -27,6 +28,8 @@ STRUCTS: tuple[type[msgspec.Struct], ...] = (
     *MESSAGE_TYPES,
     messages.TensorMeta,
     messages.CacheOp,
+    messages.Option,
+    messages.CallMeta,
     PeerRecord,
     SignedRecord,
 )
@@ -66,14 +69,17 @@ def heading_of(struct: type[msgspec.Struct]) -> str:
 
 def numbers_in(text: str) -> list[int]:
     """All numbers of a cell, ``2^53`` being one."""
-    found = re.findall(r"(?<![\w.])(\d+)(?:\^(\d+))?(?![\w.])", text)
-    return [int(base) ** int(power or 1) for base, power in found]
+    found = re.findall(r"(?<![\w.])(-?)(\d+)(?:\^(\d+))?(?![\w.])", text)
+    return [int(f"{sign}1") * int(base) ** int(power or 1) for sign, base, power in found]
 
 
 def bounds_of(annotation: Any) -> list[int]:
     """The same for a type of messages.py: every bound once, lower before upper."""
-    found = []
-    for part in get_args(annotation)[1:]:
+    found: list[int] = []
+    for part in get_args(annotation)[0 if isinstance(annotation, UnionType) else 1 :]:
+        if not isinstance(part, msgspec.Meta):  # one of several types
+            found += bounds_of(part)
+            continue
         given = (part.ge, part.le, part.lt, part.min_length, part.max_length)
         found += [int(bound) for bound in given if bound is not None]
     return list(dict.fromkeys(found))
@@ -86,6 +92,11 @@ def check_type(cell: str, annotation: str, hint: Any) -> None:
     else:
         text, _, optional = annotation.partition(" | ")
         assert cell == (f"`{text}` or nil" if optional else f"`{text}`")
+
+
+def default_text(value: object) -> str:
+    """A default as it would travel; a call that says nothing has no fields."""
+    return "[]" if value == messages.CallMeta() else json.dumps(value).replace("null", "nil")
 
 
 # -------------------------------------------------------------------------------- structs
@@ -104,15 +115,15 @@ def test_fields_match_the_struct(struct: type[msgspec.Struct]) -> None:
     assert [row[0] for row in rows] == [field.name for field in fields]
     for (name, type_cell, default_cell, _), field in zip(rows, fields, strict=True):
         check_type(type_cell, str(struct.__annotations__[name]), hints[name])
-        default = "" if field.required else json.dumps(field.default).replace("null", "nil")
+        default = "" if field.required else default_text(field.default)
         assert default_cell == (f"`{default}`" if default else "")
 
 
 def test_types_match_their_bounds() -> None:
     rows = table("3. Messages and tensors", "type")
-    used = {str(annotation) for struct in MESSAGE_TYPES for annotation in struct.__annotations__.values()}
-    used |= {"Dims"}
-    names = {name for name in used if name.isidentifier()} - {"bool", "RefusalReason"}
+    parts = (messages.TensorMeta, messages.CacheOp, messages.Option, messages.CallMeta)
+    used = {str(annotation) for struct in (*MESSAGE_TYPES, *parts) for annotation in struct.__annotations__.values()}
+    names = {name for name in used if name.isidentifier()} - {"bool", "RefusalReason", "CacheOpKind", "CallMeta"}
     assert {row[0] for row in rows} == names
     for name, _, bounds in rows:
         assert numbers_in(bounds) == bounds_of(getattr(messages, name)), name

@@ -1,0 +1,152 @@
+"""Passes without a session: forward and backward through a chain of hops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from remote_modules.client.adapters import HopAdapter
+from remote_modules.client.call import CallArguments, Named
+from remote_modules.client.chain import Chain, Work, demand_of
+from remote_modules.client.swarm import Swarm
+from remote_modules.plan.routing import Demand, Hop
+from remote_modules.spans import Span
+from remote_modules.wire.messages import BackwardRequest, CallMeta, ForwardRequest
+
+__all__ = ["Segment", "backward", "forward"]
+
+
+@dataclass(slots=True)
+class Segment:
+    """One hop of a pass and what went into it."""
+
+    hop: Hop
+    inputs: Named
+
+
+class _Forward(Work):
+    """A forward; keeps each hop's inputs for the backward."""
+
+    def __init__(self, hops: Sequence[Hop], inputs: Named, call: CallArguments, demand: Demand) -> None:
+        self.hops = list(hops)
+        self.demand = demand
+        self.segments: list[Segment] = []
+        self.outputs = inputs
+        self.recorded: Named = {}
+        self._call = call
+
+    async def do_hop(self, hop: Hop, chain: Chain) -> None:
+        connection = await chain.connect(hop, "bulk", self.demand)
+        inputs = self.outputs
+        adapter, meta = _adapter(self._call, hop)
+        message = ForwardRequest(connection.new_request_id(), hop.span.start, hop.span.end, (), 0.0, meta)
+        tensors = {**inputs, **self._call.owner_tensors(), **_own_inputs(self._call, chain, hop)}
+        replies = await chain.request(hop, "forward", message, tensors, connection, adapter)
+        recorded = {name: replies.pop(name) for name in list(replies) if name.startswith("record.")}
+        self.outputs = chain.check_outputs(hop, replies, inputs, meta)
+        self.recorded.update(recorded)
+        self.segments.append(Segment(hop, inputs))
+        self.hops.pop(0)
+
+    async def replace_hop(self, hop: Hop, hops: tuple[Hop, ...], chain: Chain) -> None:
+        self.hops[:1] = hops
+
+
+class _Backward(Work):
+    """The backward of a forward's segments, last one first.
+
+    Args:
+        grads: of the forward's outputs and of what it recorded, by name.
+
+    Attributes:
+        adapter_grads: by the number of the tensor in the call's `AdapterSet`.
+    """
+
+    def __init__(self, segments: Sequence[Segment], grads: Named, call: CallArguments, demand: Demand):
+        self._segments = list(segments[::-1])
+        self.hops = [segment.hop for segment in self._segments]
+        self.demand = demand
+        self.grads = {name: grad for name, grad in grads.items() if not name.startswith("record.")}
+        self.side_grads: Named = {}
+        self.adapter_grads: dict[int, torch.Tensor] = {}
+        self._recorded = {name: grad for name, grad in grads.items() if name.startswith("record.")}
+        self._call = call
+
+    async def do_hop(self, hop: Hop, chain: Chain) -> None:
+        connection = await chain.connect(hop, "bulk", self.demand)
+        inputs = self._segments[0].inputs
+        adapter, meta = _adapter(self._call, hop)
+        message = BackwardRequest(connection.new_request_id(), hop.span.start, hop.span.end, (), 0.0, meta)
+        sides = _own_inputs(self._call, chain, hop)
+        recorded = {name: grad for name, grad in self._recorded.items() if int(name.rpartition(".")[2]) in hop.span}
+        grads = {f"grad.{name}": grad for name, grad in (self.grads | recorded).items()}
+        tensors = {**inputs, **sides, **self._call.owner_tensors(), **grads}
+        replies = await chain.request(hop, "backward", message, tensors, connection, adapter)
+        found = {name.removeprefix("grad."): grad for name, grad in replies.items()}
+        trained = {} if adapter is None else {n: t for n, t in adapter.tensors.items() if n != "adapter"}
+        found = chain.check_gradients(hop, found, inputs | sides | trained, grads)
+        if adapter is not None:
+            for name, number in zip(trained, adapter.positions, strict=True):
+                self.adapter_grads[number] = found.pop(name)
+        for name in sides:
+            if name in found:
+                grad = found.pop(name)
+                self.side_grads[name] = self.side_grads[name] + grad if name in self.side_grads else grad
+        self.grads = found
+        self.hops.pop(0)
+        self._segments.pop(0)
+
+    async def replace_hop(self, hop: Hop, hops: tuple[Hop, ...], chain: Chain) -> None:
+        """Several hops in one's place need inputs of their own: run the forward of all but the last."""
+        again = _Forward(hops[:-1], self._segments[0].inputs, self._call, self.demand)
+        await chain.drive(again)
+        segments = [*again.segments, Segment(hops[-1], again.outputs)]
+        self._segments[:1] = segments[::-1]
+        self.hops[:1] = [segment.hop for segment in segments[::-1]]
+
+
+def _own_inputs(call: CallArguments, chain: Chain, hop: Hop) -> Named:
+    """What the hop's blocks alone take."""
+    stack = chain.swarm.stack
+    return call.sides_of(stack, hop.span) | call.past_of(stack, hop.span)
+
+
+def _adapter(call: CallArguments, hop: Hop) -> tuple[HopAdapter | None, CallMeta]:
+    if call.adapter is None:
+        return None, call.meta()
+    return call.adapter.part(hop.span), msgspec.structs.replace(call.meta(), seed=call.adapter.seed)
+
+
+async def forward(swarm: Swarm, blocks: Span, inputs: Named, call: CallArguments) -> tuple[Named, Named, list[Segment]]:
+    """Run ``inputs`` (CPU) through ``blocks``; outputs, what was recorded, and what `backward` needs.
+
+    Raises:
+        PeerError, NoRouteError: see `Chain.drive`.
+    """
+    chain = Chain.begin(swarm)
+    demand = demand_of(inputs, call, kv_tokens=0)
+    work = _Forward(await chain.route(blocks, demand), inputs, call, demand)
+    await chain.drive(work)
+    swarm.stats.finish(tuple(segment.hop for segment in work.segments), chain.timings)
+    return work.outputs, work.recorded, work.segments
+
+
+async def backward(
+    swarm: Swarm, segments: Sequence[Segment], grads: Named, call: CallArguments
+) -> tuple[Named, dict[int, torch.Tensor]]:
+    """Gradients of the forward's floating-point inputs, side inputs and ``past`` too, and of adapters by number.
+
+    Peers recompute from the segments.
+
+    Raises:
+        PeerError, NoRouteError: see `Chain.drive`.
+    """
+    chain = Chain.begin(swarm)
+    work = _Backward(segments, grads, call, demand_of(grads, call, kv_tokens=0))
+    route = tuple(segment.hop for segment in segments)
+    await chain.drive(work)
+    swarm.stats.finish(route, chain.timings)
+    return work.grads | work.side_grads, work.adapter_grads
