@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.utils import logging as transformers_logging
 
 from remote_modules.client.autograd import RemotePass
 from remote_modules.errors import UnsupportedCallError
@@ -43,7 +44,7 @@ def load_survey() -> Any:
 
 
 survey = load_survey()
-survey.quiet()
+transformers_logging.disable_progress_bar()  # it would leave a thread
 
 
 def first_and_middle(cuts: list[int]) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from remote_modules.errors import UnsupportedCallError
 from remote_modules.model.classes import model_class
@@ -37,7 +38,7 @@ def load_table() -> Any:
 
 
 table = load_table()
-table.quiet()  # a progress bar of transformers would leave a thread
+transformers_logging.disable_progress_bar()  # it would leave a thread
 
 
 def save(folder: Path, family: str, auto_class: Any = AutoModelForCausalLM) -> PreTrainedModel:
