@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,16 +88,16 @@ class AdapterWatch:
         self._has_any = False
         self._last: tuple[Any, CallAdapter] | None = None
 
-    def read(self, blocks: Mapping[int, nn.Module]) -> CallAdapter | None:
-        """The active adapters now.
+    def read(self, blocks_now: Callable[[], Mapping[int, nn.Module]]) -> CallAdapter | None:
+        """The active adapters now; ``blocks_now`` is asked only while there can be some.
 
         Raises:
             UnsupportedCallError: one that is not carried.
         """
         if self._seen != _last_change:
             self._seen = _last_change
-            self._has_any = any(not is_shadow(part) for block in blocks.values() for part in block.modules())
-        found = collect(blocks) if self._has_any else None
+            self._has_any = any(not is_shadow(part) for block in blocks_now().values() for part in block.modules())
+        found = collect(blocks_now()) if self._has_any else None
         if found is None:
             self._last = None
             return None

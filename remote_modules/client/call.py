@@ -15,13 +15,12 @@ from remote_modules.spans import Span
 from remote_modules.wire.messages import CallMeta, Option, RecordKind
 
 if TYPE_CHECKING:
-    from remote_modules.client.adapters import CallAdapter
+    from remote_modules.client.adapters import CallAdapter, HopAdapter
 
 __all__ = ["CallArguments", "mask_tensors"]
 
 Named = dict[str, torch.Tensor]
 Mask = torch.Tensor | dict[str, torch.Tensor | None]
-
 
 _NO_MASK = torch.empty(0, dtype=torch.bool)
 
@@ -66,6 +65,7 @@ class CallArguments:
             options=tuple(Option(name, value) for name, value in self.options.items()),
             record=self.record,
             with_grad=self.with_grad,
+            seed=None if self.adapter is None else self.adapter.seed,
         )
 
     def owner_tensors(self) -> Named:
@@ -89,6 +89,10 @@ class CallArguments:
     def sides_of(self, stack: StackSpec, blocks: Span) -> Named:
         """The side inputs that ``blocks`` take."""
         return {name: self.sides[name] for name in stack.side_specs(blocks)}
+
+    def adapter_of(self, blocks: Span) -> HopAdapter | None:
+        """What ``blocks`` have of the adapter."""
+        return None if self.adapter is None else self.adapter.part(blocks)
 
     def past_of(self, stack: StackSpec, blocks: Span) -> Named:
         """What the caches of ``blocks`` begin with."""

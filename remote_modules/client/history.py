@@ -19,7 +19,6 @@ from remote_modules.model.tensors import TensorSpec, concat, num_bytes, owner_sp
 __all__ = ["History", "OwnerHistory", "StepInputs"]
 
 Specs = Mapping[str, TensorSpec]
-_POSITIONS = TensorSpec(("B", "T"), is_float=False)
 
 
 class History:

@@ -17,7 +17,7 @@ __all__ = ["argument_of", "call_arguments", "own"]
 
 
 def call_arguments(call: OwnerCall, stack: StackSpec, adapter: CallAdapter | None) -> CallArguments:
-    """What travels beside the blocks' own inputs.
+    """What travels beside the blocks' own inputs; side inputs as they are, since they take part in the gradient.
 
     Raises:
         UnsupportedCallError: a gradient is wanted of something that is given to the owner alone.
@@ -36,7 +36,7 @@ def call_arguments(call: OwnerCall, stack: StackSpec, adapter: CallAdapter | Non
         position_ids=_small(call.position_ids),
         attention_mask={kind: _small(m) for kind, m in mask.items()} if isinstance(mask, dict) else _small(mask),
         tensors={name: tensor.detach().cpu() for name, tensor in call.tensors.items()},
-        sides=own(call.sides),
+        sides=call.sides,
         options=call.options,
         use_cache=call.use_cache,
         autocast=_autocast_name(hidden_states),

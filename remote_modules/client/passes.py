@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import msgspec
 import torch
 
-from remote_modules.client.adapters import HopAdapter
 from remote_modules.client.call import CallArguments, Named
 from remote_modules.client.chain import Chain, Work, demand_of
 from remote_modules.client.swarm import Swarm
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
-from remote_modules.wire.messages import BackwardRequest, CallMeta, ForwardRequest
+from remote_modules.wire.messages import BackwardRequest, ForwardRequest
 
 __all__ = ["Segment", "backward", "forward"]
 
@@ -41,7 +39,7 @@ class _Forward(Work):
     async def do_hop(self, hop: Hop, chain: Chain) -> None:
         connection = await chain.connect(hop, "bulk", self.demand)
         inputs = self.outputs
-        adapter, meta = _adapter(self._call, hop)
+        adapter, meta = self._call.adapter_of(hop.span), self._call.meta()
         message = ForwardRequest(connection.new_request_id(), hop.span.start, hop.span.end, (), 0.0, meta)
         tensors = {**inputs, **self._call.owner_tensors(), **_own_inputs(self._call, chain, hop)}
         replies = await chain.request(hop, "forward", message, tensors, connection, adapter)
@@ -78,7 +76,7 @@ class _Backward(Work):
     async def do_hop(self, hop: Hop, chain: Chain) -> None:
         connection = await chain.connect(hop, "bulk", self.demand)
         inputs = self._segments[0].inputs
-        adapter, meta = _adapter(self._call, hop)
+        adapter, meta = self._call.adapter_of(hop.span), self._call.meta()
         message = BackwardRequest(connection.new_request_id(), hop.span.start, hop.span.end, (), 0.0, meta)
         sides = _own_inputs(self._call, chain, hop)
         recorded = {name: grad for name, grad in self._recorded.items() if int(name.rpartition(".")[2]) in hop.span}
@@ -112,12 +110,6 @@ def _own_inputs(call: CallArguments, chain: Chain, hop: Hop) -> Named:
     """What the hop's blocks alone take."""
     stack = chain.swarm.stack
     return call.sides_of(stack, hop.span) | call.past_of(stack, hop.span)
-
-
-def _adapter(call: CallArguments, hop: Hop) -> tuple[HopAdapter | None, CallMeta]:
-    if call.adapter is None:
-        return None, call.meta()
-    return call.adapter.part(hop.span), msgspec.structs.replace(call.meta(), seed=call.adapter.seed)
 
 
 async def forward(swarm: Swarm, blocks: Span, inputs: Named, call: CallArguments) -> tuple[Named, Named, list[Segment]]:

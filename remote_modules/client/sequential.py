@@ -250,27 +250,27 @@ class RemoteSequential(nn.ModuleList):
         if cache is None:
             cache = next((plain_cache(value) for value in values if isinstance(value, Cache)), None)
             if cache is None or self._handle.stack.no_cache:
-                return self._pass(self._blocks, call)
+                return self._pass(self._blocks, call, self._arguments(call))
         state, past = self._state_of(cache)
         if not torch.is_grad_enabled() or (is_given and not past):
             return self._step(call, state)
         # Training calls leave the model's use_cache default on and drop the cache: open nothing on the peers, but let a
         # caller who does keep it go on from the history.
         state.needs_grad = any(tensor.requires_grad for tensor in past.values())
-        output = self._pass(self._blocks, call, past)
+        arguments = self._arguments(call)
+        output = self._pass(self._blocks, call, replace(arguments, past=past))
         state.needs_grad = output["hidden_states"].requires_grad
-        state.remember(own(call.entry), self._arguments(call))
+        state.remember(own(call.entry), replace(arguments, sides=own(call.sides)))
         return output
 
     def _arguments(self, call: OwnerCall) -> CallArguments:
-        return call_arguments(call, self._handle.stack, self._adapters.read(self._remote_blocks()))
+        return call_arguments(call, self._handle.stack, self._adapters.read(self._remote_blocks))
 
     def _remote_blocks(self) -> dict[int, nn.Module]:
         return dict(zip(self._blocks, filter(is_shadow, self), strict=True))
 
-    def _pass(self, blocks: Span, call: OwnerCall, past: Named | None = None) -> Named:
+    def _pass(self, blocks: Span, call: OwnerCall, arguments: CallArguments) -> Named:
         self._handle.stack.check_cuts(blocks)
-        arguments = replace(self._arguments(call), sides=call.sides, past=past or {})  # these take part in the gradient
         return RemotePass(self._handle.swarm, self._handle.io, blocks, arguments)(call.entry)
 
     def _step(self, call: OwnerCall, state: SessionState) -> Named:
@@ -280,7 +280,8 @@ class RemoteSequential(nn.ModuleList):
             raise UnsupportedCallError("this KV cache was made by a training call; go on from it under torch.no_grad()")
         if "encoder_hidden_states" in call.tensors:
             raise UnsupportedCallError("cross-attention is carried without a KV cache only; use use_cache=False")
-        outputs = self._handle.io.run(state.step(own(call.entry), self._arguments(call)))
+        arguments = replace(self._arguments(call), sides=own(call.sides))
+        outputs = self._handle.io.run(state.step(own(call.entry), arguments))
         outputs = {name: tensor.to(hidden_states.device) for name, tensor in outputs.items()}
         if is_differentiated:
             outputs["hidden_states"] = refuse_backward(outputs["hidden_states"], hidden_states)
@@ -296,7 +297,7 @@ class RemoteSequential(nn.ModuleList):
         check_hidden_states(hidden_states, self._handle.hidden_size, self._handle.stack.hidden)
         call = OwnerCall(**kwargs)
         call.entry = {"hidden_states": hidden_states}
-        return self._pass(blocks, call)["hidden_states"]
+        return self._pass(blocks, call, self._arguments(call))["hidden_states"]
 
     def _check_alone(self, blocks: Span) -> None:
         stack = self._handle.stack

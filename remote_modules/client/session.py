@@ -339,7 +339,7 @@ class _Step(Work):
         if mask is not None and not any(name.startswith("attention_mask") for name in shared):
             tensors["attention_mask"] = mask
         call = self._step.call
-        adapter = None if call.adapter is None else call.adapter.part(hop.span)
+        adapter = call.adapter_of(hop.span)
         meta = call.meta(num_tokens)
         if end <= self._position:
             meta = msgspec.structs.replace(meta, record=())

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from safetensors import torch as safetensors_torch
 from torch import nn
 
 from remote_modules.errors import RemoteProtocolError, UnsupportedCallError, first_line
@@ -333,7 +333,7 @@ def encode(entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> bytes:
         for number, (entry, own) in enumerate(_with_tensors(entries, tensors))
         for name, tensor in zip(entry.tensor_names, own, strict=True)
     }
-    return safetensors.torch.save(named, {_METADATA_KEY: encode_entries(entries).decode()})
+    return safetensors_torch.save(named, {_METADATA_KEY: encode_entries(entries).decode()})
 
 
 def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> Adapter:
@@ -349,7 +349,7 @@ def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> Adapter:
         raise RemoteProtocolError(f"adapter of {len(data)} bytes claims a header of {header_bytes} bytes")
     try:
         metadata = _header_decoder.decode(data[8 : 8 + header_bytes]).metadata
-        named = safetensors.torch.load(data)
+        named = safetensors_torch.load(data)
     except (msgspec.MsgspecError, SafetensorError, UnicodeDecodeError, KeyError, ValueError, RuntimeError) as exc:
         raise RemoteProtocolError(f"adapter is no readable safetensors file: {first_line(exc)}") from exc
     entries = decode_entries(metadata.get(_METADATA_KEY, ""))

@@ -94,7 +94,7 @@ def load_span(
     def keep_block(block: int | None) -> bool:
         return block is not None and block in span
 
-    model = _load(checkpoint, config, cls, stack, keep_block, dtype=dtype, device=device)
+    model = _load(checkpoint, config, skeleton, stack, keep_block, dtype=dtype, device=device)
     model.requires_grad_(False)
     return model.eval(), stack
 
@@ -109,8 +109,9 @@ def load_client_part(
         UnsupportedCallError: the class cannot be built in part.
         TypeError: an unknown one in ``kwargs``.
     """
-    stack = find_stack(meta_skeleton(cls, config), config)
-    model = _load(checkpoint, config, cls, stack, lambda block: block is None, **kwargs)
+    skeleton = meta_skeleton(cls, config)
+    stack = find_stack(skeleton, config)
+    model = _load(checkpoint, config, skeleton, stack, lambda block: block is None, **kwargs)
     return model, stack
 
 
@@ -174,7 +175,7 @@ class _Quantizer:
         model = _load(
             self._checkpoint,
             self._config,
-            self._cls,
+            meta_skeleton(self._cls, self._config),
             self._stack,
             lambda block: block == index,
             dtype=self._dtype,
@@ -192,7 +193,7 @@ class _Quantizer:
 def _load(
     checkpoint: Checkpoint,
     config: PreTrainedConfig,
-    cls: type[PreTrainedModel],
+    skeleton: PreTrainedModel,
     stack: StackSpec,
     keep_block: KeepBlock,
     *,
@@ -200,9 +201,11 @@ def _load(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> PreTrainedModel:
+    """``skeleton``, of the class to load, is pruned by this."""
+    cls = type(skeleton)
     pruned: Any = pruned_class(cls, stack, keep_block)  # Any: what from_pretrained returns varies with its options
     where = stack.blocks_of_keys(checkpoint.weight_map)
-    further = kept_tensors(meta_skeleton(cls, config), stack, keep_block)
+    further = kept_tensors(skeleton, stack, keep_block)
     files = checkpoint.part(lambda key: keep_block(where.get(key)) or _is_named(key, further))
     if not files:
         raise CheckpointError(f"checkpoint '{checkpoint.name}' has no tensor of the wanted part of {cls.__name__}")

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from remote_modules.errors import CheckpointError, RemoteModulesError, UnsupportedCallError, first_line
+from remote_modules.errors import CheckpointError, UnsupportedCallError, first_line
 from remote_modules.model.capture import OwnerCall, OwnerCapture
 from remote_modules.model.kv import is_croppable
 from remote_modules.model.length_layers import has_state
@@ -71,34 +71,23 @@ def probe_stack(cls: type[PreTrainedModel], config: PreTrainedConfig) -> StackSp
         UnsupportedCallError: the blocks cannot be run apart from each other; the reason is named.
         CheckpointError: the config describes no model.
     """
-    return _probe(_Class(cls), config.to_json_string(use_diff=False), _Holder(config))
+    return _probe(_Subject(cls, config.to_json_string(use_diff=False), config))
 
 
 @dataclass(frozen=True)
-class _Class:
-    """A class of models, as a key of the cache."""
+class _Subject:
+    """What was probed, as a key: configs have no hash, their text has."""
 
     cls: type[PreTrainedModel]
-
-
-class _Holder:
-    """A config beside the cache's key: configs have no hash."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self.config = config
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Holder)
+    text: str
+    config: PreTrainedConfig = field(compare=False)
 
 
 @lru_cache(maxsize=64)
-def _probe(kind: _Class, _: str, holder: _Holder) -> StackSpec:
-    model = tiny_twin(kind.cls, holder.config)
+def _probe(subject: _Subject) -> StackSpec:
+    model = tiny_twin(subject.cls, subject.config)
     stack = find_stack(model, model.config)
-    name = holder.config.model_type
+    name = subject.config.model_type
     try:
         return _watch(model, stack)
     except _FAILURES as exc:
@@ -352,10 +341,7 @@ def _with_cache(model: PreTrainedModel, stack: StackSpec, ids: torch.Tensor) -> 
         stack = replace(stack, cuts=stack.cuts & _cuts(record))
     if len({layer for filled in layers for layer in filled}) != sum(map(len, layers)):
         return replace(stack, no_cache="two blocks fill one layer of its KV cache")
-    try:
-        croppable = is_croppable(record.cache)
-    except RemoteModulesError as exc:
-        return replace(stack, no_cache=str(exc))
+    croppable = is_croppable(record.cache)
     kind = record.cache_class if record.cache_class is not DynamicCache else None
     num_layers = max([len(record.cache.layers), *(layer + 1 for filled in layers for layer in filled)])
     return replace(stack, cache_map=layers, num_layers=num_layers, cache_class=kind, is_croppable=croppable)

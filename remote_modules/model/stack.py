@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ class StackSpec:
     def list_name(self) -> str:
         return self.path.rpartition(".")[2]
 
-    @property
+    @cached_property
     def carried(self) -> Mapping[str, TensorSpec]:
         """What crosses from one block to the next, by name."""
         return {"hidden_states": self.hidden, **{f"state.{k}": spec for k, spec in self.states.items()}}

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from remote_modules.client.connect import SwarmHandle
 from remote_modules.client.sequential import RemoteSequential
+from remote_modules.client.swarm import Swarm
 from remote_modules.config import ClientConfig
 from remote_modules.model.checkpoint import open_checkpoint
 from remote_modules.model.classes import model_class, serving_class
@@ -93,10 +94,11 @@ class InlineSwarm:
 
     def layers(self) -> RemoteSequential:
         """All blocks, remote; a client of its own."""
+        swarm = self.io.run(_client_of(self.swarm))
         handle = SwarmHandle(
-            swarm=self.io.run(self._client()),
+            swarm=swarm,
             io=self.io,
-            stats=self._stats,
+            stats=swarm.stats,
             model_config=self._model_config,
             checkpoint=self._checkpoint,
             stack=self.stack,
@@ -136,11 +138,6 @@ class InlineSwarm:
         engine = Engine(SpanModel(model, self.stack, span))
         return Holding(engine, engine.kv_costs())
 
-    async def _client(self) -> Any:
-        client = self.swarm.client()
-        self._stats = client.stats
-        return client
-
 
 async def _started(seed: int, holdings: Sequence[Holding], config: ClientConfig | None) -> SimulatedSwarm:
     swarm = SimulatedSwarm(seed, holdings, config=config)
@@ -150,3 +147,7 @@ async def _started(seed: int, holdings: Sequence[Holding], config: ClientConfig 
 
 async def _stopped(swarm: SimulatedSwarm) -> None:
     swarm.stop()
+
+
+async def _client_of(swarm: SimulatedSwarm) -> Swarm:
+    return swarm.client()
