@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from benchmark_modules import load_benchmark
 from transformers.utils import logging as transformers_logging
 
 from remote_modules.client.autograd import RemotePass
@@ -33,17 +31,7 @@ REFUSED = {
 }
 
 
-def load_survey() -> Any:
-    spec = importlib.util.spec_from_file_location("families_survey", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-survey = load_survey()
+survey = load_benchmark("survey")
 transformers_logging.disable_progress_bar()  # it would leave a thread
 
 

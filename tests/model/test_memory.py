@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from benchmark_modules import load_benchmark
 
 MIB = 2**20
 # Measured (x86-64, torch 2.13, transformers 5.24): 1.15 x 98 MiB for the span once it has run, of which 14 MiB do not
@@ -17,21 +16,11 @@ FACTOR = 1.3
 CONSTANT_BYTES = 16 * MIB
 
 
-def benchmark() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "memory.py"
-    spec = importlib.util.spec_from_file_location("benchmark_memory", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """16 blocks in eight files, embeddings and head in a ninth."""
     folder = tmp_path_factory.mktemp("large")
-    benchmark().write_checkpoint(folder)
+    load_benchmark("memory").write_checkpoint(folder)
     sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
     assert len(sizes) == 9
     assert sum(sizes) > 400 * MIB
@@ -59,12 +48,12 @@ def check_part(result: dict[str, Any], expected_bytes: int) -> None:
 
 
 def test_span_takes_memory_for_its_own_blocks_and_opens_only_their_files(checkpoint: Path) -> None:
-    result = benchmark().run_part(str(checkpoint), "4:8", "auto")
+    result = load_benchmark("memory").run_part(str(checkpoint), "4:8", "auto")
     check_part(result, tensor_bytes(checkpoint, *(f"layers.{block}." for block in range(4, 8))))
     assert result["files_opened"] == ["model-00003-of-00009.safetensors", "model-00004-of-00009.safetensors"]
 
 
 def test_client_takes_memory_for_embeddings_and_head_and_opens_only_their_file(checkpoint: Path) -> None:
-    result = benchmark().run_part(str(checkpoint), "client", "auto")
+    result = load_benchmark("memory").run_part(str(checkpoint), "client", "auto")
     check_part(result, tensor_bytes(checkpoint, "embed_tokens", "lm_head", "model.norm"))
     assert result["files_opened"] == ["model-00009-of-00009.safetensors"]

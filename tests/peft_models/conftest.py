@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmark_modules import load_benchmark
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -21,18 +20,7 @@ SPANS = ["0:1", "1:3", "3:4"]
 VOCABULARY = 96
 
 
-def load_table() -> Any:
-    """The benchmark that writes docs/adapters.md."""
-    path = Path(__file__).parents[2] / "benchmarks" / "adapters.py"
-    spec = importlib.util.spec_from_file_location("adapter_table", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["adapter_table"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-table = load_table()
+table = load_benchmark("adapters")
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_modules import load_benchmark
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -26,18 +25,7 @@ Tensors = Sequence[torch.Tensor | None]
 Run = Callable[[PreTrainedModel], Tensors]
 
 
-def load_table() -> Any:
-    """The benchmark that writes docs/auto_classes.md."""
-    path = Path(__file__).parents[2] / "benchmarks" / "auto_classes.py"
-    spec = importlib.util.spec_from_file_location("auto_class_table", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["auto_class_table"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-table = load_table()
+table = load_benchmark("auto_classes")
 transformers_logging.disable_progress_bar()  # it would leave a thread
 
 
