@@ -21,7 +21,7 @@ ROOT = ("errors", "spans", "peers", "identity", "config")  # each may use those 
 MAY_USE: dict[str, set[str]] = {
     "wire": set(),
     "plan": set(),
-    "discovery": set(),
+    "discovery": {"plan.leases"},  # who may change a record is a decision
     "net": {"wire", "plan.deadlines"},  # a connection's heartbeat is a decision, so it lives in plan
     "model": set(),
     "client": {"wire", "plan", "discovery", "net", "model"},

@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from remote_modules.discovery.base import Discovery
-from remote_modules.discovery.directory import merge_records
 from remote_modules.errors import DiscoveryError
 from remote_modules.peers import PeerRecord, SignedRecord
+from remote_modules.plan.leases import merge_records
 
 __all__ = ["MergedDiscovery", "build_discovery"]
 

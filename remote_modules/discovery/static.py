@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import aiohttp
 
-from remote_modules.discovery.directory import merge_records
 from remote_modules.discovery.http_json import make_session
 from remote_modules.discovery.record_fetch import fetch_record, reached_at
 from remote_modules.errors import DiscoveryError
 from remote_modules.peers import PeerRecord, SignedRecord, check_address
+from remote_modules.plan.leases import merge_records
 
 __all__ = ["StaticDiscovery"]
 

@@ -13,8 +13,8 @@ from itertools import accumulate
 
 import msgspec
 
-from remote_modules.discovery.directory import Lease
 from remote_modules.peers import PeerState, short_id
+from remote_modules.plan.leases import Lease
 
 __all__ = ["ModelSummary", "PeerSummary", "SwarmState", "summarize"]
 

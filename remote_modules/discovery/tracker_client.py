@@ -12,11 +12,11 @@ import msgspec
 
 from remote_modules.config import check_tracker_urls
 from remote_modules.discovery.addresses import parse_ip, usable_addresses
-from remote_modules.discovery.directory import merge_records
 from remote_modules.discovery.http_json import ask, make_session, printable
 from remote_modules.errors import DiscoveryError, RemoteProtocolError
 from remote_modules.identity import verify_record
 from remote_modules.peers import PeerRecord, SignedRecord, is_loopback
+from remote_modules.plan.leases import merge_records
 
 __all__ = ["TrackerClient"]
 

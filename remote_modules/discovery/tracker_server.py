@@ -28,12 +28,12 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from remote_modules.config import TrackerConfig
 from remote_modules.discovery.addresses import check_announced
-from remote_modules.discovery.directory import Lease, LeaseTable, TableFullError
 from remote_modules.discovery.page import render_page
 from remote_modules.discovery.swarm_state import summarize
 from remote_modules.errors import DiscoveryError, RemoteProtocolError
 from remote_modules.identity import verify_record
 from remote_modules.peers import PeerRecord, SignedRecord, short_id
+from remote_modules.plan.leases import Lease, LeaseTable, TableFullError
 
 __all__ = ["TrackerServer"]
 

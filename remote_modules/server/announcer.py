@@ -26,7 +26,7 @@ class Announcer:
         describe: the record as of now, apart from its sequence and state.
         interval_s: between renewals.
         first_sequence: milliseconds of wall-clock time, so that a later start has higher numbers than an earlier one
-            and nobody can replay a record of the past; see `discovery.directory`.
+            and nobody can replay a record of the past; see `plan.leases`.
     """
 
     def __init__(

@@ -17,10 +17,10 @@ from typing import TypeVar
 from remote_modules.client.stats import StatsRecorder
 from remote_modules.client.swarm import Swarm
 from remote_modules.config import ClientConfig
-from remote_modules.discovery.directory import LeaseTable, merge_records
 from remote_modules.errors import DiscoveryError
 from remote_modules.identity import Identity, verify_record
 from remote_modules.peers import PeerRecord, PeerState, SignedRecord
+from remote_modules.plan.leases import LeaseTable, merge_records
 from remote_modules.server.announcer import Announcer
 from remote_modules.server.engine import Engine
 from remote_modules.server.executor import Priority, Timed

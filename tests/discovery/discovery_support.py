@@ -11,11 +11,12 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
+from records import make_record
 
 from remote_modules.discovery.record_fetch import RECORD_PATH
 from remote_modules.errors import DiscoveryError
 from remote_modules.identity import Identity
-from remote_modules.peers import PeerRecord, PeerState, SignedRecord
+from remote_modules.peers import PeerRecord, SignedRecord
 
 _numbers = itertools.count()
 
@@ -23,26 +24,6 @@ _numbers = itertools.count()
 def unique_key() -> str:
     """A model key that no other test on this machine uses: multicast is shared by all of them."""
     return f"key-{os.getpid()}-{next(_numbers)}"
-
-
-def make_identity(number: int) -> Identity:
-    return Identity.from_seed(number.to_bytes(32, "big"))
-
-
-def make_record(identity: Identity, **changes: Any) -> PeerRecord:
-    fields: dict[str, Any] = {
-        "peer_id": identity.peer_id,
-        "instance_id": "first",
-        "sequence": 1,
-        "model": "tiny",
-        "model_key": "tiny-key",
-        "num_blocks": 8,
-        "start": 0,
-        "end": 4,
-        "addresses": ("127.0.0.1:4000",),
-        "state": PeerState.ONLINE,
-    }
-    return PeerRecord(**(fields | changes))
 
 
 def make_signed(identity: Identity, **changes: Any) -> SignedRecord:

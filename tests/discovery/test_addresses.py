@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from discovery_support import make_identity, make_record
+from records import make_identity, make_record
 
 from remote_modules.discovery.addresses import check_announced, usable_addresses
 from remote_modules.errors import DiscoveryError

@@ -9,14 +9,8 @@ from dataclasses import dataclass
 
 import msgspec
 import pytest
-from discovery_support import (
-    RecordServer,
-    eventually,
-    forge,
-    make_record,
-    record_server,
-    unique_key,
-)
+from discovery_support import RecordServer, eventually, forge, record_server, unique_key
+from records import make_record
 
 from remote_modules.config import TrackerConfig
 from remote_modules.discovery.base import Discovery

@@ -8,14 +8,8 @@ from contextlib import asynccontextmanager
 import aiohttp
 import msgspec
 import pytest
-from discovery_support import (
-    RecordServer,
-    eventually,
-    make_record,
-    make_signed,
-    record_server,
-    unique_key,
-)
+from discovery_support import RecordServer, eventually, make_signed, record_server, unique_key
+from records import make_record
 from zeroconf import IPVersion
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 

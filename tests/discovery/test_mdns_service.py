@@ -3,7 +3,7 @@ from __future__ import annotations
 import socket
 
 import pytest
-from discovery_support import make_identity, make_record
+from records import make_identity, make_record
 from zeroconf import IPVersion
 from zeroconf.asyncio import AsyncServiceInfo
 

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Awaitable, Callable
 
 import pytest
-from discovery_support import FakeSource, make_identity, make_record, make_signed
+from discovery_support import FakeSource, make_signed
+from records import make_identity, make_record
 
 from remote_modules.discovery.base import Discovery
 from remote_modules.discovery.merged import MergedDiscovery, build_discovery

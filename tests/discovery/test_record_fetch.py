@@ -7,15 +7,8 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from discovery_support import (
-    RecordServer,
-    forge,
-    http_server,
-    make_identity,
-    make_record,
-    make_signed,
-    record_server,
-)
+from discovery_support import RecordServer, forge, http_server, make_signed, record_server
+from records import make_identity, make_record
 
 from remote_modules.discovery.http_json import make_session
 from remote_modules.discovery.record_fetch import RECORD_PATH, fetch_record, reached_at

@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 from aiohttp import web
-from discovery_support import http_server, make_identity, make_signed, record_server
+from discovery_support import http_server, make_signed, record_server
+from records import make_identity
 
 from remote_modules.discovery.record_fetch import RECORD_PATH
 from remote_modules.discovery.static import StaticDiscovery

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from discovery_support import make_identity, make_record
+from records import make_identity, make_record
 
-from remote_modules.discovery.directory import Lease
 from remote_modules.discovery.swarm_state import MAX_MODELS, MAX_PEERS, summarize
 from remote_modules.peers import PeerRecord, PeerState
+from remote_modules.plan.leases import Lease
 
 IDENTITY = make_identity(1)
 

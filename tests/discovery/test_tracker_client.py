@@ -8,13 +8,8 @@ from collections.abc import Awaitable, Callable
 import msgspec
 import pytest
 from aiohttp import web
-from discovery_support import (
-    forge,
-    http_server,
-    make_identity,
-    make_record,
-    make_signed,
-)
+from discovery_support import forge, http_server, make_signed
+from records import make_identity, make_record
 
 from remote_modules.discovery.tracker_client import TrackerClient
 from remote_modules.errors import DiscoveryError

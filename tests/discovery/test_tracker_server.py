@@ -7,7 +7,8 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
-from discovery_support import eventually, forge, make_identity, make_record, make_signed
+from discovery_support import eventually, forge, make_signed
+from records import make_identity, make_record
 
 from remote_modules.config import TrackerConfig
 from remote_modules.discovery.tracker_server import MAX_LOOKUP_BYTES, TrackerServer

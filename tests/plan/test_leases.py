@@ -3,17 +3,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from discovery_support import make_identity, make_record
+from records import make_identity, make_record
 
-from remote_modules.discovery.directory import (
+from remote_modules.errors import DiscoveryError
+from remote_modules.peers import PeerRecord, PeerState
+from remote_modules.plan.leases import (
     CLOCKED_SEQUENCE,
     MAX_RETIRED,
     LeaseTable,
     TableFullError,
     merge_records,
 )
-from remote_modules.errors import DiscoveryError
-from remote_modules.peers import PeerRecord, PeerState
 
 ALICE, BOB, CAROL = make_identity(1), make_identity(2), make_identity(3)
 
