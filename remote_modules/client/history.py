@@ -7,6 +7,7 @@ The position of a session is the length of its history: it is kept nowhere else.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -191,6 +192,11 @@ class OwnerHistory:
         """Whether some step had a mask of its own, so that only the same steps give the same cache."""
         return any(step.masks for step in self.steps)
 
+    def step_ends(self, *, after: int) -> list[int]:
+        """Positions beyond ``after`` at which a step ended."""
+        ends = itertools.accumulate((step.num_tokens for step in self.steps), initial=self.start)
+        return [end for end in ends if end > after]
+
     def crop(self, length: int) -> None:
         self.start = min(self.start, length)
         self.timed.crop(length)
@@ -286,13 +292,16 @@ class StepInputs:
         if behind == 0:
             return [(start, end)]
         if is_exact or self.masks or self.old.has_step_masks:
-            lengths = [step.num_tokens for step in self.old.steps] + [self.call.num_tokens]
+            ends = [*self.old.step_ends(after=start), end]
         elif is_apart:
-            lengths = _divided(behind, max_tokens) + [self.call.num_tokens]
+            ends = [*_ends(start, self.position, max_tokens), end]
         else:
-            lengths = _divided(end - start, max_tokens)
-        ends = [start + sum(lengths[: number + 1]) for number in range(len(lengths))]
+            ends = _ends(start, end, max_tokens)
         return list(zip([start, *ends[:-1]], ends, strict=True))
+
+    def may_begin_at(self, position: int) -> bool:
+        """Whether a peer that holds so many old tokens can be fed the others."""
+        return not self.old.has_step_masks or position in (self.old.start, *self.old.step_ends(after=self.old.start))
 
     def tensors(self, start: int, end: int, side_names: Collection[str]) -> Named:
         """What the hop that takes ``side_names`` needs for tokens ``[start, end)``, but for the plain mask."""
@@ -337,5 +346,6 @@ class StepInputs:
         return {}
 
 
-def _divided(length: int, most: int) -> list[int]:
-    return [min(most, length - start) for start in range(0, length, most)]
+def _ends(start: int, end: int, most: int) -> list[int]:
+    """Where pieces of at most ``most`` tokens end."""
+    return [min(piece + most, end) for piece in range(start, end, most)]
