@@ -8,6 +8,7 @@ become the history of the next boundary if that is new too.
 
 from __future__ import annotations
 
+import copy
 import secrets
 import threading
 from collections.abc import Callable
@@ -231,10 +232,12 @@ class _Step(Work):
         self._start = length_of(session._past)
         self._step = step
         self._stack = session.swarm.stack
+        self._caches = session._caches
+        self._is_rival = False
 
     async def do_hop(self, hop: Hop, chain: Chain) -> None:
         connection = await chain.connect(hop, "step", self.demand)
-        cache = self.session._caches.setdefault(hop.span, _PeerCache())
+        cache = self._caches.setdefault(hop.span, _PeerCache())
         if cache.replaces:
             connection.send(messages.CloseSession(cache.replaces))
             cache.replaces = ""
@@ -251,14 +254,45 @@ class _Step(Work):
         self.done.append(self.hops.pop(0))
 
     async def replace_hop(self, hop: Hop, hops: tuple[Hop, ...], chain: Chain) -> None:
-        cache = self.session._caches.pop(hop.span, None)
-        if cache is not None:
-            self.session._free(hop, cache)
+        self._drop(hop)
         self.hops[:1] = hops
-        self.session._hops = [*self.done, *self.hops]
+        if not self._is_rival:
+            self.session._hops = [*self.done, *self.hops]
 
     def forget_hop(self, hop: Hop) -> None:
-        self.session._caches.pop(hop.span, None)
+        self._caches.pop(hop.span, None)
+
+    def rival(self, hop: Hop) -> _Step | None:
+        if len(self.hops) > 1 and self._needs_history(self.hops[1]):
+            return None  # the hop is to give the next one its history, too
+        rival = copy.copy(self)
+        rival._is_rival = True
+        rival.hops, rival.done, rival._caches = [hop], [], {}
+        rival.inputs, rival.histories, rival.recorded = {}, dict(self.histories), {}
+        return rival
+
+    def adopt(self, hop: Hop, rival: Work) -> None:
+        assert isinstance(rival, _Step)
+        self._drop(hop)
+        self._caches.update(rival._caches)
+        self.inputs.update(rival.inputs)
+        self.histories.update(rival.histories)
+        self.recorded.update(rival.recorded)
+        self.outputs = rival.outputs
+        self.hops.pop(0)
+        self.done += rival.done
+        self.session._hops = [*self.done, *self.hops]
+
+    def discard(self) -> None:
+        for hop in (*self.done, *self.hops):
+            self._drop(hop)
+
+    def num_past_tokens(self) -> int:
+        return self._position - self._start
+
+    def _drop(self, hop: Hop) -> None:
+        if (cache := self._caches.pop(hop.span, None)) is not None:
+            self.session._free(hop, cache)
 
     def _needs_history(self, hop: Hop) -> bool:
         history = self.histories.get(hop.span.start)
