@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Breakers", "RetryBudget"]
 
 MAX_PEERS = 4096  # remembered; about 400 bytes each
-WINDOW = 16  # outcomes remembered of each peer
+WINDOW = 32  # outcomes remembered of each peer
 MIN_REQUESTS = 8  # outcomes on which a rate of failures is judged, and successes in a row after which all is forgotten
 MAX_FAILED = 0.25  # of them
 MAX_FAILED_IN_A_ROW = 3
@@ -48,9 +48,10 @@ class _Breaker:
 
     def is_failing(self) -> bool:
         outcomes = list(self.outcomes)
-        num_failed = outcomes.count(False)
-        in_a_row = len(outcomes) >= MAX_FAILED_IN_A_ROW and not any(outcomes[-MAX_FAILED_IN_A_ROW:])
-        return in_a_row or (len(outcomes) >= MIN_REQUESTS and num_failed >= MAX_FAILED * len(outcomes))
+        if len(outcomes) >= MAX_FAILED_IN_A_ROW and not any(outcomes[-MAX_FAILED_IN_A_ROW:]):
+            return True
+        num_requests, num_failed = len(outcomes) - 1, outcomes.count(False) - 1  # they are noted from a failure on
+        return num_requests >= MIN_REQUESTS and num_failed >= MAX_FAILED * num_requests
 
 
 class Breakers:
