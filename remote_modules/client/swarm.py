@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from remote_modules.client.history_store import HistoryStore
 from remote_modules.client.router import Router
 from remote_modules.client.stats import StatsRecorder
 from remote_modules.config import ClientConfig
@@ -63,6 +64,10 @@ class Swarm:
         self.hidden_size = hidden_size
         self.num_blocks = stack.num_blocks
         self.router = Router(stack, config, clock=clock, rng=rng, rtt_of=self._rtt_of)
+        self.histories = HistoryStore(
+            memory_bytes=config.history_memory_bytes, dtype=config.history_dtype, folder=config.history_folder
+        )
+        stats.histories = self.histories
         self._discovery = discovery
         self._dialer = dialer
         self._model_key = model_key
@@ -191,6 +196,7 @@ class Swarm:
                 connection.abort()
         await self._dialer.aclose()
         await self._discovery.aclose()
+        self.histories.close()
 
     def _check_open(self) -> None:
         if self._is_closed:
