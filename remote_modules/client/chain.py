@@ -26,7 +26,16 @@ from remote_modules.client.call import CallArguments, Named
 from remote_modules.client.hedging import race, stop
 from remote_modules.client.stats import HopTiming
 from remote_modules.client.swarm import Swarm
-from remote_modules.errors import LocalProtocolError, NoRouteError, PeerError, PeerRefused, PeerTimeout, RefusalReason
+from remote_modules.errors import (
+    LocalProtocolError,
+    NoRouteError,
+    PeerError,
+    PeerRefused,
+    PeerTimeout,
+    PeerUnreachable,
+    RefusalReason,
+    SpanUnavailable,
+)
 from remote_modules.model.tensors import num_bytes
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.peers import short_id
@@ -348,6 +357,10 @@ class Chain:
         instance_id = swarm.router.instance_of(hop.peer_id)
         action = self.recovery.on_hop_failed(hop.peer_id, instance_id, error, now_s=now_s)
         if isinstance(action, GiveUp):
+            is_gone = isinstance(error, PeerUnreachable | PeerTimeout)
+            if is_gone and not swarm.router.has_route(hop.span, work.demand, avoid={hop.peer_id}):
+                text = f"nobody that holds blocks {hop.span} was there until the deadline: {error}"
+                raise SpanUnavailable(text, missing=(hop.span,)) from error
             raise action.error
         logger.warning("hop failed peer=%s span=%s: %s", short_id(hop.peer_id), hop.span, error)
         self._failed_s = self._failed_s or now_s
