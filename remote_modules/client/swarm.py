@@ -257,7 +257,7 @@ class Swarm:
 
     async def _check(self, connection: ClientConnection, instance_id: str) -> None:
         try:
-            await connection.ping(self.config.silence_timeout_s)
+            await connection.ping()
         except PeerError:
             self.router.breakers.fail(connection.peer_id, instance_id, is_hard=True, now_s=self.clock())
         else:

@@ -120,28 +120,25 @@ class ClientConnection(Connection):
                 self._cancel(message.request_id)
         return self._read_reply(event)
 
-    async def ping(self, timeout_s: float) -> None:
-        """Find out whether the peer is alive.
+    async def ping(self) -> None:
+        """Wait for a sign of life.
 
         Raises:
-            PeerTimeout: it says nothing for ``timeout_s``; the connection is given up.
+            PeerTimeout: it says nothing at all for the silence timeout; the connection is given up.
             PeerUnreachable: the connection broke.
         """
         if not self.is_open:
             raise self._unreachable(None)
         pong: asyncio.Future[None] = self._loop.create_future()
         self._pongs.append(pong)
-        if self._ping_sent_s is None:
-            self._ping_sent_s = self._loop.time()
+        self._ping_sent_s = self._ping_sent_s or self._loop.time()
         self.send(messages.Ping(0))
-        timer = self._loop.call_later(timeout_s, self._give_up)
+        self._start_heart()
         try:
             await pong
         finally:
-            timer.cancel()
-
-    def _give_up(self) -> None:
-        self.abort(PeerTimeout(f"peer '{short_id(self.peer_id)}' gives no sign of life", peer_id=self.peer_id))
+            if pong in self._pongs:
+                self._pongs.remove(pong)
 
     def _expire(self, answer: asyncio.Future[MessageReceived], message: messages.Request, timeout_s: float) -> None:
         if not answer.done():
@@ -237,19 +234,20 @@ class ClientConnection(Connection):
         self._heart.heard(self._loop.time())
 
     def _start_heart(self) -> None:
-        if len(self._answers) == 1:
+        if len(self._answers) + len(self._pongs) == 1:
             self._heart.wait_begins(self._loop.time())
         if self._ticker is None:
             self._ticker = self._loop.call_later(self._heart.interval_s, self._tick)
 
     def _tick(self) -> None:
         self._ticker = None
-        beat = self._heart.beat(self._loop.time(), awaits_answer=bool(self._answers))
+        beat = self._heart.beat(self._loop.time(), awaits_answer=bool(self._answers or self._pongs))
         if beat is Beat.DEAD:
-            self._give_up()
+            error = PeerTimeout(f"peer '{short_id(self.peer_id)}' gives no sign of life", peer_id=self.peer_id)
+            self.abort(error)
             return
         if beat is Beat.PING:
             self._ping_sent_s = self._loop.time()
             self.send(messages.Ping(0))
-        if self._answers:
+        if self._answers or self._pongs:
             self._ticker = self._loop.call_later(self._heart.interval_s, self._tick)
