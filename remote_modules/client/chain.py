@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
 from remote_modules.client.adapters import HopAdapter
 from remote_modules.client.answers import AnswerChecker
 from remote_modules.client.call import CallArguments, Named
-from remote_modules.client.hedging import race, stop
+from remote_modules.client.hedging import Hedge, Outrun
 from remote_modules.client.stats import HopTiming
 from remote_modules.client.swarm import Swarm
 from remote_modules.errors import (
@@ -39,7 +39,7 @@ from remote_modules.errors import (
 from remote_modules.model.tensors import num_bytes
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.peers import short_id
-from remote_modules.plan.recovery import GiveUp, Recovery, Replay, Reroute
+from remote_modules.plan.recovery import Failure, GiveUp, Recovery, Replay, Reroute, failure_of
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
 from remote_modules.wire.messages import CallMeta, Output, Request
@@ -107,7 +107,7 @@ class Chain:
     may_hedge: bool = True
     answers: AnswerChecker = field(init=False)
     _failed_s: float | None = None
-    _lagging: asyncio.Future[None] | None = None  # done once the hop's peer is slower than expected
+    _hedge: Hedge[Work] | None = None  # of the hop that is being done
 
     def __post_init__(self) -> None:
         self.answers = AnswerChecker(self.swarm.stack, self.swarm.hidden_size)
@@ -128,15 +128,29 @@ class Chain:
         """
         while work.hops:
             hop = work.hops[0]
+            hedge = self._hedge = self._new_hedge(work, hop)
+            began_s = self.swarm.clock()
             try:
-                if self.may_hedge and self.swarm.router.is_replicated(hop.span):
-                    await self._do_hop_hedged(work, hop)
-                else:
-                    await work.do_hop(hop, self)
+                await work.do_hop(hop, self)
+            except Outrun:
+                assert hedge is not None
+                self._adopt(work, hop, hedge, self.swarm.clock() - began_s)
             except PeerError as exc:
-                await self._recover(work, hop, exc)
+                if hedge is None or failure_of(exc) is Failure.BAD_REQUEST or await hedge.outcome() is None:
+                    await self._recover(work, hop, exc)
+                else:
+                    self.recovery.blame(
+                        hop.peer_id, self.swarm.router.instance_of(hop.peer_id), exc, now_s=self.swarm.clock()
+                    )
+                    self._adopt(work, hop, hedge)
             else:
                 self._succeed(hop)
+                if hedge is not None and hedge.won is not None:
+                    hedge.won.discard()
+            finally:
+                self._hedge = None
+                if hedge is not None:
+                    await hedge.stop()
 
     async def route(self, blocks: Span, demand: Demand, *, is_shared: bool = False) -> tuple[Hop, ...]:
         """A route for ``blocks``, waiting for peers to appear until the deadline.
@@ -232,15 +246,18 @@ class Chain:
         timeout_s = min(timeout_s, max(0.1, self.recovery.deadline_s - swarm.clock()))
         message = msgspec.structs.replace(message, tensors=metas, timeout_s=timeout_s)
         began_s, moved = swarm.clock(), connection.bytes_sent + connection.bytes_received
-        timer = self._watch(swarm.router.patience_s(hop, kind, work))
+        hedge = self._hedge
+        if hedge is not None:
+            patience_s = swarm.router.patience_s(hop, kind, work)
+            hedge.request_begins(patience_s, partial(connection.abandon, message.request_id))
         try:
             output, replies = await connection.request(message, body, timeout_s=timeout_s)
         except PeerTimeout:
             swarm.router.estimator.miss(hop.peer_id)
             raise
         finally:
-            if timer is not None:
-                timer.cancel()
+            if hedge is not None:
+                hedge.request_ends()
             swarm.count_bytes(connection)
         took_s = swarm.clock() - began_s
         moved = connection.bytes_sent + connection.bytes_received - moved
@@ -258,18 +275,6 @@ class Chain:
         """See `AnswerChecker.check_gradients`."""
         return self.answers.check_gradients(hop, grads, inputs, of_outputs)
 
-    def _watch(self, patience_s: float) -> asyncio.TimerHandle | None:
-        """Note after a while that the hop's peer is slower than expected, if there is somebody to tell."""
-        lagging = self._lagging
-        if lagging is None or math.isinf(patience_s):
-            return None
-
-        def note() -> None:
-            if not lagging.done():
-                lagging.set_result(None)
-
-        return asyncio.get_running_loop().call_later(patience_s, note)
-
     def _note(self, hop: Hop, num_tokens: int, took_s: float, output: Output) -> None:
         self.timings.append(
             HopTiming(
@@ -281,69 +286,60 @@ class Chain:
             )
         )
 
-    async def _do_hop_hedged(self, work: Work, hop: Hop) -> None:
-        """Do the next hop, or have it done by others if its peer is slow."""
-        loop = asyncio.get_running_loop()
-        self._lagging = loop.create_future()
-        began_s = self.swarm.clock()
-        first = loop.create_task(work.do_hop(hop, self))
-        try:
-            await asyncio.wait([first, self._lagging], return_when=asyncio.FIRST_COMPLETED)
-            is_outrun = not first.done() and await self._hedge(work, hop, first)
-        finally:
-            self._lagging = None
-            await stop(first)
-        if not is_outrun:
-            first.result()
-            return
-        now_s = self.swarm.clock()
-        if first.cancelled():
-            self.swarm.router.measurements.observe_lag(hop.peer_id, now_s - began_s, now_s=now_s)
-            self.swarm.check_soon(hop.peer_id, "step")
-            self.swarm.check_soon(hop.peer_id, "bulk")
-        elif isinstance(error := first.exception(), PeerError):
-            self.recovery.blame(hop.peer_id, self.swarm.router.instance_of(hop.peer_id), error, now_s=now_s)
+    def _new_hedge(self, work: Work, hop: Hop) -> Hedge[Work] | None:
+        if not (self.may_hedge and self.swarm.router.is_replicated(hop.span)):
+            return None
+        return Hedge(partial(self._do_elsewhere, work, hop))
 
-    async def _hedge(self, work: Work, hop: Hop, first: asyncio.Task[None]) -> bool:
-        """Have other peers do the hop that is under way: whether they were faster, and their work was adopted."""
+    async def _do_elsewhere(self, work: Work, hop: Hop, hedge: Hedge[Work]) -> Work | None:
+        """Have other peers do the hop that is under way: what they did, or None."""
         swarm = self.swarm
         rival = work.rival(hop)
         hops = None if rival is None else swarm.router.find_rival(hop, work.demand)
         if rival is None or hops is None:
-            return False
+            return None
         replay_s = swarm.router.replay_seconds(hops, work.demand, work.num_past_tokens())
-        await asyncio.wait([first], timeout=min(replay_s, swarm.config.silence_timeout_s))
-        if first.done() or not swarm.router.budget.take(now_s=swarm.clock(), keep=HEDGE_RESERVE):
-            return False
+        await hedge.hold_back(min(replay_s, swarm.config.silence_timeout_s))
+        if not swarm.router.budget.take(now_s=swarm.clock(), keep=HEDGE_RESERVE):
+            return None
         swarm.router.claim(hops)
         swarm.stats.hedges += 1
         logger.info("hop is slow peer=%s span=%s, asking others too", short_id(hop.peer_id), hop.span)
         chain = Chain(swarm, self.recovery, may_hedge=False)
-        second = asyncio.get_running_loop().create_task(chain._do_elsewhere(rival, hop, hops))
-        is_outrun = False
+        is_done = False
         try:
-            is_outrun = await race(first, second)
+            is_done = await chain._do_all(rival, hop, hops)
         finally:
-            if not is_outrun:
+            if not is_done:
                 rival.discard()
-        if is_outrun:
-            swarm.stats.hedges_won += 1
-            swarm.stats.failovers += 1
-            self.timings += chain.timings
-            work.adopt(hop, rival)
-        return is_outrun
+        self.timings += chain.timings
+        return rival if is_done else None
 
-    async def _do_elsewhere(self, rival: Work, hop: Hop, hops: tuple[Hop, ...]) -> None:
-        await rival.replace_hop(hop, hops, self)
-        while rival.hops:
-            hop = rival.hops[0]
-            try:
+    async def _do_all(self, rival: Work, hop: Hop, hops: tuple[Hop, ...]) -> bool:
+        """Do all hops of a rival, once; whether none failed."""
+        try:
+            await rival.replace_hop(hop, hops, self)
+            while rival.hops:
+                hop = rival.hops[0]
                 await rival.do_hop(hop, self)
-            except PeerError as exc:
-                instance_id, now_s = self.swarm.router.instance_of(hop.peer_id), self.swarm.clock()
-                self.recovery.blame(hop.peer_id, instance_id, exc, now_s=now_s)
-                raise
-            self._succeed(hop)
+                self._succeed(hop)
+        except PeerError as exc:
+            instance_id = self.swarm.router.instance_of(hop.peer_id)
+            self.recovery.blame(hop.peer_id, instance_id, exc, now_s=self.swarm.clock())
+            return False
+        return True
+
+    def _adopt(self, work: Work, hop: Hop, hedge: Hedge[Work], waited_s: float | None = None) -> None:
+        """Go on from what others did; find out about the peer that let us wait so long."""
+        swarm = self.swarm
+        assert hedge.won is not None
+        work.adopt(hop, hedge.won)
+        swarm.stats.hedges_won += 1
+        swarm.stats.failovers += 1
+        if waited_s is not None:
+            swarm.router.measurements.observe_lag(hop.peer_id, waited_s, now_s=swarm.clock())
+            swarm.check_soon(hop.peer_id, "step")
+            swarm.check_soon(hop.peer_id, "bulk")
 
     def _succeed(self, hop: Hop) -> None:
         self.recovery.on_hop_done(hop.peer_id, self.swarm.router.instance_of(hop.peer_id))

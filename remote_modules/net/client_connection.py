@@ -140,6 +140,12 @@ class ClientConnection(Connection):
             if pong in self._pongs:
                 self._pongs.remove(pong)
 
+    def abandon(self, request_id: int, error: Exception) -> None:
+        """Let a request fail with ``error``; the peer is told that nobody waits any more."""
+        answer = self._answers.get(request_id)
+        if answer is not None and not answer.done():
+            answer.set_exception(error)
+
     def _expire(self, answer: asyncio.Future[MessageReceived], message: messages.Request, timeout_s: float) -> None:
         if not answer.done():
             text = f"a {messages.kind_of(message)} of blocks {message.start}:{message.end} within {timeout_s:.1f} s"
