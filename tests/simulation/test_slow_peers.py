@@ -184,6 +184,46 @@ def test_pass_without_a_session_that_a_peer_does_not_answer_is_done_by_another()
     run(main)
 
 
+@pytest.mark.parametrize(
+    ("spans", "slow_span"),
+    [(("0:4", "0:2", "2:4"), "0:4"), (("0:2", "2:4", "0:4"), "0:2"), (("0:2", "2:4", "0:4"), "2:4")],
+    ids=["one-by-two", "first-by-longer", "last-by-longer"],
+)
+def test_rivals_may_have_other_cuts(spans: tuple[str, ...], slow_span: str) -> None:
+    async def main() -> None:
+        spares = tuple(spans[1:]) if slow_span == "0:4" else ("0:4",)
+        swarm = await started(spans)
+        spare_ids = tuple(peer.identity.peer_id for peer in swarm.peers if str(peer.span) in spares)
+        (slow,) = (peer for peer in swarm.peers if str(peer.span) == slow_span)
+        swarm.config = ClientConfig(blocked_peers=spare_ids)
+        client = swarm.client()
+        generation = Generation(client, swarm)
+        await generation.steps(6)
+        for _ in range(4):
+            await train(client, swarm)
+        inputs = model().embed(torch.tensor([[4, 8, 15, 16]]))
+        outputs, _, segments = await forward(client, blocks_of(model()), {"hidden_states": inputs}, call_of(inputs))
+        client.config = ClientConfig()
+        await client.refresh()
+        slow_down(slow, 30.0)
+        assert await generation.step() < 1.5
+        assert client.stats.hedges_won == 1
+        assert slow.identity.peer_id not in {hop.peer_id for hop in generation.session.route}
+        await generation.steps(3)
+        began_s = swarm.clock()
+        grads, _ = await backward(client, segments, {"hidden_states": torch.ones_like(inputs)}, call_of(inputs))
+        assert swarm.clock() - began_s < 1.5
+        assert client.stats.hedges_won == 2
+        expected, expected_grad = local_pass(model(), inputs, torch.ones_like(inputs))
+        assert torch.equal(outputs["hidden_states"], expected)
+        assert torch.equal(grads["hidden_states"], expected_grad)
+        await generation.session.close()
+        await asyncio.sleep(70.0)
+        await settled(swarm, client)
+
+    run(main)
+
+
 def test_nobody_else_holds_the_blocks_slow_peer_is_waited_for() -> None:
     async def main() -> None:
         swarm = await started(("0:2", "2:4"))
