@@ -406,14 +406,15 @@ def test_route_in_use_is_left_only_for_one_that_is_a_good_deal_cheaper() -> None
     for rtt_s, taken in ((0.085, "a=0:8"), (0.06, "b=0:8")):
         used, other = peer("a", "0:8", rtt_s=0.1), peer("b", "0:8", rtt_s=rtt_s)
         routes = {
-            show(find_route(Span(0, 8), [used, other], FREE, rng=Random(seed), keep={"a"})) for seed in range(100)
+            show(find_route(Span(0, 8), [used, other], FREE, rng=Random(seed), keep={PeerId("a")}))
+            for seed in range(100)
         }
         assert routes == {taken}
 
 
 def test_nothing_in_use_best_is_taken() -> None:
     used, other = peer("a", "0:8", rtt_s=0.1), peer("b", "0:8", rtt_s=0.085)
-    assert show(find_route(Span(0, 8), [used, other], FREE, rng=Random(0), keep={"c"})) == "b=0:8"
+    assert show(find_route(Span(0, 8), [used, other], FREE, rng=Random(0), keep={PeerId("c")})) == "b=0:8"
 
 
 @settings(max_examples=150, deadline=None)

@@ -87,7 +87,8 @@ def test_several_routes_of_one_call_are_spread_more_evenly_than_by_chance() -> N
 
 def test_route_tells_what_its_slowest_peer_has_free() -> None:
     (route,) = spread(Span(0, 4), [peer("a", "0:2", 1000.0, load=1), peer("b", "2:4", 3000.0)], NEAR, rng=Random(0))
-    assert route == SpreadRoute(route.hops, pytest.approx(250.0))  # 1,000 tokens/s, two blocks, one request ahead
+    assert route == SpreadRoute(route.hops, route.tokens_per_s)
+    assert route.tokens_per_s == pytest.approx(250.0)  # 1,000 tokens/s, two blocks, one request ahead
 
 
 def test_far_slower_peers_get_nothing_of_a_lone_pass_where_others_do() -> None:

@@ -405,7 +405,7 @@ def fail_some(peer: SimulatedPeer, rng: Random, part: float) -> list[float]:
             raise RuntimeError("a gray failure")
         return await work(priority, job)
 
-    executor.run = run_some  # type: ignore[method-assign]
+    executor.run = run_some  # type: ignore[assignment,method-assign]
     return asked
 
 
