@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from remote_modules.plan.throughput import Capacity, Floats, Holder, Layout, coverage
 from remote_modules.spans import Span
@@ -39,16 +40,19 @@ def choose_span(layout: Layout, capacity: Capacity, holders: Sequence[Holder]) -
     return best_span(layout, capacity, totals)[0]
 
 
-def best_span(layout: Layout, capacity: Capacity, totals: Floats) -> tuple[Span, float]:
+def best_span(
+    layout: Layout, capacity: Capacity, totals: Floats, *, allowed: NDArray[np.bool_] | None = None
+) -> tuple[Span, float]:
     """`choose_span`, and the bottleneck with it.
 
     Args:
         totals: ``[num_blocks]`` throughput of each block without this server, tokens per second.
+        allowed: ``[K, K]`` legal spans, from cut to cut; None: all that fit into ``capacity``.
     """
-    heights = layout.heights(capacity)
-    legal = layout.legal(capacity)
+    legal = layout.legal(capacity) if allowed is None else allowed
     if not legal.any():
         raise ValueError(_too_small(layout, capacity))
+    heights = layout.heights(capacity)
     bottlenecks = np.where(legal, _bottlenecks(layout, totals, heights), -1.0)
     best = float(bottlenecks.max())
     sums = np.concatenate(([0.0], np.cumsum(pressure(totals, capacity.tokens_per_s))))[layout.bounds]

@@ -138,6 +138,12 @@ class Layout:
             legal &= (lengths == lengths.max(axis=1)[:, None]) & (lengths == lengths.max(axis=0)[None, :])
         return legal
 
+    def allows(self, span: Span, capacity: Capacity) -> bool:
+        """Whether a server may hold ``span``."""
+        start, end = np.searchsorted(self.bounds, (span.start, span.end))
+        is_at_cuts = end < len(self.bounds) and self.bounds[start] == span.start and self.bounds[end] == span.end
+        return bool(is_at_cuts and self.legal(capacity)[start, end])
+
     def longest(self, capacity: Capacity) -> int:
         """Blocks of the longest span that a server may hold; 0 if there is none."""
         return int(np.max(self.lengths, where=self.legal(capacity), initial=0))
