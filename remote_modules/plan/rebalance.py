@@ -260,9 +260,9 @@ def _totals(layout: Layout, members: Sequence[Member]) -> Floats:
 
 
 def _without(totals: Floats, member: Member) -> Floats:
-    rest = totals.copy()
+    rest: Floats = totals.copy()
     rest[member.span.start : member.span.end] -= member.holder.throughput
-    rest.clip(min=0.0, out=rest)
+    np.maximum(rest, 0.0, out=rest)
     return rest
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from remote_modules.plan.exhaustive import better_spans
 from remote_modules.plan.search import SHARPENING, Search
-from remote_modules.plan.throughput import Capacity, Layout, span_throughput
+from remote_modules.plan.throughput import Capacity, Layout
 from remote_modules.spans import Span
 
 if TYPE_CHECKING:
@@ -67,9 +67,7 @@ def bottleneck_of(layout: Layout, capacities: Sequence[Capacity], spans: Sequenc
     totals = np.zeros(layout.num_blocks)
     for capacity, span in zip(capacities, spans, strict=True):
         if span is not None:
-            totals[span.start : span.end] += span_throughput(
-                capacity.tokens_per_s, len(span), capacity.network_tokens_per_s
-            )
+            totals[span.start : span.end] += capacity.throughput(len(span))
     return float(totals.min())
 
 
