@@ -5,7 +5,7 @@ Two reasons to move::
     healing    a block is held by nobody. Those go first who leave nothing bare meanwhile, then those who cover most
     balance    the level of the swarm would rise by `Rule.min_gain`. The greatest gain goes first
 
-No move takes the last holder from a block. The *level* is the bottleneck, smoothed (`plan.search`): where two weak places
+No move takes the last holder from a block. The *level* is the bottleneck, smoothed (`plan.search`): where two places
 have to be helped before the bottleneck rises, the first move counts already. Groups of servers that would have to
 move together are looked for too; their gain is divided among them, and they move one after the other.
 

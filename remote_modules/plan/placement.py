@@ -1,4 +1,4 @@
-"""Which blocks a joining server should hold, and how many fit into its memory.
+"""Which blocks a joining server should hold.
 
 A swarm is as fast as its weakest block (`plan.throughput`), so a newcomer goes where it raises the least throughput
 most. Pure arithmetic over what the other servers announced.
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from remote_modules.plan.throughput import Capacity, Floats, Holder, Layout, coverage
 from remote_modules.spans import Span
 
-__all__ = ["best_span", "bottlenecks_with", "choose_span", "num_blocks_that_fit", "pressure"]
+__all__ = ["best_span", "bottlenecks_with", "choose_span", "pressure"]
 
 # Of two blocks, one with throughput 10 % of the mean below the other counts e**1.6 = 5 times as much.
 SHARPNESS = 16.0
@@ -101,36 +101,8 @@ def _too_small(layout: Layout, capacity: Capacity) -> str:
             f"{capacity.max_blocks} blocks are too few: the shortest span that may be served has {shortest}, as spans "
             f"may begin and end only at {ends}"
         )
-    return f"no span fits into {capacity.room_bytes:.0f} bytes: use a smaller KV budget, quantization or another device"
-
-
-def num_blocks_that_fit(
-    *,
-    block_bytes: int,
-    kv_bytes_per_token_block: int,
-    kv_tokens: int,
-    free_bytes: int,
-    workspace_bytes: int,
-    num_blocks: int,
-) -> int:
-    """How many blocks a device can hold with their KV cache, at most ``num_blocks``.
-
-    Args:
-        block_bytes: weights of one block, as stored.
-        kv_bytes_per_token_block: keys and values of one token in one block.
-        kv_tokens: tokens, over all sessions, that every block must have room for.
-        free_bytes: free on the device now, not its total.
-        workspace_bytes: kept for activations, whatever the number of blocks.
-
-    Raises:
-        ValueError: not even one fits.
-    """
-    kv_bytes = kv_bytes_per_token_block * kv_tokens
-    fitting = (free_bytes - workspace_bytes) // (block_bytes + kv_bytes)
-    if fitting < 1:
-        raise ValueError(
-            f"one block needs {block_bytes + kv_bytes + workspace_bytes} bytes (weights {block_bytes}, "
-            f"KV cache of {kv_tokens} tokens {kv_bytes}, workspace {workspace_bytes}), "
-            f"but {free_bytes} are free; lower the KV budget or use another device"
-        )
-    return min(fitting, num_blocks)
+    needed, free = layout.smallest_bytes, capacity.room_bytes
+    return (
+        f"the smallest span needs {needed:.0f} bytes with its KV cache and {free:.0f} are free: no span fits; use a "
+        "smaller KV budget, quantization or another device"
+    )

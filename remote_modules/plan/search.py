@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SHARPENING", "Place", "Search"]
 
-SHARPENING = (8.0, 16.0, 32.0, 64.0)
+SHARPENING = (8.0, 24.0, 64.0)
 FINEST = 64.0
 ANYWHERE_SHARE = 0.3  # of the crowds
 NEAR = 2  # cuts between neighbours
@@ -56,15 +56,17 @@ class Search:
         count = len(self.weights)
         self.totals = np.zeros(count) if base is None else np.minimum.reduceat(base, layout.bounds[:-1])
         self.sums = np.zeros(2 * count + 1)
-        self.windows = np.lib.stride_tricks.sliding_window_view(self.sums[1:], count)[:count]
-        self._reliefs: dict[tuple[int, float], Floats] = {}
+        self.behind = np.zeros(2 * count + 1)  # zeros where there is nothing behind
+        self.sum_windows = np.lib.stride_tricks.sliding_window_view(self.sums[1:], count)[:count]
+        self.behind_windows = np.lib.stride_tricks.sliding_window_view(self.behind[1:], count)[:count]
+        self._left: dict[tuple[int, float], Floats] = {}
 
-    def relief(self, index: int, sharpness: float) -> Floats:
-        """For each place of a server, the share of a block's pressure that it takes away."""
+    def left(self, index: int, sharpness: float) -> Floats:
+        """For each place of a server, the share of a block's pressure that stays there."""
         key = (index, sharpness)
-        found = self._reliefs.get(key)
+        found = self._left.get(key)
         if found is None:
-            found = self._reliefs[key] = -np.expm1(self.heights[index] * (-sharpness / self.scale))
+            found = self._left[key] = np.exp(self.heights[index] * (-sharpness / self.scale))
         return found
 
     def turn(self, servers: Sequence[int], sharpness: float) -> bool:
@@ -85,16 +87,20 @@ class Search:
             self.turn(servers, sharpness)
 
     def best_place(self, index: int, sharpness: float) -> Place:
-        """Where a server that is taken out relieves most; of equals the lowest start, then the narrowest."""
-        relief = self.relief(index, sharpness)
-        count, width = len(self.totals), relief.shape[1]
-        needs = np.exp(self.totals * (-sharpness / self.scale))
+        """Where a server that is taken out leaves the least pain; of equals the lowest start, then the narrowest."""
+        left = self.left(index, sharpness)
+        count, width = len(self.totals), left.shape[1]
+        needs = np.exp((self.totals.min() - self.totals) * (sharpness / self.scale))
         needs *= self.weights
         needs.cumsum(out=self.sums[1 : count + 1])
         self.sums[count + 1 :] = self.sums[count]
-        gains = self.windows[:, :width] - self.sums[:count, None]
-        gains *= relief
-        start, further = divmod(int(gains.argmax()), width)
+        needs[::-1].cumsum(out=self.behind[count - 1 :: -1])
+        # before the span, behind it, and inside of it: sums of what is left, not differences, which would drown in 1.0
+        pains = self.sum_windows[:, :width] - self.sums[:count, None]
+        pains *= left
+        pains += self.sums[:count, None]
+        pains += self.behind_windows[:, :width]
+        start, further = divmod(int(pains.argmin()), width)
         return start, further
 
     def take(self, index: int) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["assign_spans", "bottleneck_bound", "bottleneck_of"]
 
 EQUAL = 1e-9
-QUICK, THOROUGH = 40, 1000  # kicks
+QUICK, THOROUGH = 30, 1000  # kicks
 KICK_SIZES = (3, 4, 5)  # servers that are taken out
 WORSE, WORSE_SHARE = 0.003, 0.3  # some kicks may lower the level by so much of the bound
 MAX_TURNS = 2  # of all servers at each sharpness, to begin with

@@ -139,7 +139,7 @@ def _drop_one(layout: Layout, draft: _Draft, rng: Random, num_kicks: int) -> tup
     tries = []
     for index in slowest:
         rest = draft.servers[:index] + draft.servers[index + 1 :]
-        tries.append((_Draft.of(layout, rest, rng, num_kicks), draft.servers[index]))
+        tries.append((_Draft.of(layout, rest, rng, num_kicks // 4), draft.servers[index]))
     less, gone = max(tries, key=lambda tried: tried[0].power)
     if less.power < draft.power * (1 + MIN_POWER_GAIN):
         return None

@@ -132,6 +132,11 @@ class Layout:
         bytes_: Floats = sums[None, :] - sums[:, None]
         return bytes_
 
+    @property
+    def smallest_bytes(self) -> float:
+        """What the least of all spans needs; there must be sizes."""
+        return float(np.diff(np.concatenate(([0.0], np.cumsum(self.block_bytes)))[self.bounds]).min())
+
     def legal(self, capacity: Capacity) -> NDArray[np.bool_]:
         """``[K, K]``: whether a server may hold the blocks from one cut to another."""
         legal = (self.lengths > 0) & (self.lengths <= capacity.max_blocks)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from remote_modules.peers import PeerRecord, PeerState
-from remote_modules.plan.placement import choose_span
 from remote_modules.plan.election import members_of
+from remote_modules.plan.placement import choose_span
 from remote_modules.plan.throughput import Capacity, Layout
 from remote_modules.spans import Span
 
