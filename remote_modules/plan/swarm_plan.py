@@ -23,7 +23,7 @@ from remote_modules.spans import Span, missing_spans
 if TYPE_CHECKING:
     from random import Random
 
-__all__ = ["Dropped", "PlannedServer", "SwarmPlan", "num_hops", "plan_swarm", "token_s"]
+__all__ = ["Dropped", "PlannedServer", "SwarmPlan", "lengthened", "num_hops", "plan_swarm", "token_s"]
 
 MIN_POWER_GAIN = 0.01  # by dropping a server
 MAX_TRIES = 3  # servers to drop, looked at for each that is dropped
@@ -119,7 +119,7 @@ class _Draft:
         capacities = [server.capacity for server in servers]
         found = assign_spans(layout, capacities, rng=rng, num_kicks=num_kicks)
         spans = [span or layout.first(capacity) for span, capacity in zip(found, capacities, strict=True)]
-        spans = _lengthened(layout, capacities, spans)
+        spans = lengthened(layout, capacities, spans)
         return cls(servers, spans, bottleneck_of(layout, capacities, spans), token_s(layout, servers, spans))
 
     @property
@@ -150,7 +150,7 @@ def _drop_one(layout: Layout, draft: _Draft, rng: Random, num_kicks: int) -> tup
     return less, Dropped(gone.name, reason)
 
 
-def _lengthened(layout: Layout, capacities: Sequence[Capacity], spans: list[Span]) -> list[Span]:
+def lengthened(layout: Layout, capacities: Sequence[Capacity], spans: list[Span]) -> list[Span]:
     """Longer spans where the bottleneck stays and there are fewer hops for it."""
     fewest = num_hops(layout.num_blocks, spans)
     if not fewest:

@@ -5,7 +5,8 @@ from random import Random
 
 import pytest
 
-from remote_modules.plan.swarm_plan import PlannedServer, SwarmPlan, num_hops, plan_swarm, token_s
+from remote_modules.plan.solver import bottleneck_of
+from remote_modules.plan.swarm_plan import PlannedServer, SwarmPlan, lengthened, num_hops, plan_swarm, token_s
 from remote_modules.plan.throughput import Capacity, Layout
 from remote_modules.spans import Span
 
@@ -71,14 +72,14 @@ def test_two_servers_of_one_name_are_refused() -> None:
 
 
 def test_spans_grow_where_that_saves_hops_and_costs_nothing() -> None:
-    """Of links that carry 5 tokens per second, eight blocks cost as little as four."""
-    links = [
-        PlannedServer(name=name, capacity=Capacity(tokens_per_s=40.0, max_blocks=8, network_tokens_per_s=5.0))
-        for name in "ab"
-    ]
-    plan = planned(8, *links, may_drop=False)
-    assert plan.bottleneck_tokens_per_s == 10.0
-    assert plan.num_hops == 1
+    """Of links that carry 5 tokens per second, eight blocks cost as little as four; a server that is full stays."""
+    link = Capacity(tokens_per_s=40.0, max_blocks=8, network_tokens_per_s=5.0)
+    full = Capacity(tokens_per_s=20.0, max_blocks=4)
+    layout, capacities = Layout(8), [link, link, full, full]
+    spans = [Span(0, 4), Span(4, 8), Span(0, 4), Span(4, 8)]
+    longer = lengthened(layout, capacities, spans)
+    assert longer == [Span(0, 8), *spans[1:]]
+    assert bottleneck_of(layout, capacities, longer) == bottleneck_of(layout, capacities, spans) == 10.0
 
 
 @pytest.mark.parametrize(
