@@ -17,6 +17,7 @@ from remote_modules.cli.bench import bench
 from remote_modules.cli.chat import chat
 from remote_modules.cli.demo import demo
 from remote_modules.cli.generate import generate
+from remote_modules.cli.plan import plan
 from remote_modules.cli.serve import serve
 from remote_modules.cli.status import status
 from remote_modules.cli.tracker import tracker
@@ -111,6 +112,7 @@ for _command, _example in (
     (tracker, "remote-modules tracker --port 8000"),
     (serve, "remote-modules serve Qwen/Qwen3-8B --tracker http://tracker.example:8000 --host 0.0.0.0"),
     (status, "remote-modules status pydoc-2m --tracker http://127.0.0.1:8000"),
+    (plan, "remote-modules plan meta-llama/Llama-3.3-70B-Instruct --peers peers.toml --quantization nf4"),
     (generate, 'remote-modules generate pydoc-2m --prompt "The function returns a" --tracker http://127.0.0.1:8000'),
     (chat, "remote-modules chat Qwen/Qwen3-8B --tracker http://tracker.example:8000"),
     (demo, "remote-modules demo --max-new-tokens 60"),

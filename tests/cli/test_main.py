@@ -9,7 +9,7 @@ from remote_modules.errors import RemoteModulesError
 
 from .program import TIMEOUT_S, invoke, running
 
-COMMANDS = ("tracker", "serve", "status", "generate", "chat", "demo", "bench")
+COMMANDS = ("tracker", "serve", "status", "plan", "generate", "chat", "demo", "bench")
 
 
 def test_help_names_every_command() -> None:
