@@ -213,7 +213,7 @@ class Handler:
                 output, body = session.last_reply
                 return msgspec.structs.replace(output, request_id=request.request_id), body
             try:
-                return await self._new_step(request, session, blocks, tensors, adapter, connection_id)
+                return await self._new_step(request, session, blocks, tensors, adapter)
             except PeerRefused:
                 if session.last_reply is None:  # it did no step yet: as if it had never been opened
                     self.sessions.close(session.session_id)
@@ -249,7 +249,6 @@ class Handler:
         blocks: Span,
         tensors: RequestTensors,
         adapter: Adapter | None,
-        connection_id: int,
     ) -> Reply:
         call, num_tokens = request.call, request.call.num_tokens
         position, rows, most_rows = check_ops(
@@ -271,15 +270,18 @@ class Handler:
         if rows != call.rows:
             refuse(f"the session has {rows} rows, got {call.rows}")
         mask = whole_mask(request, session.mask, tensors.attention_mask, position + num_tokens)
+        rows_before = session.rows
         self.sessions.reserve(session, rows=max(rows, most_rows), tokens=position + num_tokens)
         arguments = owner_arguments(call, tensors, mask, adapter)
         cache, ops, wanted = session.cache, request.ops, request.num_outputs
         priority = Priority.DECODE if num_tokens == 1 else Priority.PREFILL
         work = lambda: self.engine.step(cache, blocks, ops, tensors, arguments, wanted)  # noqa: E731
         try:
-            timed = await self._run(request, connection_id, priority, work)
+            timed = await self._run(request, session.connection_id or 0, priority, work)
         except BaseException as exc:
-            if not (isinstance(exc, PeerRefused) and exc.reason is RefusalReason.BUSY):  # which is said before any work
+            if isinstance(exc, PeerRefused) and exc.reason is RefusalReason.BUSY:  # it was not begun
+                session.rows = rows_before
+            else:
                 self.sessions.close(session.session_id)  # its cache may be half written
             raise
         if most_rows > rows and not session.is_closed:

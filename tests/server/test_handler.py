@@ -688,6 +688,8 @@ def test_step_refused_as_busy_leaves_its_session_as_it_was(engine: Engine) -> No
         waiting = asyncio.create_task(forward(client, hidden()))
         await turns()
         assert (await refusal_of(session.step(hidden(1, 1), ops=(crop(2),), position=2)))[0] is RefusalReason.BUSY
+        double = {"ops": (select(ROWS),), "tensors": {ROWS: torch.tensor([0, 0])}}
+        assert (await refusal_of(session.step(hidden(2, 1), **double)))[0] is RefusalReason.BUSY
         assert peer.num_sessions == 1
         gate.open()
         await asyncio.gather(blocker, waiting)
