@@ -103,7 +103,9 @@ class SpoiledEngine(Engine):
         spoil: gets the number of the call and the outputs; returns what is answered, or raises.
     """
 
-    def __init__(self, engine: Engine, spoil: Callable[[int, dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    def __init__(
+        self, engine: Engine, spoil: Callable[[int, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+    ) -> None:
         super().__init__(engine.model)
         self._spoil = spoil
         self.calls = 0

@@ -94,16 +94,16 @@ class FaultLog:
         assert (at_most is None) is not (at_least is None)
         limit = at_most if at_most is not None else at_least
         assert limit is not None
-        record = Record(
-            row, injected, fired, outcome, figure, unit, limit, at_least is not None, clock, self._test
-        )
+        record = Record(row, injected, fired, outcome, figure, unit, limit, at_least is not None, clock, self._test)
         is_timed = clock == "real" and unit in ("s", "ms", "MB")
         assert is_timed or record.is_met, f"{row}: {figure} {unit}, limit {limit}"
         self.records.append(record)
 
     def write(self) -> None:
         """Append the records to the file that the environment names, if it does."""
-        assert {record.row for record in self.records} == set(self.rows), "a row that the test is marked with is missing"
+        assert {record.row for record in self.records} == set(self.rows), (
+            "a row that the test is marked with is missing"
+        )
         path = os.environ.get(VARIABLE)
         if path:
             with open(path, "a", encoding="utf-8") as file:

@@ -195,9 +195,7 @@ def open_protocol() -> Protocol:
     client, server = (Protocol(role, max_body_bytes=1 << 20) for role in (Role.CLIENT, Role.SERVER))
     client.send(messages.ClientHello(messages.VERSION_MAJOR, messages.VERSION_MINOR, bytes(32), 1 << 20))
     server.receive_data(b"".join(client.data_to_send()))
-    hello = messages.ServerHello(
-        messages.VERSION_MAJOR, messages.VERSION_MINOR, bytes(32), bytes(64), "first", 1 << 20
-    )
+    hello = messages.ServerHello(messages.VERSION_MAJOR, messages.VERSION_MINOR, bytes(32), bytes(64), "first", 1 << 20)
     server.send(hello)
     client.receive_data(b"".join(server.data_to_send()))
     client.events_received()
