@@ -83,7 +83,7 @@ class Protocol:
         self.state = State.START
         self.max_body_bytes = max_body_bytes
         self.their_max_body_bytes = 0
-        self.minor = messages.VERSION_MINOR  # spoken here: from the hello on, the lower of both sides'
+        self.their_minor = 0
         self._reader = FrameReader(max_body_bytes=HELLO_BODY_BYTES)
         self._events: list[MessageReceived] = []
         self._outgoing: list[Buffer] = []
@@ -151,7 +151,7 @@ class Protocol:
                 self._check_version(message.major, message.minor)
             if isinstance(message, messages.ClientHello | messages.ServerHello):
                 self.their_max_body_bytes = message.max_body_bytes
-                self.minor = min(message.minor, messages.VERSION_MINOR)
+                self.their_minor = message.minor
             self._advance(message)
             self._events.append(MessageReceived(message, frame.body))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +95,23 @@ def in_use(swarm: SimulatedSwarm, client: Swarm, hop: int) -> SimulatedPeer:
 
 def others(swarm: SimulatedSwarm, peer: SimulatedPeer) -> list[SimulatedPeer]:
     return [other for other in swarm.peers if other is not peer and other.span == peer.span]
+
+
+@contextmanager
+def watching(model: Any, clock: Callable[[], float]) -> Iterator[list[float]]:
+    """The times at which a model is called; `gap_s` tells what a person at the screen sees of a fault."""
+    times: list[float] = []
+    handle = model.get_input_embeddings().register_forward_pre_hook(lambda *_: times.append(clock()))
+    try:
+        yield times
+    finally:
+        handle.remove()
+
+
+def gap_s(times: list[float]) -> float:
+    """The longest time between two calls, less an ordinary one."""
+    gaps = sorted(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+    return gaps[-1] - gaps[len(gaps) // 2]
 
 
 class SpoiledEngine(Engine):

@@ -151,7 +151,8 @@ def render(records: list[Record]) -> str:
         own = [record for record in records if record.row == name]
         lines += [_line(name, row.fault, record) for record in sorted(own, key=lambda r: (r.test, r.injected))]
         if not own:
-            lines.append(f"| {name} | {row.fault} | not yet: {LATER.get(name, "nothing was measured")} | | | | | | |")
+            reason = LATER.get(name, "nothing was measured")
+            lines.append(f"| {name} | {row.fault} | not yet: {reason} | | | | | | |")
     lines += ["", "## The bars, and the tests", "", "| row | bar | tests | more, elsewhere |", "|---|---|---|---|"]
     for name, row in ROWS.items():
         tests = sorted(test for test, rows in marked_tests().items() if name in rows)

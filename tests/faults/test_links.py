@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,27 +19,54 @@ from remote_modules import RemoteSequential
 from remote_modules.net.connection import IDLE_CHECK_S, IDLE_DEAD_S
 from remote_modules.testing import FaultyLink, LocalSwarm
 from remote_modules.testing.faulty_link import Fault
+from remote_modules.testing.simulation import SimulatedPeer
 from remote_modules.testing.virtual_time import run_virtual
+from remote_modules.wire.protocol import Role
 
-from .driving import SPANS, generate, in_use, reference, swarm_of
+from .driving import SPANS, gap_s, generate, in_use, reference, swarm_of, watching
 from .recorder import FaultLog
 
 
-@pytest.mark.fault("F12")
-def test_partition_is_noticed_by_both_sides(fault: FaultLog) -> None:
+def cut_both(peer: SimulatedPeer) -> None:
+    """Nothing arrives, nobody is told."""
+    peer.host.stall()
+
+
+def cut_one_way(peer: SimulatedPeer, role: Role) -> None:
+    """What this side of each connection sends is lost from now on; nothing can be dialled."""
+    for end in list(peer.host._ends):
+        if end._connection._protocol.role is role:
+            end.write = lambda data: None  # type: ignore[method-assign]
+    peer.host.accept = None
+
+
+CUTS: dict[str, tuple[str, Callable[[SimulatedPeer], None]]] = {
+    "both ways": ("F12", cut_both),
+    "from the peer only": ("F13", lambda peer: cut_one_way(peer, Role.SERVER)),
+    "to the peer only": ("F13", lambda peer: cut_one_way(peer, Role.CLIENT)),
+}
+
+
+@pytest.mark.fault("F12", "F13")
+@pytest.mark.parametrize("cut", CUTS)
+def test_partition_is_noticed_by_both_sides(cut: str, fault: FaultLog) -> None:
+    row, part = CUTS[cut]
+    fault.rows = (row,)
+
     async def run(hop: int) -> tuple[float, float]:
         swarm = await swarm_of(SPANS * 2)
         client = swarm.client()
-        cut = []
+        parted: list[tuple[SimulatedPeer, float]] = []
 
-        def part(number: int) -> None:
+        def strike(number: int) -> None:
             if number == 5:
-                cut.append((in_use(swarm, client, hop), swarm.clock()))
-                cut[0][0].host.stall()  # nothing arrives, nobody is told
+                parted.append((in_use(swarm, client, hop), swarm.clock()))
+                part(parted[0][0])
 
-        done = await generate(swarm, client, before=part)
+        done = await generate(swarm, client, before=strike)
         assert done.tokens == reference()
-        ((peer, since_s),) = cut
+        assert client.stats.failovers >= 1
+        ((peer, since_s),) = parted
         while peer.kv_bytes:
             assert swarm.clock() - since_s < 600.0
             await asyncio.sleep(0.5)
@@ -53,8 +81,8 @@ def test_partition_is_noticed_by_both_sides(fault: FaultLog) -> None:
         ("KV memory of the peer back", max(freed_s for _, freed_s in results), 60.0),
     ):
         fault.record(
-            "F12",
-            injected="packets of one peer dropped both ways; each hop",
+            row,
+            injected=f"packets of one peer dropped {cut}; each hop",
             fired=len(results),
             outcome=outcome,
             figure=figure,
@@ -171,7 +199,9 @@ def test_broken_streams_change_no_token(
                 hit[-1].inject(kind, after_bytes=100)
 
         before = remote.stats()
-        output = generate_with(model, prompt(rows=2), 10, logits_processor=LogitsProcessorList([AtStep(3, strike)]))
+        processors = LogitsProcessorList([AtStep(3, strike)])
+        with watching(model, time.monotonic) as times:
+            output = generate_with(model, prompt(rows=2), 10, logits_processor=processors)
         after = remote.stats()
         assert torch.equal(output, expected)
         fired = sum(link.fired for link in hit)
@@ -184,7 +214,7 @@ def test_broken_streams_change_no_token(
             injected=f"{name}, both hops",
             fired=fired,
             outcome="tokens identical",
-            figure=after.stall_seconds - before.stall_seconds,
+            figure=gap_s(times),
             unit="s",
             at_most=2.0,
         )

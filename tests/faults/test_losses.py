@@ -27,7 +27,7 @@ from remote_modules.errors import NoRouteError
 from remote_modules.testing.simulation import SimulatedPeer
 from remote_modules.testing.virtual_time import run_virtual
 
-from .driving import PROMPT, SPANS, generate, in_use, model, new_session, others, reference, swarm_of
+from .driving import PROMPT, SPANS, gap_s, generate, in_use, model, new_session, others, reference, swarm_of, watching
 from .recorder import FaultLog
 
 PREFILL_S = len(SPANS) * HOP_S
@@ -84,7 +84,7 @@ def test_killed_peer_changes_no_result_of_a_mode(
     with opened(family) as stage:
         run = MODES[mode][0]
         expected = run(stage.family.local)
-        with stage.killing(kill):
+        with stage.killing(kill), watching(stage.model, stage.swarm.io.loop.time) as times:
             found = run(stage.model)
         assert stage.stats.failovers >= len(stage.lost) == 1
         assert torch.equal(found[0], expected[0])
@@ -96,7 +96,7 @@ def test_killed_peer_changes_no_result_of_a_mode(
             injected=f"crash, {name} ({family})",
             fired=len(stage.lost),
             outcome="tokens identical, scores within 1e-4",
-            figure=stage.stats.stall_seconds,
+            figure=gap_s(times),
             unit="s",
             at_most=1.0 + 1.5 * 2 * HOP_S,
             clock="virtual",
@@ -138,7 +138,7 @@ def test_replacement_killed_during_the_replay_changes_no_token(fault: FaultLog) 
     with opened("llama") as stage:
         kill = Kill(hop=0, call=4, moment_s=COMPUTING_S, again_s=2 * HOP_S)
         run = MODES["greedy"][0]
-        with stage.killing(kill):
+        with stage.killing(kill), watching(stage.model, stage.swarm.io.loop.time) as times:
             found = run(stage.model)
         assert len(stage.lost) == 2
         assert stage.stats.failovers >= 2
@@ -150,7 +150,7 @@ def test_replacement_killed_during_the_replay_changes_no_token(fault: FaultLog) 
             injected="crash, and crash of the replacement while it is fed the history",
             fired=len(stage.lost),
             outcome="tokens identical",
-            figure=stage.stats.stall_seconds,
+            figure=gap_s(times),
             unit="s",
             at_most=2.0,
             clock="virtual",
@@ -328,7 +328,8 @@ def test_peer_killed_after_a_rollback_changes_no_token(mode: str, fault: FaultLo
     with opened("llama") as stage:
         run = MODES[mode][0]
         expected = run(stage.family.local)
-        with stage.killing(Kill(hop=1, call=2, moment_s=COMPUTING_S)):
+        kill = Kill(hop=1, call=2, moment_s=COMPUTING_S)
+        with stage.killing(kill), watching(stage.model, stage.swarm.io.loop.time) as times:
             found = run(stage.model)
         assert torch.equal(found[0], expected[0])
         assert_close(found, expected, 1e-4)
@@ -339,7 +340,7 @@ def test_peer_killed_after_a_rollback_changes_no_token(mode: str, fault: FaultLo
             injected=f"crash, {mode} decoding",
             fired=len(stage.lost),
             outcome="tokens identical",
-            figure=stage.stats.stall_seconds,
+            figure=gap_s(times),
             unit="s",
             at_most=1.0 + 1.5 * 2 * HOP_S,
             clock="virtual",
