@@ -3,6 +3,7 @@
 #   make test [ARGS=tests/wire]  all tests but those that need a network laboratory
 #   make test-oldest             what touches transformers, with the oldest release that is supported
 #   make test-wan                those: delay, NAT and multicast (root, gcc and ../shared/netlab)
+#   make faults                  the fault matrix; writes docs/faults.md
 #   make families                every family of transformers against the local model; writes docs/families.md
 #   make lint | cover | docs | bench | clean
 
@@ -24,7 +25,7 @@ READY = $(VENV)/.ready
 OLDEST_READY = $(OLDEST)/.ready
 OLDEST_PYTHON = PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python
 
-.PHONY: demo test test-oldest test-wan families lint cover docs bench clean
+.PHONY: demo test test-oldest test-wan faults families lint cover docs bench clean
 
 demo: $(READY)
 	@$(BIN)/remote-modules demo $(ARGS)
@@ -41,6 +42,12 @@ test-oldest: $(OLDEST_READY)
 test-wan: $(READY)
 	@if [ -d $(NETLAB) ]; then $(BIN)/python -m pytest tests/wan $(ARGS); \
 	else echo "the WAN tests did not run: they need $(NETLAB), which is not here"; fi
+
+# The tests write down what they measured, and the table is made of that.
+faults: $(READY)
+	@rm -f $(VENV)/faults.jsonl
+	REMOTE_MODULES_FAULTS=$(CURDIR)/$(VENV)/faults.jsonl $(BIN)/python -m pytest tests/faults --deselect tests/faults/test_table.py $(ARGS)
+	$(BIN)/python tests/faults/recorder.py $(VENV)/faults.jsonl docs/faults.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,6 +2,10 @@
 
 Frames are never interleaved: they leave in the order of `send`, bulk in slices, so that at most one slice is copied by
 the transport.
+
+Nobody holds a connection to somebody who is gone: the kernel gives up on a host that acknowledges nothing
+(`USER_TIMEOUT_S`, keepalive), and a side that says nothing for `IDLE_PING_S` is pinged and, after `IDLE_DEAD_S` of
+silence, cut off. Nobody fills our memory by not reading: at most ``max_unsent_bytes`` wait for one client.
 """
 
 from __future__ import annotations
@@ -19,8 +23,8 @@ from remote_modules.errors import (
     RemoteProtocolError,
 )
 from remote_modules.wire.framing import Buffer
-from remote_modules.wire.messages import Message
-from remote_modules.wire.protocol import MessageReceived, Protocol
+from remote_modules.wire.messages import Message, Ping
+from remote_modules.wire.protocol import MessageReceived, Protocol, State
 
 __all__ = ["Connection"]
 
@@ -29,6 +33,13 @@ logger = logging.getLogger(__name__)
 SLICE_BYTES = 256 * 1024
 JOIN_BYTES = 64 * 1024  # below this one joined write is cheaper than several
 NOTSENT_LOWAT_BYTES = 128 * 1024  # bounds what lies in the kernel, so that a ping behind bulk data gets out soon
+IDLE_PING_S = 10.0
+IDLE_DEAD_S = 25.0
+IDLE_CHECK_S = 2.5
+USER_TIMEOUT_S = 10  # of unacknowledged bytes; RFC 5482
+KEEPALIVE_S = 10  # of silence until the first probe
+KEEPALIVE_INTERVAL_S = 5
+KEEPALIVE_PROBES = 3
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -38,6 +49,8 @@ class Connection(asyncio.BufferedProtocol):
         protocol: the state of the connection.
         on_message: called on the loop for each message, in order.
         on_lost: called once, when the connection is gone, with the reason or None.
+        max_unsent_bytes: the connection is cut off when more than this waits for the other side to read; None: never,
+            for one's own requests.
     """
 
     def __init__(
@@ -46,12 +59,17 @@ class Connection(asyncio.BufferedProtocol):
         *,
         on_message: Callable[[MessageReceived], None],
         on_lost: Callable[[Exception | None], None],
+        max_unsent_bytes: int | None = None,
     ) -> None:
         self._protocol = protocol
         self._on_message = on_message
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
         self._outgoing: deque[memoryview] = deque()
+        self._unsent_bytes = 0
+        self._max_unsent_bytes = max_unsent_bytes
+        self._heard_s = 0.0
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._can_write = True
         self._is_closing = False
         self._error: Exception | None = None
@@ -91,7 +109,7 @@ class Connection(asyncio.BufferedProtocol):
     def abort(self, error: Exception | None = None) -> None:
         """Close at once; `on_lost` gets ``error``."""
         self._error = self._error or error
-        self._outgoing.clear()
+        self._drop_unsent()
         if self._transport is not None:
             self._transport.abort()
 
@@ -102,16 +120,16 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.set_write_buffer_limits(high=SLICE_BYTES)
         sock = transport.get_extra_info("socket")
         if sock is not None:
-            with contextlib.suppress(OSError, AttributeError):  # a Linux option; elsewhere pings may wait behind bulk
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _set_options(sock)
+        self._heard_s = asyncio.get_running_loop().time()
+        self._watch(self._heard_s)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._protocol.get_buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
         self.bytes_received += nbytes
-        self._progress()
+        self._hear()
         try:
             self._protocol.buffer_updated(nbytes)
             for event in self._protocol.events_received():
@@ -131,7 +149,9 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.closed.is_set():
             self.closed.set()
-            self._outgoing.clear()
+            self._drop_unsent()
+            if self._idle_timer is not None:
+                self._idle_timer.cancel()
             self._on_lost(self._error or exc)
             callbacks, self._close_callbacks = self._close_callbacks, []
             for callback in callbacks:
@@ -142,8 +162,28 @@ class Connection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._can_write = True
-        self._progress()
+        self._hear()
         self._pump()
+
+    def _hear(self) -> None:
+        self._heard_s = asyncio.get_running_loop().time()
+        self._progress()
+
+    def _watch(self, now_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        self._idle_timer = loop.call_at(now_s + IDLE_CHECK_S, self._check_idle, now_s + IDLE_CHECK_S)
+
+    def _check_idle(self, due_s: float) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if now_s - due_s > IDLE_CHECK_S:  # our own loop stood still: what the other side said is yet to be read
+            self._heard_s = now_s
+        silent_s = now_s - self._heard_s
+        if silent_s >= IDLE_DEAD_S:
+            self.abort(TimeoutError(f"no sign of life for {silent_s:.0f} s"))
+            return
+        if silent_s >= IDLE_PING_S and self._protocol.state is State.OPEN:
+            self.send(Ping(0))
+        self._watch(now_s)
 
     def _progress(self) -> None:
         """Bytes moved, either way."""
@@ -160,6 +200,11 @@ class Connection(asyncio.BufferedProtocol):
             assert self._transport is not None
             self._transport.write(b"".join(buffers))
             return
+        self._unsent_bytes += total
+        if self._max_unsent_bytes is not None and self._unsent_bytes > self._max_unsent_bytes:
+            text = f"{self._unsent_bytes} bytes wait to be read by the other side, limit {self._max_unsent_bytes}"
+            self.abort(RemoteProtocolError(text))
+            return
         self._outgoing.extend(memoryview(buffer).cast("B") for buffer in buffers)
         self._pump()
 
@@ -169,7 +214,28 @@ class Connection(asyncio.BufferedProtocol):
             if len(view) > SLICE_BYTES:
                 self._outgoing.appendleft(view[SLICE_BYTES:])
                 view = view[:SLICE_BYTES]
+            self._unsent_bytes -= len(view)
             assert self._transport is not None
             self._transport.write(view)
         if self._is_closing and not self._outgoing and self._transport is not None:
             self._transport.close()
+
+    def _drop_unsent(self) -> None:
+        self._outgoing.clear()
+        self._unsent_bytes = 0
+
+
+def _set_options(sock: socket.socket) -> None:
+    """Small messages at once, pings not behind bulk, and an end to connections whose other host is gone."""
+    options = [
+        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+        (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
+        (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", NOTSENT_LOWAT_BYTES),
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", USER_TIMEOUT_S * 1000),
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", KEEPALIVE_S),
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", KEEPALIVE_INTERVAL_S),
+        (socket.IPPROTO_TCP, "TCP_KEEPCNT", KEEPALIVE_PROBES),
+    ]
+    for level, name, value in options:
+        with contextlib.suppress(OSError, AttributeError):  # some are Linux's own
+            sock.setsockopt(level, getattr(socket, name), value)

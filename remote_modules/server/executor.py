@@ -1,23 +1,30 @@
-"""The device thread: one, with a bounded priority queue in front of it.
+"""The device thread: one, with a bounded queue in front of it.
 
-All work on the model happens here, in order of priority and then of arrival: decode before prefill before training,
-so that a training batch never delays a token by more than the batch that already runs.
+All work on the model happens here, in order of priority, clients taking turns (`plan.admission`): decode before
+prefill before training, so that a training batch never delays a token by more than the batch that already runs.
+
+::
+
+    running -- something that is no `Exception`, or a fatal one --> broken -- restart --> running
+    running, broken -- stop --> stopped
+
+A broken device answers what it holds and whatever comes with a refusal: nobody waits for a thread that is dead.
 """
 
 from __future__ import annotations
 
 import asyncio
 import enum
-import heapq
-import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from remote_modules.errors import PeerRefused, RefusalReason
+from remote_modules.plan.admission import AdmissionQueue, Ticket
 
 __all__ = ["DeviceThread", "Executor", "Priority", "Timed"]
 
@@ -50,11 +57,17 @@ class Executor(Protocol):
     def load(self) -> int:
         """Jobs waiting or running."""
 
-    async def run(self, priority: Priority, work: Callable[[], T]) -> Timed[T]:
+    async def run(
+        self, priority: Priority, work: Callable[[], T], *, client: int = 0, timeout_s: float = math.inf
+    ) -> Timed[T]:
         """Run ``work``; cancelling before it began drops it, cancelling later waits for its end.
 
+        Args:
+            client: whose work it is; clients take turns.
+            timeout_s: work that has not begun by then is refused, for nobody waits for it any more.
+
         Raises:
-            PeerRefused: ``busy``, the queue is full.
+            PeerRefused: ``busy``, and the work was not begun; or ``internal``, the device broke under it.
             Exception: whatever ``work`` raised.
         """
 
@@ -62,14 +75,12 @@ class Executor(Protocol):
         """Take no more work; jobs not begun are cancelled."""
 
 
-@dataclass(order=True, slots=True)
-class _Job:
-    priority: int
-    number: int
-    work: Callable[[], Any] = field(compare=False)
-    answer: asyncio.Future[Timed[Any]] = field(compare=False)
-    queued_s: float = field(compare=False)
-    has_begun: bool = field(default=False, compare=False)
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Job(Ticket):
+    work: Callable[[], Any]
+    answer: asyncio.Future[Timed[Any]]
+    queued_s: float
+    has_begun: bool = False
 
 
 class DeviceThread:
@@ -78,31 +89,60 @@ class DeviceThread:
     Args:
         max_queue: jobs that may wait.
         name: of the thread.
+        clock: monotonic seconds.
+        is_fatal: whether the device is of no use after this error of a job.
+
+    Attributes:
+        on_broken: called in the dying thread, with what broke it, once the device is broken.
+        retry_after_s: hint to those who come while it is broken.
     """
 
-    def __init__(self, *, max_queue: int, name: str = "remote-modules-device") -> None:
-        self._max_queue = max_queue
-        self._heap: list[_Job] = []
-        self._numbers = itertools.count()
+    def __init__(
+        self,
+        *,
+        max_queue: int,
+        name: str = "remote-modules-device",
+        clock: Callable[[], float] = time.perf_counter,
+        is_fatal: Callable[[Exception], bool] = lambda exc: False,
+    ) -> None:
+        self.on_broken: Callable[[BaseException], object] = lambda exc: None
+        self.retry_after_s = 1.0
+        self._queue: AdmissionQueue[_Job] = AdmissionQueue(max_waiting=max_queue)
+        self._clock = clock
+        self._is_fatal = is_fatal
         self._wake = threading.Condition()
         self._is_stopped = False
+        self._broken_by: BaseException | None = None
         self._num_running = 0
-        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
-        self._thread.start()
+        self._name = name
+        self._thread = self._new_thread()
 
     @property
     def load(self) -> int:
-        return len(self._heap) + self._num_running
+        return len(self._queue) + self._num_running
 
-    async def run(self, priority: Priority, work: Callable[[], T]) -> Timed[T]:
-        loop = asyncio.get_running_loop()
-        job = _Job(priority, next(self._numbers), work, loop.create_future(), time.perf_counter())
+    @property
+    def is_broken(self) -> bool:
+        return self._broken_by is not None
+
+    async def run(
+        self, priority: Priority, work: Callable[[], T], *, client: int = 0, timeout_s: float = math.inf
+    ) -> Timed[T]:
+        now_s = self._clock()
+        job = _Job(
+            priority=priority,
+            client=client,
+            deadline_s=now_s + timeout_s,
+            work=work,
+            answer=asyncio.get_running_loop().create_future(),
+            queued_s=now_s,
+        )
         with self._wake:
-            if self._is_stopped or len(self._heap) >= self._max_queue:
-                text = f"{len(self._heap)} requests wait for the device already"
-                raise PeerRefused(text, peer_id="", reason=RefusalReason.BUSY, retry_after_s=1.0)
-            heapq.heappush(self._heap, job)
+            if self._broken_by is not None and not self._is_stopped:
+                raise _busy("the device failed and is being restarted", self.retry_after_s)
+            refused = [job] if self._is_stopped else self._queue.put(job, now_s=now_s)
             self._wake.notify()
+        self._refuse(refused, f"{len(self._queue)} requests wait for the device already")
         try:
             return await asyncio.shield(job.answer)
         except asyncio.CancelledError:
@@ -110,47 +150,101 @@ class DeviceThread:
                 await asyncio.wait([job.answer])  # it touches its session: nobody else may until it ends
             raise
 
+    def restart(self) -> None:
+        """Bring a broken device back; without effect on one that runs or is stopped."""
+        with self._wake:
+            if self._broken_by is not None and not self._is_stopped:
+                self._broken_by = None
+                self._thread = self._new_thread()
+
     def stop(self) -> None:
         with self._wake:
             self._is_stopped = True
-            dropped, self._heap = self._heap, []
+            dropped = self._queue.clear()
             self._wake.notify()
         for job in dropped:
             _answer(job, lambda job=job: job.answer.cancel())  # type: ignore[misc]
         self._thread.join(timeout=10.0)
 
+    def _new_thread(self) -> threading.Thread:
+        thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
+        thread.start()
+        return thread
+
     def _drop(self, job: _Job) -> bool:
         with self._wake:
-            if job.has_begun or job not in self._heap:
-                return False
-            self._heap.remove(job)
-            heapq.heapify(self._heap)
-            return True
+            return not job.has_begun and self._queue.remove(job)
 
     def _loop(self) -> None:
         while (job := self._next()) is not None:
-            began_s = time.perf_counter()
-            try:
-                value = job.work()
-            except Exception as exc:  # the device thread's boundary: whatever failed is the job's answer
-                logger.debug("job failed on the device", exc_info=exc)
-                _answer(job, lambda job=job, exc=exc: _set_exception(job.answer, exc))  # type: ignore[misc]
-            else:
-                timed = Timed(value, began_s - job.queued_s, time.perf_counter() - began_s)
-                _answer(job, lambda job=job, timed=timed: _set_result(job.answer, timed))  # type: ignore[misc]
+            if not self._do(job):
+                return
             self._num_running = 0
             del job
 
-    def _next(self) -> _Job | None:
+    def _do(self, job: _Job) -> bool:
+        """Run one job and answer it; False if the device is broken now."""
+        began_s = self._clock()
+        try:
+            value = job.work()
+        except Exception as exc:  # the device thread's boundary: whatever failed is the job's answer
+            logger.debug("job failed on the device", exc_info=exc)
+            if self._is_fatal(exc):
+                self._break(exc, job, exc)
+                return False
+            _fail(job, exc)
+        except BaseException as exc:  # the end of the thread must not be the end of those who wait
+            logger.exception("the device thread died")
+            self._break(exc, job, _broken())
+            return False
+        else:
+            took_s = self._clock() - began_s
+            self._queue.done(took_s=took_s)
+            timed = Timed(value, began_s - job.queued_s, took_s)
+            _answer(job, lambda: _set_result(job.answer, timed))
+        return True
+
+    def _break(self, cause: BaseException, running: _Job, error: Exception) -> None:
         with self._wake:
-            while not self._heap and not self._is_stopped:
-                self._wake.wait()
-            if self._is_stopped:
-                return None
-            job = heapq.heappop(self._heap)
-            job.has_begun = True
-            self._num_running = 1
-            return job
+            self._broken_by = cause
+            self._num_running = 0
+            waiting = self._queue.clear()
+        _fail(running, error)
+        for job in waiting:
+            _fail(job, _broken())
+        self.on_broken(cause)
+
+    def _next(self) -> _Job | None:
+        """The next job, begun; None once stopped."""
+        while True:
+            with self._wake:
+                job, expired = self._queue.take(now_s=self._clock())
+                while job is None and not expired and not self._is_stopped:
+                    self._wake.wait()
+                    job, expired = self._queue.take(now_s=self._clock())
+                if job is not None:
+                    job.has_begun = True
+                    self._num_running = 1
+                is_stopped = self._is_stopped
+            self._refuse(expired, "the request waited longer than its client does")
+            if job is not None or is_stopped:
+                return job
+
+    def _refuse(self, jobs: list[_Job], text: str) -> None:
+        for job in jobs:
+            _fail(job, _busy(text, self._queue.retry_after_s))
+
+
+def _busy(text: str, retry_after_s: float) -> PeerRefused:
+    return PeerRefused(text, peer_id="", reason=RefusalReason.BUSY, retry_after_s=retry_after_s)
+
+
+def _broken() -> PeerRefused:
+    return PeerRefused("the device failed under this request", peer_id="", reason=RefusalReason.INTERNAL)
+
+
+def _fail(job: _Job, error: Exception) -> None:
+    _answer(job, lambda: _set_exception(job.answer, error))
 
 
 def _answer(job: _Job, callback: Callable[[], object]) -> None:

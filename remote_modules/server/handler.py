@@ -177,10 +177,15 @@ class Handler:
         adapter = self.adapters.of(request.call, tensors, model.blocks, connection_id)
         if isinstance(request, StepRequest):
             return await self._step(request, blocks, tensors, adapter, connection_id)
-        return await self._pass(request, blocks, tensors, adapter)
+        return await self._pass(request, blocks, tensors, adapter, connection_id)
 
     async def _pass(
-        self, request: ForwardRequest | BackwardRequest, blocks: Span, tensors: RequestTensors, adapter: Adapter | None
+        self,
+        request: ForwardRequest | BackwardRequest,
+        blocks: Span,
+        tensors: RequestTensors,
+        adapter: Adapter | None,
+        connection_id: int,
     ) -> Reply:
         mask, num_tokens = tensors.attention_mask, length_of(tensors.past) + request.call.num_tokens
         if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] != num_tokens:
@@ -188,7 +193,7 @@ class Handler:
         arguments = owner_arguments(request.call, tensors, mask, adapter)
         engine = self.engine
         run = engine.forward if isinstance(request, ForwardRequest) else engine.backward
-        timed = await self._run(Priority.TRAINING, lambda: run(blocks, tensors, arguments))
+        timed = await self._run(request, connection_id, Priority.TRAINING, lambda: run(blocks, tensors, arguments))
         return self._reply(request, timed)
 
     async def _step(
@@ -265,14 +270,19 @@ class Handler:
         if rows != call.rows:
             refuse(f"the session has {rows} rows, got {call.rows}")
         mask = whole_mask(request, session.mask, tensors.attention_mask, position + num_tokens)
+        rows_before = session.rows
         self.sessions.reserve(session, rows=max(rows, most_rows), tokens=position + num_tokens)
         arguments = owner_arguments(call, tensors, mask, adapter)
         cache, ops, wanted = session.cache, request.ops, request.num_outputs
         priority = Priority.DECODE if num_tokens == 1 else Priority.PREFILL
+        work = lambda: self.engine.step(cache, blocks, ops, tensors, arguments, wanted)  # noqa: E731
         try:
-            timed = await self._run(priority, lambda: self.engine.step(cache, blocks, ops, tensors, arguments, wanted))
-        except BaseException:
-            self.sessions.close(session.session_id)  # its cache may be half written
+            timed = await self._run(request, session.connection_id or 0, priority, work)
+        except BaseException as exc:
+            if isinstance(exc, PeerRefused) and exc.reason is RefusalReason.BUSY:  # it was not begun
+                session.rows = rows_before
+            else:
+                self.sessions.close(session.session_id)  # its cache may be half written
             raise
         if most_rows > rows and not session.is_closed:
             self.sessions.reserve(session, rows=rows, tokens=position + num_tokens)
@@ -283,10 +293,10 @@ class Handler:
         return reply
 
     async def _run(
-        self, priority: Priority, work: Callable[[], dict[str, torch.Tensor]]
+        self, request: Request, connection_id: int, priority: Priority, work: Callable[[], dict[str, torch.Tensor]]
     ) -> Timed[dict[str, torch.Tensor]]:
         try:
-            return await self.executor.run(priority, work)
+            return await self.executor.run(priority, work, client=connection_id, timeout_s=request.timeout_s)
         except PeerRefused:
             raise
         except UnsupportedCallError as exc:  # this architecture cannot do what is asked, here or anywhere
@@ -319,7 +329,9 @@ class _Served:
         self._handler = handler
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._is_open = False
-        self.connection = Connection(handler.new_protocol(), on_message=self._receive, on_lost=self._lose)
+        protocol = handler.new_protocol()
+        most = 2 * protocol.max_body_bytes  # unsent to a client that does not read: two of the largest answers
+        self.connection = Connection(protocol, on_message=self._receive, on_lost=self._lose, max_unsent_bytes=most)
         self._hello_timer = asyncio.get_running_loop().call_later(HELLO_TIMEOUT_S, self.connection.abort)
 
     def say_draining(self) -> None:

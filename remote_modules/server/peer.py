@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TypeVar
 
 import msgspec
+import torch
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from remote_modules.config import ServerConfig
@@ -34,6 +35,7 @@ from remote_modules.server.executor import DeviceThread, Priority
 from remote_modules.server.handler import Handler, HandlerLimits
 from remote_modules.server.load_plan import LoadedSpan, LoadPlan
 from remote_modules.server.sessions import KVBudget, SessionTable
+from remote_modules.server.supervisor import DeviceSupervisor
 from remote_modules.spans import Span
 
 __all__ = ["Peer", "package_version"]
@@ -74,11 +76,12 @@ class Peer:
         self._announcer: Announcer | None = None
         self._certificate: Certificate | None = None
         self._sweeper: asyncio.Task[None] | None = None
+        self._supervisor: DeviceSupervisor | None = None
 
     async def start(self) -> None:
         """Listen first (a port in use must not cost a load), announce as joining, load, measure, go online."""
         config = self.config
-        self._executor = DeviceThread(max_queue=config.max_queue)
+        self._executor = DeviceThread(max_queue=config.max_queue, is_fatal=_is_fatal)
         if not config.is_local:
             self._certificate = self._identity.certificate(now=datetime.datetime.now(datetime.timezone.utc))
         self._plan = await self._on_device(lambda: LoadPlan.read(config))
@@ -93,10 +96,29 @@ class Peer:
         await self._on_device(self.loaded.measure)
         self._handler = self._new_handler(self.loaded)
         await announcer.set_state(PeerState.ONLINE)
+        self._supervise(self._handler, announcer, self.loaded.model.device)
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep(self._handler))
         self._progress("online", 1.0)
         name = short_id(self._identity.peer_id)
         logger.info("online peer=%s span=%s address=%s", name, self._span, self.addresses[0])
+
+    def _supervise(self, handler: Handler, announcer: Announcer, device: torch.device) -> None:
+        assert self._executor is not None
+
+        async def drop_all() -> None:
+            handler.sessions.close_all()
+            await announcer.set_state(PeerState.JOINING)
+
+        async def return_online() -> None:
+            await announcer.set_state(PeerState.DRAINING if handler.is_draining else PeerState.ONLINE)
+
+        self._supervisor = DeviceSupervisor(
+            self._executor,
+            probe=lambda: torch.ones(8, device=device).sum().item(),
+            on_down=drop_all,
+            on_up=return_online,
+        )
+        self._supervisor.start()
 
     async def _listen(self) -> None:
         self._site = PeerSite(
@@ -150,6 +172,8 @@ class Peer:
         await self._discovery.aclose()
 
     async def _shut(self) -> None:
+        if self._supervisor is not None:
+            await self._supervisor.stop()
         if self._handler is not None:
             self._handler.abort()
         if self._site is not None:
@@ -250,6 +274,11 @@ class Peer:
         while True:
             await asyncio.sleep(SWEEP_S)
             handler.expire_sessions()
+
+
+def _is_fatal(exc: Exception) -> bool:
+    """Whether the device is of no use after this error: those of an accelerator stay with its context."""
+    return isinstance(exc, torch.AcceleratorError)
 
 
 def _num_requests(kind: str, handler: Handler) -> float:

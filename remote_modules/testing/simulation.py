@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -55,7 +56,9 @@ class InlineExecutor:
     def load(self) -> int:
         return self._load
 
-    async def run(self, priority: Priority, work: Callable[[], T]) -> Timed[T]:
+    async def run(
+        self, priority: Priority, work: Callable[[], T], *, client: int = 0, timeout_s: float = math.inf
+    ) -> Timed[T]:
         self._load += 1
         try:
             async with self._lock:

@@ -166,13 +166,16 @@ class PlainEnd(Connection):
         lost_reasons: what `on_lost` was called with, each time.
     """
 
-    def __init__(self, role: Role, *, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(
+        self, role: Role, *, max_body_bytes: int = MAX_BODY_BYTES, max_unsent_bytes: int | None = None
+    ) -> None:
         self.lost_reasons: list[Exception | None] = []
         self._events: asyncio.Queue[MessageReceived] = asyncio.Queue()
         super().__init__(
             Protocol(role, max_body_bytes=max_body_bytes),
             on_message=self._events.put_nowait,
             on_lost=self.lost_reasons.append,
+            max_unsent_bytes=max_unsent_bytes,
         )
 
     async def event(self, *, within_s: float = WAIT_S) -> MessageReceived:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Callable
+from typing import cast
 
 import msgspec
 import pytest
@@ -19,8 +21,9 @@ from remote_modules.errors import (
 )
 from remote_modules.identity import Identity
 from remote_modules.net.client_connection import ClientConnection, Reply
-from remote_modules.net.connection import SLICE_BYTES
+from remote_modules.net.connection import IDLE_CHECK_S, IDLE_DEAD_S, IDLE_PING_S, SLICE_BYTES
 from remote_modules.peers import short_id
+from remote_modules.testing.virtual_time import VirtualLoop, run_virtual
 from remote_modules.wire import messages
 from remote_modules.wire.framing import encode_frame
 from remote_modules.wire.messages import Output, TensorMeta, encode_message
@@ -673,5 +676,71 @@ def test_abort_drops_what_has_not_left() -> None:
         assert pair.server.messages_so_far() == []
         await turns()
         assert pair.server.closed.is_set()
+
+    asyncio.run(main())
+
+
+# -------------------------------------------------------------------------------- a side that is gone or does not read
+
+
+def test_silent_side_is_pinged_and_then_cut_off_by_both() -> None:
+    async def main() -> None:
+        pair = await Pair().greeted()
+        began_s = asyncio.get_running_loop().time()
+        await asyncio.sleep(IDLE_PING_S + IDLE_CHECK_S)
+        assert messages.Ping(0) in pair.server.messages_so_far()
+        assert pair.client.is_open
+        pair.ours.is_stalled = pair.theirs.is_stalled = True
+        await asyncio.wait_for(pair.server.closed.wait(), 60.0)
+        await asyncio.wait_for(pair.client.closed.wait(), 60.0)
+        assert asyncio.get_running_loop().time() - began_s <= IDLE_PING_S + IDLE_DEAD_S + 2 * IDLE_CHECK_S
+        with pytest.raises(PeerUnreachable, match="is lost"):
+            await request(pair.client)
+
+    run_virtual(main())
+
+
+def test_idle_sides_that_answer_stay_connected() -> None:
+    async def main() -> None:
+        pair = await Pair().greeted()
+        for _ in range(200):  # the server of this test answers no ping by itself
+            await asyncio.sleep(IDLE_PING_S)
+            pair.server.send(messages.Pong(0))
+        assert pair.client.is_open
+        assert not pair.server.closed.is_set()
+
+    run_virtual(main())
+
+
+def test_loop_that_stood_still_blames_nobody() -> None:
+    async def main() -> None:
+        pair = await Pair().greeted()
+        loop = cast("VirtualLoop", asyncio.get_running_loop())
+        loop._virtual.now_s += 100.0  # as if something had blocked it
+        await asyncio.sleep(0)
+        await asyncio.sleep(IDLE_CHECK_S)
+        assert pair.client.is_open
+
+    run_virtual(main())
+
+
+def test_connection_whose_other_side_does_not_read_is_cut_off() -> None:
+    async def main() -> None:
+        reader, sender = PlainEnd(Role.CLIENT), PlainEnd(Role.SERVER, max_unsent_bytes=4_000_000)
+        _, theirs = join(reader, sender)
+        reader.send(client_hello())
+        sender.greet(await sender.message(messages.ClientHello))
+        await reader.message(messages.ServerHello)
+        theirs.is_stalled = True
+        metas, body = encode_tensors({"hidden_states": random_tensor(1_000_000)})
+        for number in range(4):
+            sender.send(Output(number, metas, 0.0, 0.0), body)
+        await turns()
+        assert not sender.lost_reasons
+        sender.send(Output(4, metas, 0.0, 0.0), body)
+        await turns()
+        (reason,) = sender.lost_reasons
+        assert isinstance(reason, RemoteProtocolError)
+        assert re.fullmatch(r"\d+ bytes wait to be read by the other side, limit 4000000", str(reason))
 
     asyncio.run(main())

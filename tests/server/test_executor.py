@@ -8,6 +8,7 @@ import pytest
 from net.memory import turns
 
 from remote_modules.errors import PeerRefused, RefusalReason
+from remote_modules.plan.admission import UNKNOWN_JOB_S
 from remote_modules.server.executor import DeviceThread, Priority
 
 from .device import Gate, begun, device
@@ -77,7 +78,7 @@ def test_full_queue_refuses_as_busy_and_goes_on() -> None:
             await asyncio.sleep(0)
             with pytest.raises(PeerRefused, match=r"^2 requests wait for the device already$") as caught:
                 await executor.run(Priority.DECODE, lambda: None)
-            assert (caught.value.reason, caught.value.retry_after_s) == (RefusalReason.BUSY, 1.0)
+            assert (caught.value.reason, caught.value.retry_after_s) == (RefusalReason.BUSY, 2 * UNKNOWN_JOB_S)
             gate.open()
             await first
             assert [(await job).value for job in waiting] == ["done", "done"]
@@ -203,3 +204,112 @@ def test_event_loop_gone_before_the_answer_is_no_error() -> None:
     assert gate.is_passed
     assert not running.done()
     running.get_coro().close()
+
+
+# -------------------------------------------------------------------------------- fairness and deadlines
+
+
+def test_clients_take_turns() -> None:
+    async def main() -> None:
+        order: list[str] = []
+        async with device() as executor:
+            gate = Gate()
+            first = await begun(executor, gate)
+            jobs = [
+                asyncio.create_task(
+                    executor.run(Priority.DECODE, lambda name=name: order.append(name), client=client)  # type: ignore[misc]
+                )
+                for name, client in [("a0", 1), ("a1", 1), ("a2", 1), ("b0", 2), ("b1", 2)]
+            ]
+            await asyncio.sleep(0)
+            gate.open()
+            await asyncio.gather(first, *jobs)
+        assert order == ["a0", "b0", "a1", "b1", "a2"]
+
+    asyncio.run(main())
+
+
+def test_job_displaced_by_another_client_is_refused_as_busy() -> None:
+    async def main() -> None:
+        async with device(max_queue=2) as executor:
+            gate = Gate()
+            first = await begun(executor, gate)
+            greedy = [asyncio.create_task(executor.run(Priority.DECODE, lambda: "a", client=1)) for _ in range(2)]
+            await asyncio.sleep(0)
+            modest = asyncio.create_task(executor.run(Priority.DECODE, lambda: "b", client=2))
+            with pytest.raises(PeerRefused, match="wait for the device already") as caught:
+                await greedy[1]
+            assert caught.value.reason is RefusalReason.BUSY
+            gate.open()
+            await first
+            assert [(await job).value for job in (greedy[0], modest)] == ["a", "b"]
+
+    asyncio.run(main())
+
+
+def test_job_that_nobody_waits_for_any_more_is_not_begun() -> None:
+    async def main() -> None:
+        now_s, ran = [100.0], []
+        executor = DeviceThread(max_queue=8, clock=lambda: now_s[0])
+        try:
+            gate = Gate()
+            first = await begun(executor, gate)
+            late = asyncio.create_task(executor.run(Priority.DECODE, lambda: ran.append("late"), timeout_s=5.0))
+            good = asyncio.create_task(executor.run(Priority.DECODE, lambda: ran.append("good"), timeout_s=6.0))
+            await asyncio.sleep(0)
+            now_s[0] = 105.0
+            gate.open()
+            with pytest.raises(PeerRefused, match="^the request waited longer than its client does$") as caught:
+                await late
+            assert caught.value.reason is RefusalReason.BUSY
+            await asyncio.gather(first, good)
+            assert ran == ["good"]
+        finally:
+            executor.stop()
+
+    asyncio.run(main())
+
+
+# -------------------------------------------------------------------------------- a device that breaks
+
+
+class Fatal(Exception):
+    """Says that the device is of no use any more."""
+
+
+def raising(error: BaseException) -> Gate:
+    return Gate(error)  # type: ignore[arg-type]  # a job may raise anything
+
+
+@pytest.mark.parametrize("error", [SystemExit("bye"), Fatal("sticky")], ids=["no-exception", "fatal"])
+def test_broken_device_answers_everybody_and_refuses_until_restarted(error: BaseException) -> None:
+    async def main() -> None:
+        executor = DeviceThread(max_queue=8, is_fatal=lambda exc: isinstance(exc, Fatal))
+        causes: list[BaseException] = []
+        executor.on_broken = causes.append
+        executor.restart()  # without effect
+        try:
+            gate = raising(error)
+            running = await begun(executor, gate)
+            waiting = asyncio.create_task(executor.run(Priority.DECODE, lambda: 1))
+            await asyncio.sleep(0)
+            gate.open()
+            failures = await asyncio.gather(running, waiting, return_exceptions=True)
+            for failure in failures[isinstance(error, Fatal) :]:
+                assert isinstance(failure, PeerRefused)
+                assert failure.reason is RefusalReason.INTERNAL
+            assert (executor.is_broken, executor.load) == (True, 0)
+            executor.retry_after_s = 4.0
+            with pytest.raises(PeerRefused, match="failed and is being restarted") as caught:
+                await executor.run(Priority.DECODE, lambda: 1)
+            assert (caught.value.reason, caught.value.retry_after_s) == (RefusalReason.BUSY, 4.0)
+            executor.restart()
+            assert (executor.is_broken, executor.load) == (False, 0)
+            assert (await executor.run(Priority.DECODE, lambda: 2)).value == 2
+            assert causes == [error]
+        finally:
+            executor.stop()
+        executor.restart()
+        assert executor.load == 0
+
+    asyncio.run(main())

@@ -678,6 +678,26 @@ def test_full_queue_is_refused_as_busy_and_drops_a_session_no_earlier_than_its_s
     run(main, engine, max_queue=1)
 
 
+def test_step_refused_as_busy_leaves_its_session_as_it_was(engine: Engine) -> None:
+    async def main(peer: Peer) -> None:
+        client = await peer.connect()
+        session, twin = SessionDriver(client), Twin(engine)
+        assert torch.equal(await session.step(hidden(1, 4)), twin.step(hidden(1, 4)))
+        gate = Gate()
+        blocker = await begun(peer.executor, gate)
+        waiting = asyncio.create_task(forward(client, hidden()))
+        await turns()
+        assert (await refusal_of(session.step(hidden(1, 1), ops=(crop(2),), position=2)))[0] is RefusalReason.BUSY
+        double = {"ops": (select(ROWS),), "tensors": {ROWS: torch.tensor([0, 0])}}
+        assert (await refusal_of(session.step(hidden(2, 1), **double)))[0] is RefusalReason.BUSY
+        assert peer.num_sessions == 1
+        gate.open()
+        await asyncio.gather(blocker, waiting)
+        await check_unharmed(session, twin)
+
+    run(main, engine, max_queue=1)
+
+
 # -------------------------------------------------------------------------------- draining
 
 

@@ -292,3 +292,13 @@ def test_hello_with_extra_fields_is_accepted() -> None:
     items = msgspec.msgpack.decode(msgspec.msgpack.encode(CLIENT_HELLO))
     pair.inject(Role.CLIENT, b"".join(encode_frame(msgspec.msgpack.encode([*items, "later"]))))
     assert pair.ends[Role.SERVER].events_received() == [MessageReceived(CLIENT_HELLO, bytearray())]
+
+
+@pytest.mark.parametrize("minor", [0, messages.VERSION_MINOR, 99])
+def test_other_minor_version_is_known_from_the_hello(minor: int) -> None:
+    pair = ConnectionPair()
+    client, server = pair.ends[Role.CLIENT], pair.ends[Role.SERVER]
+    assert client.their_minor == server.their_minor == 0
+    pair.pass_on(Role.CLIENT, msgspec.structs.replace(CLIENT_HELLO, minor=minor))
+    pair.pass_on(Role.SERVER, msgspec.structs.replace(SERVER_HELLO, minor=minor))
+    assert client.their_minor == server.their_minor == minor

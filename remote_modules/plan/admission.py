@@ -1,0 +1,137 @@
+"""Who gets the device next, and who is told to come back later.
+
+Pure: tickets and the time go in, decisions come out; nothing here waits or computes.
+
+    order     -> by priority; within one, the clients take turns, each with its oldest ticket first
+    queue full -> whoever holds most of it gives way: a newcomer with little waiting displaces the youngest and least
+                  urgent ticket of the client that has the most, unless that is more urgent than its own
+    deadline  -> a ticket whose client no longer waits is never begun
+
+So a client that asks for four times what the device can do fills its own share of the queue and no more.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Generic, TypeVar
+
+__all__ = ["AdmissionQueue", "Ticket"]
+
+MIN_RETRY_S = 0.05
+MAX_RETRY_S = 30.0
+SMOOTHING = 0.2
+UNKNOWN_JOB_S = 0.05  # until the first job is done
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Ticket:
+    """One request for the device.
+
+    Attributes:
+        priority: smaller goes first.
+        client: who asks; any number that is one client's own.
+        deadline_s: after this nobody wants the result.
+    """
+
+    priority: int
+    client: int
+    deadline_s: float
+
+
+T = TypeVar("T", bound=Ticket)
+
+
+class AdmissionQueue(Generic[T]):
+    """Tickets that wait.
+
+    Args:
+        max_waiting: tickets held at once.
+    """
+
+    def __init__(self, *, max_waiting: int) -> None:
+        self._max_waiting = max_waiting
+        self._turns: dict[int, OrderedDict[int, deque[T]]] = {}
+        self._num_waiting: Counter[int] = Counter()
+        self._job_s = UNKNOWN_JOB_S
+
+    def __len__(self) -> int:
+        return self._num_waiting.total()
+
+    @property
+    def retry_after_s(self) -> float:
+        """When there will be room: the time that what waits now takes, by what jobs took lately."""
+        return min(MAX_RETRY_S, max(MIN_RETRY_S, len(self) * self._job_s))
+
+    def put(self, ticket: T, *, now_s: float) -> list[T]:
+        """Queue ``ticket``; the tickets to refuse, which may be the new one, and those whose deadline has passed."""
+        refused: list[T] = []
+        if len(self) >= self._max_waiting:
+            refused = [old for old in self._all() if old.deadline_s <= now_s]
+            for old in refused:
+                self.remove(old)
+        if len(self) >= self._max_waiting:
+            victim = self._victim_for(ticket)
+            if victim is None:
+                return [*refused, ticket]
+            self.remove(victim)
+            refused.append(victim)
+        turns = self._turns.setdefault(ticket.priority, OrderedDict())
+        turns.setdefault(ticket.client, deque()).append(ticket)
+        self._num_waiting[ticket.client] += 1
+        return refused
+
+    def take(self, *, now_s: float) -> tuple[T | None, list[T]]:
+        """The ticket whose turn it is, and those that were passed over because their deadline has passed."""
+        expired: list[T] = []
+        while self._turns:
+            priority = min(self._turns)
+            turns = self._turns[priority]
+            client = next(iter(turns))
+            ticket = turns[client][0]
+            self.remove(ticket)
+            if ticket.deadline_s > now_s:
+                if client in turns:
+                    turns.move_to_end(client)
+                return ticket, expired
+            expired.append(ticket)
+        return None, expired
+
+    def remove(self, ticket: T) -> bool:
+        """Take ``ticket`` out; False if it does not wait here."""
+        turns = self._turns.get(ticket.priority)
+        tickets = None if turns is None else turns.get(ticket.client)
+        if turns is None or tickets is None or ticket not in tickets:
+            return False
+        tickets.remove(ticket)
+        self._num_waiting[ticket.client] -= 1
+        if not self._num_waiting[ticket.client]:
+            del self._num_waiting[ticket.client]
+        if not tickets:
+            del turns[ticket.client]
+            if not turns:
+                del self._turns[ticket.priority]
+        return True
+
+    def clear(self) -> list[T]:
+        """All that waited, in no order."""
+        tickets = list(self._all())
+        self._turns.clear()
+        self._num_waiting.clear()
+        return tickets
+
+    def done(self, *, took_s: float) -> None:
+        """Learn from a job that the device has done."""
+        self._job_s += SMOOTHING * (took_s - self._job_s)
+
+    def _all(self) -> Iterator[T]:
+        return chain.from_iterable(tickets for turns in self._turns.values() for tickets in turns.values())
+
+    def _victim_for(self, newcomer: T) -> T | None:
+        client, most = max(self._num_waiting.items(), key=lambda item: item[1])
+        if most <= self._num_waiting[newcomer.client] + 1:
+            return None
+        priority = max(priority for priority, turns in self._turns.items() if client in turns)
+        return self._turns[priority][client][-1] if priority >= newcomer.priority else None
