@@ -33,7 +33,6 @@ class Peer:
     Attributes:
         span: what it holds, or loads.
         cached: bit for each block that is in its disk cache.
-        load_number: counts its loads, so that an event of an earlier one is known as stale.
         has_served: whether the first load has ended.
         expires_at_s: of its lease.
         record_bytes: of its announcement, proof included.
@@ -44,7 +43,6 @@ class Peer:
         "capacity",
         "expires_at_s",
         "has_served",
-        "load_number",
         "phase",
         "record",
         "record_bytes",
@@ -55,7 +53,6 @@ class Peer:
         self.capacity = capacity
         self.span = span
         self.phase = Phase.LOADING
-        self.load_number = 0
         self.has_served = False
         self.cached = 0
         self.expires_at_s = 0.0
@@ -95,7 +92,6 @@ class Peer:
         Whatever it ever loaded is in its disk cache and is read from there.
         """
         self.phase = Phase.LOADING
-        self.load_number += 1
         self.span = span
         wanted = ((1 << len(span)) - 1) << span.start
         num_fetched = (wanted & ~self.cached).bit_count()

@@ -66,10 +66,10 @@ class SwarmSimulation:
         self._capacities: dict[str, Capacity] = {}  # of the peers that have served
         self._is_gap = False
         self._is_measured = False
+        self.events.add(conditions.warm_up_s, self._begin_measuring)
         for _ in range(conditions.num_peers):
             self.events.add(conditions.ramp_s * world.random(), self.join)
         self.events.add(self._next_arrival_s(), self._arrive)
-        self.events.add(conditions.warm_up_s, self._begin_measuring)
 
     def run(self, measured_s: float) -> Report:
         """Go on for ``measured_s`` beyond the warm-up, or beyond what was measured before."""
@@ -117,10 +117,10 @@ class SwarmSimulation:
         self.announced.add(peer.holder)
         peer.describe()
         self._announce(peer)
-        self.events.add(self.events.now_s + load_s, self._loaded, peer, peer.load_number)
+        self.events.add(self.events.now_s + load_s, self._loaded, peer)
 
-    def _loaded(self, peer: Peer, load_number: int) -> None:
-        if peer.phase is Phase.GONE or load_number != peer.load_number:
+    def _loaded(self, peer: Peer) -> None:
+        if peer.phase is Phase.GONE:
             return
         peer.phase = Phase.SERVING
         peer.has_served = True
