@@ -228,7 +228,12 @@ def test_loading_peer_does_not_check() -> None:
     swarm.run(59.9)
     assert strategy.views == []
     swarm.run(60.0)
-    assert len(strategy.views) == swarm.report.num_checks > 3
+    num_checks = swarm.report.num_checks
+    assert len(strategy.views) == num_checks > 3
+    (peer,) = swarm.peers.values()
+    swarm.crash(peer)
+    swarm.run(60.0)
+    assert swarm.report.num_checks == num_checks
 
 
 def test_client_that_sees_a_dead_peer_gets_a_stale_route_and_one_without_peers_none() -> None:
