@@ -10,6 +10,7 @@ from torch import nn
 
 from remote_modules.peers import PeerRecord
 from remote_modules.plan.placement import choose_span, num_blocks_that_fit
+from remote_modules.plan.throughput import Capacity, Holder, Layout
 from remote_modules.spans import Span
 
 __all__ = ["choose_blocks", "free_bytes", "parameter_bytes"]
@@ -64,5 +65,6 @@ def choose_blocks(
     # a holder that is still joining has not measured yet: take it for as fast as the fastest, so that its blocks
     # count as covered
     fastest = max((record.decode_tokens_per_s for record in records), default=0.0) or 1.0
-    holders = [(record.span, record.decode_tokens_per_s or fastest) for record in records]
-    return choose_span(num_blocks_of_model, length, holders, cuts=cuts)
+    holders = [Holder(record.span, record.decode_tokens_per_s or fastest) for record in records]
+    capacity = Capacity(tokens_per_s=fastest, max_blocks=length, is_full=True)
+    return choose_span(Layout.of(num_blocks_of_model, cuts), capacity, holders)
