@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from remote_modules.plan.simulation.conditions import Conditions
 from remote_modules.plan.simulation.report import Report, Sample
-from remote_modules.plan.simulation.strategies import BalanceAtJoin, RandomSpans, Strategy
+from remote_modules.plan.simulation.strategies import BalanceAlways, BalanceAtJoin, RandomSpans, Strategy
 from remote_modules.plan.simulation.swarm import SwarmSimulation
 
 __all__ = [
+    "BalanceAlways",
     "BalanceAtJoin",
     "Conditions",
     "RandomSpans",

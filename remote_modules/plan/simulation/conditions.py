@@ -28,16 +28,17 @@ class Conditions:
         median_tokens_per_s, speed_sigma: of the lognormal speed of a peer through one block.
         median_network_tokens_per_s, network_sigma: of the lognormal speed of its link.
         min_span, max_span: blocks that fit into a peer, uniform.
-        fetch_s_per_block, read_s_per_block: to load a block for the first time, and once it is in the disk
-            cache of the peer.
+        fetch_s_per_block: to bring a block into the disk cache of a peer, where it stays.
+        read_s_per_block: to bring a block from there into memory.
         announce_jitter: the share of the interval by which each announcement comes earlier or later.
-        check_interval_s: mean time between two looks of a peer at whether it should move, uniform in 0..2x; infinite
-            for never.
-        min_gain: what a move must add to the throughput of the swarm, as a share of it.
         ramp_s: within so long the first ``num_peers`` join, at uniform times.
         warm_up_s: so long nothing is counted.
         sample_interval_s: between two `Sample` of the report.
         route_interval_s: between two routes that a client looks for; infinite for none.
+        fetches_ahead: whether a server that wants to move goes on serving while it fetches blocks into its disk cache,
+            and then decides once more; else it stops first.
+        view_age_s: the records that a server sees when it checks may be so old; all share that view, and one election.
+            0: everyone looks anew.
         max_known: records of which a client chooses its route, drawn from all leases.
     """
 
@@ -56,12 +57,12 @@ class Conditions:
     announce_interval_s: float = 30.0
     announce_jitter: float = 0.1
     lease_s: float = 90.0
-    check_interval_s: float = 60.0
-    min_gain: float = 0.01
     ramp_s: float = 600.0
     warm_up_s: float = 1800.0
     sample_interval_s: float = 30.0
     route_interval_s: float = 60.0
+    fetches_ahead: bool = True
+    view_age_s: float = 0.0
     max_known: int = 1000
 
     def __post_init__(self) -> None:
@@ -94,7 +95,6 @@ _POSITIVE = {
     "median_tokens_per_s",
     "median_network_tokens_per_s",
     "announce_interval_s",
-    "check_interval_s",
     "sample_interval_s",
     "route_interval_s",
     "max_known",

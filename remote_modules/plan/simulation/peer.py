@@ -7,6 +7,7 @@ import enum
 import msgspec
 
 from remote_modules.peers import PeerId, PeerRecord, PeerState, SignedRecord
+from remote_modules.plan.rebalance import Member, MoveCost
 from remote_modules.plan.simulation.conditions import Conditions
 from remote_modules.plan.throughput import Capacity, Holder
 from remote_modules.spans import Span
@@ -34,15 +35,19 @@ class Peer:
         span: what it holds, or loads.
         cached: bit for each block that is in its disk cache.
         has_served: whether the first load has ended.
+        is_fetching: whether it serves, and fetches what it wants to serve next.
+        awaited: at its last check, who was to move first, and since when it has seen that.
         expires_at_s: of its lease.
         record_bytes: of its announcement, proof included.
     """
 
     __slots__ = (
+        "awaited",
         "cached",
         "capacity",
         "expires_at_s",
         "has_served",
+        "is_fetching",
         "phase",
         "record",
         "record_bytes",
@@ -54,7 +59,9 @@ class Peer:
         self.span = span
         self.phase = Phase.LOADING
         self.has_served = False
+        self.is_fetching = False
         self.cached = 0
+        self.awaited: tuple[PeerId | None, float] | None = None
         self.expires_at_s = 0.0
         self.record_bytes = 0
         self.record = PeerRecord(
@@ -86,6 +93,26 @@ class Peer:
         """What it gives to the swarm once it serves."""
         return Holder(self.span, self.capacity.tokens_per_s, self.capacity.network_tokens_per_s)
 
+    @property
+    def member(self) -> Member:
+        """It as others see it: as its last record says."""
+        record = self.record
+        return Member(peer_id=self.peer_id, span=record.span, capacity=self.capacity, state=record.state)
+
+    def cost(self, conditions: Conditions, *, is_fetched: bool) -> MoveCost:
+        """Of a move, with the time to fetch blocks unless that is done before."""
+        cached = [block for block in range(conditions.num_blocks) if self.cached >> block & 1]
+        fetch_s = 0.0 if is_fetched else conditions.fetch_s_per_block
+        return MoveCost(load_s=conditions.read_s_per_block, fetch_s=fetch_s, cached=cached)
+
+    def fetch_s(self, span: Span, conditions: Conditions) -> float:
+        """Time to bring the blocks of ``span`` that are not there into the disk cache."""
+        return (_bits(span) & ~self.cached).bit_count() * conditions.fetch_s_per_block
+
+    def keep(self, span: Span) -> None:
+        """The blocks of ``span`` are in the disk cache from now on."""
+        self.cached |= _bits(span)
+
     def start_load(self, span: Span, conditions: Conditions) -> float:
         """Let go of what it holds and load ``span``; how long that takes, in seconds.
 
@@ -93,10 +120,9 @@ class Peer:
         """
         self.phase = Phase.LOADING
         self.span = span
-        wanted = ((1 << len(span)) - 1) << span.start
-        num_fetched = (wanted & ~self.cached).bit_count()
-        self.cached |= wanted
-        return num_fetched * conditions.fetch_s_per_block + (len(span) - num_fetched) * conditions.read_s_per_block
+        load_s = self.cost(conditions, is_fetched=False).seconds(span)
+        self.keep(span)
+        return load_s
 
     def sign(self) -> SignedRecord:
         """The next announcement; the proof is empty, as nobody checks it here."""
@@ -114,6 +140,10 @@ class Peer:
             block_digests=_digests(self.span),
             state=PeerState.ONLINE if self.phase is Phase.SERVING else PeerState.JOINING,
         )
+
+
+def _bits(span: Span) -> int:
+    return ((1 << len(span)) - 1) << span.start
 
 
 def _digests(span: Span) -> tuple[str, ...]:

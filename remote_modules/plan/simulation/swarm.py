@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from remote_modules.errors import NoRouteError
 from remote_modules.peers import PeerId, PeerRecord, PeerState
 from remote_modules.plan.leases import LeaseTable
+from remote_modules.plan.rebalance import Member
 from remote_modules.plan.routing import Candidate, Demand, Hop, find_route
 from remote_modules.plan.simulation.bounds import relaxation_bound
 from remote_modules.plan.simulation.conditions import Conditions, draw_capacity
@@ -46,6 +47,9 @@ class SwarmSimulation:
 
     Attributes:
         peers: that run, by id, in the order in which they came.
+        members: what the tracker knows of those whose lease has not ended.
+        serving: throughput of the peers that serve.
+        announced: throughput of ``members``.
         report: counts from ``conditions.warm_up_s`` on.
     """
 
@@ -54,6 +58,7 @@ class SwarmSimulation:
         self.events = EventQueue()
         self.leases = LeaseTable(max_records=MAX_RECORDS)
         self.peers: dict[str, Peer] = {}
+        self.members: dict[str, Member] = {}
         self.serving = Coverage(conditions.num_blocks)
         self.announced = Coverage(conditions.num_blocks)
         self.report = Report()
@@ -62,6 +67,7 @@ class SwarmSimulation:
         self._world = world
         self._decisions = decisions
         self._num_joined = 0
+        self._num_changes = 0  # of the members
         self._announced_bytes = 0  # of the records in the table
         self._capacities: dict[str, Capacity] = {}  # of the peers that have served
         self._is_gap = False
@@ -95,8 +101,7 @@ class SwarmSimulation:
         leaves_at_s = now_s + self._world.expovariate(1 / conditions.mean_life_s)
         is_crash = self._world.random() < conditions.crash_share
         self._count_lookup()
-        view = View(conditions, self._layout, self.announced, now_s)
-        span = self._strategy.choose(view, capacity, self._decisions)
+        span = self._strategy.choose(self._view(), capacity, self._decisions)
         peer = Peer(self._num_joined, capacity, span, conditions)
         self._num_joined += 1
         self.peers[peer.peer_id] = peer
@@ -105,8 +110,7 @@ class SwarmSimulation:
         self._load(peer, span)
         self.events.add(leaves_at_s, self.crash if is_crash else self.withdraw, peer)
         self._renew_later(peer)
-        if self._strategy.has_checks:
-            self._check_later(peer)
+        self._check_later(peer)
         return peer
 
     def _load(self, peer: Peer, span: Span) -> None:
@@ -115,8 +119,7 @@ class SwarmSimulation:
         if self._is_measured:
             self.report.loading_s += load_s
         self.announced.add(peer.holder)
-        peer.describe()
-        self._announce(peer)
+        self._announce_change(peer)
         self.events.add(self.events.now_s + load_s, self._loaded, peer)
 
     def _loaded(self, peer: Peer) -> None:
@@ -127,8 +130,7 @@ class SwarmSimulation:
         self._capacities[peer.peer_id] = peer.capacity
         self.serving.add(peer.holder)
         self._watch_gap(is_move=False)
-        peer.describe()
-        self._announce(peer)
+        self._announce_change(peer)
 
     def crash(self, peer: Peer) -> None:
         """The peer is gone at once; its lease runs out. Nothing happens to one that is gone."""
@@ -161,6 +163,8 @@ class SwarmSimulation:
     def _forget(self, peer: Peer) -> None:
         """The tracker has no lease of the peer any more."""
         self.announced.remove(peer.holder)
+        del self.members[peer.peer_id]
+        self._num_changes += 1
         self._announced_bytes -= peer.record_bytes
 
     # Announcing
@@ -173,6 +177,12 @@ class SwarmSimulation:
         if peer.phase is not Phase.GONE:
             self._announce(peer)
             self._renew_later(peer)
+
+    def _announce_change(self, peer: Peer) -> None:
+        peer.describe()
+        self._announce(peer)
+        self.members[peer.peer_id] = peer.member
+        self._num_changes += 1
 
     def _announce(self, peer: Peer) -> None:
         now_s, lease_s = self.events.now_s, self.conditions.lease_s
@@ -187,23 +197,39 @@ class SwarmSimulation:
 
     # Moving
 
+    def _view(self) -> View:
+        return View(self.conditions, self._layout, self.announced, self.members, self._num_changes, self.events.now_s)
+
     def _check_later(self, peer: Peer) -> None:
-        delay_s = 2 * self.conditions.check_interval_s * self._decisions.random()
-        self.events.add(self.events.now_s + delay_s, self._check, peer)
+        self.events.add(self.events.now_s + self._strategy.next_check_s(self._decisions), self._check, peer)
 
     def _check(self, peer: Peer) -> None:
         if peer.phase is Phase.GONE:
             return
         self._check_later(peer)
-        if peer.phase is Phase.LOADING:
-            return
+        if peer.phase is Phase.SERVING and not peer.is_fetching:
+            self._reconsider(peer)
+
+    def _reconsider(self, peer: Peer) -> None:
         self._count_lookup()
         if self._is_measured:
             self.report.num_checks += 1
-        view = View(self.conditions, self._layout, self.announced, self.events.now_s)
-        span = self._strategy.reconsider(view, peer, self._decisions)
-        if span is not None:
+        span = self._strategy.reconsider(self._view(), peer)
+        if span is None:
+            return
+        fetch_s = peer.fetch_s(span, self.conditions)
+        if self.conditions.fetches_ahead and fetch_s > 0:
+            peer.is_fetching = True
+            self.events.add(self.events.now_s + fetch_s, self._fetched, peer, span)
+        else:
             self.move(peer, span)
+
+    def _fetched(self, peer: Peer, span: Span) -> None:
+        """The swarm may have changed: the peer decides anew."""
+        if peer.phase is not Phase.GONE:
+            peer.is_fetching = False
+            peer.keep(span)
+            self._reconsider(peer)
 
     def move(self, peer: Peer, span: Span) -> None:
         """A serving peer lets go of its span and loads another."""
