@@ -79,6 +79,7 @@ class ServerConfig:
     cache_dir: str | None = None
     token: str | None = None  # hub token; never logged or announced
     identity_path: Path | None = None  # None: a new identity for this process
+    bandwidth_mbit: float | None = None  # of the slower direction, for placement; None: unknown, taken for enough
     kv_budget_bytes: int | None = None  # None: half of what is free after loading
     max_batch_tokens: int = 8192  # rows x tokens of one request
     max_sessions: int = 1024
@@ -138,6 +139,7 @@ class TrackerConfig:
 
 _POSITIVE = (
     "num_blocks",
+    "bandwidth_mbit",
     "kv_budget_bytes",
     "max_batch_tokens",
     "max_sessions",

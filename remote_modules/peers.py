@@ -52,6 +52,8 @@ class PeerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         prefill_tokens_per_s, decode_tokens_per_s: measured, tokens per second through one block.
         free_kv_tokens: tokens of one sequence that the KV budget still admits, over the whole span.
         load: requests queued or running when announced.
+        max_blocks: how many blocks it could hold; 0 if it would hold no others than it does.
+        bandwidth_bytes_per_s: of its link, the slower direction; 0 if unknown.
     """
 
     peer_id: str
@@ -73,6 +75,8 @@ class PeerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     free_kv_tokens: int = 0
     load: int = 0
     version: str = ""
+    max_blocks: int = 0
+    bandwidth_bytes_per_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= self.num_blocks <= MAX_BLOCKS:
@@ -86,12 +90,12 @@ class PeerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         texts = (self.peer_id, self.instance_id, self.model, self.model_key, self.dtype, self.quantization)
         if max(map(len, (*texts, self.version, *self.block_digests, self.certificate_sha256 or ""))) > 256:
             raise ValueError("record has a text of more than 256 characters")
-        for number in (self.sequence, self.free_kv_tokens, self.load):
+        for number in (self.sequence, self.free_kv_tokens, self.load, self.max_blocks):
             if not 0 <= number < 2**53:
                 raise ValueError(f"record counts must be in 0:2**53, got {number}")
-        for speed in (self.prefill_tokens_per_s, self.decode_tokens_per_s):
+        for speed in (self.prefill_tokens_per_s, self.decode_tokens_per_s, self.bandwidth_bytes_per_s):
             if not 0 <= speed < 1e12:  # refuses NaN and infinity too
-                raise ValueError(f"record speeds must be in 0:1e12 tokens per second, got {speed}")
+                raise ValueError(f"record speeds must be in 0:1e12 tokens or bytes per second, got {speed}")
 
     @property
     def span(self) -> Span:
@@ -104,7 +108,7 @@ class SignedRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Attributes:
         payload: the record as msgpack, at most `MAX_RECORD_BYTES`.
         public_key: raw Ed25519 key, 32 bytes.
-        signature: over ``b"rm-record-v1" + payload``, 64 bytes.
+        signature: over ``b"rm-record-v2" + payload``, 64 bytes.
     """
 
     payload: bytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from remote_modules.plan.throughput import Capacity, Layout, span_throughput
+from remote_modules.plan.throughput import Capacity, Layout
 from remote_modules.spans import Span
 
 __all__ = ["better_spans"]
@@ -51,8 +51,7 @@ def _choices(layout: Layout, capacity: Capacity) -> list[_Choice]:
     """Legal spans of one server, and what it adds to each block of them."""
     starts, ends = layout.legal(capacity).nonzero()
     spans = [layout.span(int(start), int(end)) for start, end in zip(starts, ends, strict=True)]
-    network = capacity.network_tokens_per_s
-    return [(span.start, span.end, span_throughput(capacity.tokens_per_s, len(span), network)) for span in spans]
+    return [(span.start, span.end, capacity.throughput(len(span))) for span in spans]
 
 
 class _Search:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from remote_modules.plan.throughput import Capacity, Floats, Holder, Layout, coverage
 from remote_modules.spans import Span
 
-__all__ = ["best_span", "choose_span", "num_blocks_that_fit", "pressure"]
+__all__ = ["best_span", "bottlenecks_with", "choose_span", "num_blocks_that_fit", "pressure"]
 
 # Of two blocks, one with throughput 10 % of the mean below the other counts e**1.6 = 5 times as much.
 SHARPNESS = 16.0
@@ -39,17 +40,20 @@ def choose_span(layout: Layout, capacity: Capacity, holders: Sequence[Holder]) -
     return best_span(layout, capacity, totals)[0]
 
 
-def best_span(layout: Layout, capacity: Capacity, totals: Floats) -> tuple[Span, float]:
+def best_span(
+    layout: Layout, capacity: Capacity, totals: Floats, *, allowed: NDArray[np.bool_] | None = None
+) -> tuple[Span, float]:
     """`choose_span`, and the bottleneck with it.
 
     Args:
         totals: ``[num_blocks]`` throughput of each block without this server, tokens per second.
+        allowed: ``[K, K]`` legal spans, from cut to cut; None: all that fit into ``capacity``.
     """
-    heights = layout.heights(capacity)
-    legal = layout.legal(capacity)
+    legal = layout.legal(capacity) if allowed is None else allowed
     if not legal.any():
         raise ValueError(_too_small(layout, capacity))
-    bottlenecks = np.where(legal, _bottlenecks(layout, totals, heights), -1.0)
+    heights = layout.heights(capacity)
+    bottlenecks = np.where(legal, bottlenecks_with(layout, totals, heights), -1.0)
     best = float(bottlenecks.max())
     sums = np.concatenate(([0.0], np.cumsum(pressure(totals, capacity.tokens_per_s))))[layout.bounds]
     relief = (sums[None, :] - sums[:, None]) * -np.expm1(-SHARPNESS / scale_of(totals, capacity.tokens_per_s) * heights)
@@ -74,7 +78,7 @@ def pressure(totals: Floats, added_tokens_per_s: float) -> Floats:
     return needs
 
 
-def _bottlenecks(layout: Layout, totals: Floats, heights: Floats) -> Floats:
+def bottlenecks_with(layout: Layout, totals: Floats, heights: Floats) -> Floats:
     """``[K, K]``: the least throughput of all blocks if the ones from one cut to another got ``heights`` more."""
     parts = np.minimum.reduceat(totals, layout.bounds[:-1])  # the blocks between two cuts, which nobody holds apart
     count = len(layout.bounds)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from remote_modules.plan.exhaustive import better_spans
-from remote_modules.plan.throughput import Capacity, Floats, Layout
+from remote_modules.plan.search import SHARPENING, Search
+from remote_modules.plan.throughput import Capacity, Layout
 from remote_modules.spans import Span
 
 if TYPE_CHECKING:
@@ -23,13 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = ["assign_spans", "bottleneck_bound", "bottleneck_of"]
 
-SHARPENING = ((8.0, 2), (16.0, 2), (32.0, 2), (64.0, 2))
-FINEST = 64.0
-KICK_SIZES = (3, 4, 5)
-ANYWHERE_SHARE = 0.3  # of the kicks
-NEAR = 2
-WORSE, WORSE_SHARE = 1.2, 0.3
-QUICK, THOROUGH = 30, 1000  # kicks
+EQUAL = 1e-9
+QUICK, THOROUGH = 40, 1000  # kicks
+KICK_SIZES = (3, 4, 5)  # servers that are taken out
+WORSE, WORSE_SHARE = 0.003, 0.3  # some kicks may lower the level by so much of the bound
+MAX_TURNS = 2  # of all servers at each sharpness, to begin with
 SMALL = 8  # servers, for which all spans may be tried
 VISITS_PER_KICK = 30  # take as long
 GOOD_ENOUGH = 0.995  # of the bound: no search goes on from there
@@ -68,7 +67,7 @@ def bottleneck_of(layout: Layout, capacities: Sequence[Capacity], spans: Sequenc
     totals = np.zeros(layout.num_blocks)
     for capacity, span in zip(capacities, spans, strict=True):
         if span is not None:
-            totals[span.start : span.end] += min(capacity.tokens_per_s / len(span), capacity.network_tokens_per_s)
+            totals[span.start : span.end] += capacity.throughput(len(span))
     return float(totals.min())
 
 
@@ -86,144 +85,36 @@ def assign_spans(
         One span for each server, None for one that no legal span fits into. Where the blocks of all are too few,
         as many blocks as possible are covered.
     """
-    search = _Search(layout, capacities)
-    search.anneal()
+    bound = bottleneck_bound(layout, capacities)
+    mean = sum(capacity.tokens_per_s for capacity in capacities) / layout.num_blocks
+    search = Search(layout, capacities, scale=bound or mean or 1.0)
+    for sharpness in SHARPENING:
+        for _ in range(MAX_TURNS):
+            if not search.turn(search.movable, sharpness):
+                break
     is_small = len(search.movable) <= SMALL
-    search.polish(rng, min(num_kicks, QUICK) if is_small else num_kicks)
-    spans = tuple(None if place is None else layout.span(place[0], place[0] + place[1] + 1) for place in search.places)
-    if is_small and search.bottleneck < search.bound:
+    _polish(search, rng, min(num_kicks, QUICK) if is_small else num_kicks, bound)
+    spans = tuple(None if place is None else search.span(place) for place in search.places)
+    if is_small and search.bottleneck < bound * (1 - EQUAL):
         better, _ = better_spans(layout, capacities, than=search.bottleneck, max_visits=num_kicks * VISITS_PER_KICK)
         return better or spans
     return spans
 
 
-class _Search:
-    """Places of all servers, and what they add up to.
-
-    A place is the number of the cut where a span begins, and how many cuts further on it ends, less one. Tables are
-    ``[starts, widths]``; a width that goes beyond the last cut relieves nothing that a narrower one does not.
-    """
-
-    def __init__(self, layout: Layout, capacities: Sequence[Capacity]) -> None:
-        self.layout = layout
-        self.bound = bottleneck_bound(layout, capacities)
-        mean = sum(capacity.tokens_per_s for capacity in capacities) / layout.num_blocks
-        self.scale = self.bound or mean or 1.0
-        self.heights = [_by_width(layout.heights(capacity)) for capacity in capacities]
-        lengths = [layout.longest(capacity) for capacity in capacities]
-        self.movable = [index for index, length in enumerate(lengths) if length > 0]
-        # those who can be but high and narrow choose first
-        self.movable.sort(key=lambda index: (lengths[index] / capacities[index].tokens_per_s, index))
-        self.places: list[tuple[int, int] | None] = [None] * len(capacities)
-        self.weights = np.diff(layout.bounds).astype(np.float64)  # blocks between two cuts
-        count = len(self.weights)
-        self.totals = np.zeros(count)
-        self.sums = np.zeros(2 * count + 1)
-        self.windows = np.lib.stride_tricks.sliding_window_view(self.sums[1:], count)[:count]
-        self._reliefs: dict[float, list[Floats]] = {}
-
-    def anneal(self) -> None:
-        for sharpness, num_turns in SHARPENING:
-            for _ in range(num_turns):
-                if not self.turn(self.movable, sharpness):
-                    break
-
-    def reliefs(self, sharpness: float) -> list[Floats]:
-        """For each server and place, the share of a block's pressure that it takes away."""
-        found = self._reliefs.get(sharpness)
-        if found is None:
-            factor = -sharpness / self.scale
-            found = self._reliefs[sharpness] = [-np.expm1(factor * heights) for heights in self.heights]
-        return found
-
-    def turn(self, servers: Sequence[int], sharpness: float) -> bool:
-        """Let each of ``servers`` go where it relieves most; whether any moved."""
-        has_moved = False
-        reliefs = self.reliefs(sharpness)
-        for index in servers:
-            old = self.places[index]
-            self.take(index)
-            self.put(index, self.best_place(reliefs[index], sharpness))
-            has_moved |= self.places[index] != old
-        return has_moved
-
-    def best_place(self, relief: Floats, sharpness: float) -> tuple[int, int]:
-        count, width = len(self.totals), relief.shape[1]
-        needs = np.exp(self.totals * (-sharpness / self.scale))
-        needs *= self.weights
-        needs.cumsum(out=self.sums[1 : count + 1])
-        self.sums[count + 1 :] = self.sums[count]
-        gains = self.windows[:, :width] - self.sums[:count, None]
-        gains *= relief
-        return divmod(int(gains.argmax()), width)
-
-    def take(self, index: int) -> None:
-        place = self.places[index]
-        if place is not None:
-            start, width = place
-            self.totals[start : start + width + 1] -= self.heights[index][place]
-            self.places[index] = None
-
-    def put(self, index: int, place: tuple[int, int]) -> None:
-        start, width = place
-        self.totals[start : start + width + 1] += self.heights[index][place]
-        self.places[index] = place
-
-    def polish(self, rng: Random, num_kicks: int) -> None:
-        """Take a few servers out and let them settle anew; keep what is no worse, sometimes what is little worse."""
-        best, best_places = self.bottleneck, list(self.places)
-        now = self.pain
-        for _ in range(num_kicks if len(self.movable) > 1 else 0):
-            if best >= GOOD_ENOUGH * self.bound:
-                break
-            kept = list(self.places), self.totals.copy()
-            self.kick(rng)
-            after = self.pain
-            if after > now * (WORSE if rng.random() < WORSE_SHARE else 1.0):
-                self.places, self.totals = kept
-                continue
-            now = after
-            if self.bottleneck > best:
-                best, best_places = self.bottleneck, list(self.places)
-        self.places = best_places
-
-    @property
-    def bottleneck(self) -> float:
-        return float(self.totals.min())
-
-    @property
-    def pain(self) -> float:
-        """A smooth stand-in for the bottleneck, less is better."""
-        return float(np.dot(np.exp((self.bound - self.totals) * (FINEST / self.scale)), self.weights))
-
-    def kick(self, rng: Random) -> None:
-        """Take out some servers, often neighbours at the weakest block, and let them come back one after the other."""
-        crowd = self.movable if rng.random() < ANYWHERE_SHARE else self.around(self.weak_block(rng))
-        chosen = rng.sample(crowd, min(len(crowd), rng.choice(KICK_SIZES)))
-        if rng.random() < 0.5 and (other := rng.choice(self.movable)) not in chosen:
-            chosen.append(other)
-        for index in chosen:
-            self.take(index)
-        for sharpness, _ in SHARPENING:
-            self.turn(chosen, sharpness)
-
-    def weak_block(self, rng: Random) -> int:
-        return int(self.totals.argmin()) if rng.random() < 0.5 else rng.randrange(len(self.totals))
-
-    def around(self, block: int) -> list[int]:
-        """Servers that hold ``block`` or one next to it."""
-        return [
-            index
-            for index in self.movable
-            if (place := self.places[index]) is not None and place[0] - NEAR <= block <= place[0] + place[1] + NEAR
-        ]
-
-
-def _by_width(heights: Floats) -> Floats:
-    """``[K, K]`` from cut to cut, to ``[starts, widths]`` with the narrowest first, as few as there are."""
-    count = len(heights) - 1
-    padded = np.zeros((count, 2 * count))
-    padded[:, :count] = heights[:-1, 1:]
-    rows = np.arange(count)
-    shifted = padded[rows[:, None], rows[:, None] + rows[None, :]]
-    return shifted[:, : int(np.max(rows + 1, where=shifted.any(axis=0), initial=1))]
+def _polish(search: Search, rng: Random, num_kicks: int, bound: float) -> None:
+    """Resettle a few servers at a time; keep what is no worse, sometimes what is little worse."""
+    best, best_state = search.bottleneck, search.saved()
+    level = search.level
+    for _ in range(num_kicks if len(search.movable) > 1 else 0):
+        if best >= GOOD_ENOUGH * bound:
+            break
+        before = search.saved()
+        search.resettle(search.crowd(rng, rng.choice(KICK_SIZES)))
+        after = search.level
+        if after < level - (WORSE * search.scale if rng.random() < WORSE_SHARE else 0.0):
+            search.restore(before)
+            continue
+        level = after
+        if search.bottleneck > best:
+            best, best_state = search.bottleneck, search.saved()
+    search.restore(best_state)

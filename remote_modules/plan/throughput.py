@@ -81,6 +81,10 @@ class Capacity:
     network_tokens_per_s: float = math.inf
     is_full: bool = False
 
+    def throughput(self, num_blocks: int) -> float:
+        """Tokens per second on each block of a span."""
+        return span_throughput(self.tokens_per_s, num_blocks, self.network_tokens_per_s)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -138,9 +142,21 @@ class Layout:
             legal &= (lengths == lengths.max(axis=1)[:, None]) & (lengths == lengths.max(axis=0)[None, :])
         return legal
 
+    def allows(self, span: Span, capacity: Capacity) -> bool:
+        """Whether a server may hold ``span``."""
+        start, end = np.searchsorted(self.bounds, (span.start, span.end))
+        is_at_cuts = end < len(self.bounds) and self.bounds[start] == span.start and self.bounds[end] == span.end
+        return bool(is_at_cuts and self.legal(capacity)[start, end])
+
     def longest(self, capacity: Capacity) -> int:
         """Blocks of the longest span that a server may hold; 0 if there is none."""
         return int(np.max(self.lengths, where=self.legal(capacity), initial=0))
+
+    def first(self, capacity: Capacity) -> Span:
+        """The longest span at the lowest start; there must be one."""
+        legal = self.legal(capacity)
+        start = int(legal.any(axis=1).argmax())
+        return self.span(start, int(np.flatnonzero(legal[start])[-1]))
 
     def heights(self, capacity: Capacity) -> Floats:
         """``[K, K]``: what a server would add to each block of a span; 0 where it may not hold it."""

@@ -3,27 +3,53 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from remote_modules.peers import PeerRecord
-from remote_modules.plan.placement import choose_span, num_blocks_that_fit
-from remote_modules.plan.throughput import Capacity, Holder, Layout
+from remote_modules.peers import PeerRecord, PeerState
+from remote_modules.plan.placement import choose_span
+from remote_modules.plan.election import members_of
+from remote_modules.plan.throughput import Capacity, Layout
 from remote_modules.spans import Span
 
 __all__ = ["choose_blocks", "free_bytes", "parameter_bytes"]
 
-WORKSPACE_BYTES = 512 * 1024 * 1024  # activations and allocator slack
+WORKSPACE_BYTES = 512 * 1024 * 1024  # activations and allocator slack, where they are not measured
 KV_TOKENS = 8192  # room that a peer keeps when it chooses how many blocks to hold
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that could be taken now."""
+    """Memory that could be taken now, by this process: what others use does not count, nor what a cgroup forbids."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    return min(_available_bytes(_MEMINFO), _allowed_bytes(_CGROUP))
+
+
+def _available_bytes(meminfo: Path) -> int:
+    """Free memory of the machine, page cache included; only free pages where the system does not tell."""
+    try:
+        lines = meminfo.read_text("ascii").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _allowed_bytes(cgroup: Path) -> int:
+    """What the cgroup of a container leaves; 2**62 without one."""
+    try:
+        limit, used = ((cgroup / name).read_text("ascii").strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return 2**62
+    return 2**62 if limit == "max" else max(0, int(limit) - int(used))
 
 
 def parameter_bytes(block: nn.Module, dtype: torch.dtype) -> int:
@@ -31,40 +57,27 @@ def parameter_bytes(block: nn.Module, dtype: torch.dtype) -> int:
     return sum(parameter.numel() for parameter in block.parameters()) * dtype.itemsize
 
 
-def choose_blocks(
-    *,
-    num_blocks_of_model: int,
-    wanted: int | None,
-    block_bytes: int,
-    kv_token_bytes: int,
-    device: torch.device,
-    records: list[PeerRecord],
-    cuts: Collection[int] = (),
-) -> Span:
+def choose_blocks(layout: Layout, capacity: Capacity, records: Sequence[PeerRecord], *, token_bytes: int) -> Span:
     """The span to hold.
 
     Args:
-        wanted: how many blocks; None: as many as fit. Fewer are taken where ``cuts`` allow no such span.
-        kv_token_bytes: KV cache of one token in one block.
+        layout: with the size of each block, KV cache included, unless ``capacity`` says how many to hold.
+        capacity: of this peer; a speed of 0 is taken for that of the fastest of the others.
         records: what others hold.
-        cuts: where a span may begin and end; empty for everywhere.
+        token_bytes: of one token between blocks.
 
     Raises:
-        ValueError: not even one block fits, or no span between two cuts.
+        ValueError: no span that may be served fits.
     """
-    length = wanted
-    if length is None:
-        length = num_blocks_that_fit(
-            block_bytes=block_bytes,
-            kv_bytes_per_token_block=kv_token_bytes,
-            kv_tokens=KV_TOKENS,
-            free_bytes=free_bytes(device),
-            workspace_bytes=WORKSPACE_BYTES,
-            num_blocks=num_blocks_of_model,
+    members = members_of(records, token_bytes=token_bytes, default_tokens_per_s=capacity.tokens_per_s)
+    if not capacity.tokens_per_s:
+        fastest = max((member.capacity.tokens_per_s for member in members), default=1.0)
+        capacity = Capacity(
+            tokens_per_s=fastest,
+            max_blocks=capacity.max_blocks,
+            room_bytes=capacity.room_bytes,
+            network_tokens_per_s=capacity.network_tokens_per_s,
+            is_full=capacity.is_full,
         )
-    # a holder that is still joining has not measured yet: take it for as fast as the fastest, so that its blocks
-    # count as covered
-    fastest = max((record.decode_tokens_per_s for record in records), default=0.0) or 1.0
-    holders = [Holder(record.span, record.decode_tokens_per_s or fastest) for record in records]
-    capacity = Capacity(tokens_per_s=fastest, max_blocks=length, is_full=True)
-    return choose_span(Layout.of(num_blocks_of_model, cuts), capacity, holders)
+    holders = [member.holder for member in members if member.state is not PeerState.DRAINING]
+    return choose_span(layout, capacity, holders)

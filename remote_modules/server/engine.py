@@ -6,6 +6,7 @@ fault.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from remote_modules.model.replay import OwnerArguments, SpanModel
 from remote_modules.model.tensors import TensorSpec, slice_tokens
 from remote_modules.server.checks import RequestTensors
 from remote_modules.server.sessions import KVCost
+from remote_modules.server.workspace import SLACK_BYTES, extrapolate, peak_bytes
 from remote_modules.spans import Span
 from remote_modules.wire.messages import CacheOp
 
@@ -173,6 +175,14 @@ class Engine:
             prefill = _rate(lambda: self._timed(PROBE_TOKENS, None), clock)
             decode = _rate(lambda: self._timed(1, cache), clock)
         return Speeds(prefill * PROBE_TOKENS * num_blocks, decode * num_blocks)
+
+    def workspace_bytes(self, num_tokens: int) -> int:
+        """Memory for a forward of so many tokens beside weights and cache, worked out from two small ones."""
+        with torch.inference_mode():
+            few, twice = (
+                peak_bytes(functools.partial(self._run_probe, num, None)) for num in (PROBE_TOKENS, 2 * PROBE_TOKENS)
+            )
+        return extrapolate(num_tokens, PROBE_TOKENS, few, twice) + SLACK_BYTES
 
     def _timed(self, num_tokens: int, cache: SpanCache | None) -> None:
         outputs = self._run_probe(num_tokens, cache)

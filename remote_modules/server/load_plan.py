@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+
 import torch
 
 from remote_modules.config import ServerConfig
@@ -15,7 +18,8 @@ from remote_modules.model.quantized_cache import QuantizedCache, model_digest
 from remote_modules.model.replay import SpanModel
 from remote_modules.model.stack import meta_skeleton
 from remote_modules.peers import PeerRecord
-from remote_modules.server.capacity import choose_blocks, parameter_bytes
+from remote_modules.plan.throughput import Capacity, Layout
+from remote_modules.server.capacity import KV_TOKENS, WORKSPACE_BYTES, choose_blocks, free_bytes, parameter_bytes
 from remote_modules.server.engine import Engine, Speeds
 from remote_modules.server.sessions import KVCost
 from remote_modules.spans import Span
@@ -53,6 +57,10 @@ class LoadPlan:
         self._device = _device(config.device)
         self.key = model_key(self._model_config)
         self.num_blocks = self._stack.num_blocks
+        self.block_load_s = 0.0  # known after `probe`
+        self._speeds = Speeds(0.0, 0.0)
+        self._workspace_bytes = WORKSPACE_BYTES
+        self._num_fitting = 0  # known after `choose`: what is loaded later takes from what is free
 
     @classmethod
     def read(cls, config: ServerConfig) -> LoadPlan:
@@ -66,7 +74,27 @@ class LoadPlan:
             span = Span.parse(config.blocks)
             check_span(span, plan.num_blocks, config.model)
             plan._stack.check_cuts(span)
+        elif config.num_blocks is None:
+            plan.probe()
         return plan
+
+    def probe(self) -> None:
+        """Load the first blocks that may be served, and measure how fast and how large a pass is here.
+
+        Raises:
+            CheckpointError, UnsupportedCallError: as `load` and `LoadedSpan.measure` do.
+        """
+        layout = Layout.of(self.num_blocks, self._stack.cuts)
+        first = Span(0, int(layout.bounds[1]))
+        began_s = time.perf_counter()
+        loaded = self.load(first)
+        self.block_load_s = (time.perf_counter() - began_s) / len(first)
+        loaded.measure()
+        self._speeds = loaded.speeds
+        self._workspace_bytes = loaded.engine.workspace_bytes(self._config.max_batch_tokens)
+        del loaded
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def choose(self, records: list[PeerRecord]) -> Span:
         """The span that the swarm of ``records`` needs most.
@@ -74,27 +102,53 @@ class LoadPlan:
         Raises:
             ValueError: no span that may be served fits.
         """
+        layout, capacity = self.layout(), self.capacity()
+        self._num_fitting = layout.longest(capacity)
+        return choose_blocks(layout, capacity, records, token_bytes=self.token_bytes)
+
+    def layout(self, kv_tokens: int = KV_TOKENS) -> Layout:
+        """The model's blocks with what each needs: weights, and the KV cache of ``kv_tokens`` tokens."""
+        quantization = self._config.quantization
+        blocks = self._stack.blocks(self._skeleton)
+        if quantization == "none":
+            weights = [parameter_bytes(block, self.dtype) for block in blocks]
+        else:
+            weights = [quantized_bytes(block, self.dtype, quantization) for block in blocks]
+        kv_bytes = kv_tokens * self._kv_token_bytes() if self._config.kv_budget_bytes is None else 0
+        return Layout.of(self.num_blocks, self._stack.cuts, [num_bytes + kv_bytes for num_bytes in weights])
+
+    def capacity(self) -> Capacity:
+        """Of this machine, now. The speed is 0 without `probe`."""
+        config = self._config
+        rest = (config.kv_budget_bytes or 0) + self._workspace_bytes
+        network_tokens_per_s = math.inf
+        if config.bandwidth_mbit is not None:
+            network_tokens_per_s = config.bandwidth_mbit * 125_000 / self.token_bytes
+        return Capacity(
+            tokens_per_s=self._speeds.decode_tokens_per_s,
+            max_blocks=config.num_blocks or self.num_blocks,
+            room_bytes=free_bytes(self._device) - rest if config.num_blocks is None else math.inf,
+            network_tokens_per_s=network_tokens_per_s,
+            is_full=config.num_blocks is not None,
+        )
+
+    def max_blocks(self, span: Span) -> int:
+        """What to announce: blocks that could be held here, ``span`` being held; 0 where the operator chose it."""
+        return 0 if self._config.blocks is not None else max(len(span), self._num_fitting)
+
+    @property
+    def token_bytes(self) -> int:
+        """Hidden states of one token, as they travel."""
+        hidden_size: int = self._model_config.get_text_config(decoder=True).hidden_size
+        return hidden_size * self.dtype.itemsize
+
+    def _kv_token_bytes(self) -> int:
+        """Keys and values of one token in one block, as far as the config tells."""
         text = self._model_config.get_text_config(decoder=True)
         query_heads = getattr(text, "num_attention_heads", None) or 1
         heads = getattr(text, "num_key_value_heads", None) or query_heads
         head_size = getattr(text, "head_dim", None) or text.hidden_size // query_heads
-        return choose_blocks(
-            num_blocks_of_model=self.num_blocks,
-            wanted=self._config.num_blocks,
-            block_bytes=self._block_bytes(),
-            kv_token_bytes=2 * heads * head_size * self.dtype.itemsize,
-            device=self._device,
-            records=records,
-            cuts=self._stack.cuts,
-        )
-
-    def _block_bytes(self) -> int:
-        """Of the largest block: some are dense and the others have experts."""
-        quantization = self._config.quantization
-        blocks = self._stack.blocks(self._skeleton)
-        if quantization == "none":
-            return max(parameter_bytes(block, self.dtype) for block in blocks)
-        return max(quantized_bytes(block, self.dtype, quantization) for block in blocks)
+        return int(2 * heads * head_size * self.dtype.itemsize)
 
     def load(self, span: Span) -> LoadedSpan:
         quantization = self._config.quantization

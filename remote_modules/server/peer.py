@@ -214,6 +214,8 @@ class Peer:
             dtype=str(self._plan.dtype).removeprefix("torch."),
             quantization=self.config.quantization,
             version=package_version(),
+            max_blocks=self._plan.max_blocks(self._span),
+            bandwidth_bytes_per_s=(self.config.bandwidth_mbit or 0.0) * 125_000,
         )
         if self._handler is None:
             return record
