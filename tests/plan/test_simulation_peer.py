@@ -6,8 +6,9 @@ import msgspec
 
 from remote_modules.identity import Identity
 from remote_modules.peers import PeerRecord, PeerState
+from remote_modules.plan.election import Member, members_of
 from remote_modules.plan.simulation.conditions import Conditions
-from remote_modules.plan.simulation.peer import ID_CHARACTERS, PROOF_BYTES, Peer, Phase
+from remote_modules.plan.simulation.peer import ID_CHARACTERS, PROOF_BYTES, TOKEN_BYTES, Peer, Phase
 from remote_modules.plan.throughput import Capacity, Holder
 from remote_modules.spans import Span
 from tests.records import make_identity
@@ -21,10 +22,28 @@ def make_peer() -> Peer:
 
 def test_blocks_are_fetched_once_and_read_from_disk_later() -> None:
     peer = make_peer()
-    assert peer.start_load(Span(2, 6), CONDITIONS) == 4 * 4.0
-    assert peer.start_load(Span(4, 8), CONDITIONS) == 2 * 4.0 + 2 * 0.25
+    assert peer.start_load(Span(2, 6), CONDITIONS) == 4 * 4.25
+    assert peer.start_load(Span(4, 8), CONDITIONS) == 2 * 4.0 + 4 * 0.25
     assert peer.start_load(Span(2, 6), CONDITIONS) == 4 * 0.25
     assert (peer.span, peer.phase) == (Span(2, 6), Phase.LOADING)
+
+
+def test_fetched_blocks_cost_no_more_than_reading() -> None:
+    peer = make_peer()
+    peer.start_load(Span(2, 6), CONDITIONS)
+    assert peer.fetch_s(Span(4, 9), CONDITIONS) == 3 * 4.0
+    assert peer.cost(CONDITIONS, is_fetched=False).seconds(Span(4, 9)) == 3 * 4.0 + 5 * 0.25
+    assert peer.cost(CONDITIONS, is_fetched=True).seconds(Span(4, 9)) == 5 * 0.25
+    peer.keep(Span(4, 9))
+    assert peer.fetch_s(Span(2, 9), CONDITIONS) == 0.0
+    assert peer.cost(CONDITIONS, is_fetched=False).seconds(Span(4, 9)) == 5 * 0.25
+
+
+def test_member_is_what_the_record_says() -> None:
+    peer = make_peer()
+    assert peer.member == Member(peer_id=peer.peer_id, span=Span(2, 6), capacity=peer.capacity, state=PeerState.JOINING)
+    (announced,) = members_of([peer.record], token_bytes=TOKEN_BYTES)
+    assert announced == peer.member
 
 
 def test_holder_is_what_the_peer_gives() -> None:

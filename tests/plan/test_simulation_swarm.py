@@ -9,8 +9,17 @@ from random import Random
 import pytest
 
 from remote_modules.peers import PeerState
+from remote_modules.plan.election import Rule
 from remote_modules.plan.routing import Hop
-from remote_modules.plan.simulation import BalanceAtJoin, Conditions, RandomSpans, Report, Strategy, SwarmSimulation
+from remote_modules.plan.simulation import (
+    BalanceAlways,
+    BalanceAtJoin,
+    Conditions,
+    RandomSpans,
+    Report,
+    Strategy,
+    SwarmSimulation,
+)
 from remote_modules.plan.simulation.coverage import Coverage
 from remote_modules.plan.simulation.peer import PROOF_BYTES, Peer, Phase
 from remote_modules.plan.simulation.strategies import View
@@ -35,21 +44,27 @@ STILL = replace(
 )
 
 
-class Ordered(RandomSpans):
-    """The spans that a test names, one after the other; at a check the peers move as ``moves`` says, by span."""
+RULE = Rule(check_interval_s=10.0, turn_s=20.0, max_joining=5, num_groups=4)
 
-    def __init__(self, *spans: str, moves: dict[str, str] | None = None) -> None:
+
+class Ordered(RandomSpans):
+    """The spans that a test names, one after the other; at each check a peer moves as ``moves`` says, by span."""
+
+    def __init__(self, *spans: str, moves: dict[str, str] | None = None, check_interval_s: float = math.inf) -> None:
         self.spans = list(spans)
         self.moves = moves or {}
-        self.has_checks = moves is not None
+        self.check_interval_s = check_interval_s
         self.views: list[View] = []
 
     def choose(self, view: View, capacity: Capacity, rng: Random) -> Span:
         return Span.parse(self.spans.pop(0))
 
-    def reconsider(self, view: View, peer: Peer, rng: Random) -> Span | None:
+    def next_check_s(self, rng: Random) -> float:
+        return self.check_interval_s
+
+    def reconsider(self, view: View, peer: Peer) -> Span | None:
         self.views.append(view)
-        target = self.moves.pop(str(peer.span), None)
+        target = self.moves.get(str(peer.span))
         return None if target is None else Span.parse(target)
 
 
@@ -61,7 +76,9 @@ def holder_of(record_span: Span, peer: Capacity) -> Holder:
     return Holder(record_span, peer.tokens_per_s, peer.network_tokens_per_s)
 
 
-@pytest.mark.parametrize("strategy", [RandomSpans(), BalanceAtJoin()], ids=["random", "join"])
+@pytest.mark.parametrize(
+    "strategy", [RandomSpans(), BalanceAtJoin(), BalanceAlways(RULE, Random(0))], ids=["random", "join", "always"]
+)
 def test_tables_equal_what_is_there_at_every_moment(strategy: Strategy) -> None:
     swarm = simulate(strategy)
     everyone: dict[str, Peer] = {}
@@ -78,6 +95,8 @@ def test_tables_equal_what_is_there_at_every_moment(strategy: Strategy) -> None:
         assert all(now_s - lease.announced_at_s <= SMALL.lease_s for lease in leases)
         announced = [holder_of(lease.record.span, everyone[lease.record.peer_id].capacity) for lease in leases]
         assert swarm.announced == Coverage(SMALL.num_blocks, announced)
+        spoken = {lease.record.peer_id: (lease.record.span, lease.record.state) for lease in leases}
+        assert {peer_id: (member.span, member.state) for peer_id, member in swarm.members.items()} == spoken
         serving = [peer.holder for peer in swarm.peers.values() if peer.phase is Phase.SERVING]
         assert swarm.serving == Coverage(SMALL.num_blocks, serving)
         online = {lease.record.peer_id for lease in leases if lease.record.state is PeerState.ONLINE} - ghosts
@@ -89,7 +108,7 @@ def test_tables_equal_what_is_there_at_every_moment(strategy: Strategy) -> None:
 
 
 def run(seed: int) -> Report:
-    return simulate(BalanceAtJoin(), seed).run(900.0)
+    return simulate(BalanceAlways(RULE, Random(0)), seed).run(900.0)
 
 
 def test_same_seed_gives_the_same_report_and_another_seed_another() -> None:
@@ -131,11 +150,11 @@ def test_peer_is_announced_at_once_and_serves_when_it_has_loaded() -> None:
     swarm.run(0.0)
     (peer,) = swarm.peers.values()
     assert (peer.phase, swarm.announced.num_missing(), swarm.serving.num_missing()) == (Phase.LOADING, 0, 12)
-    assert swarm.report.loading_s == 12 * 5.0
-    swarm.run(60.0)
+    assert swarm.report.loading_s == 12 * 5.5
+    swarm.run(70.0)
     assert (peer.phase, swarm.serving == swarm.announced) == (Phase.SERVING, True)
-    assert [(gap.began_s, gap.ended_s, gap.is_move) for gap in swarm.report.gaps] == [(0.0, 60.0, False)]
-    assert swarm.report.gap_s == 60.0
+    assert [(gap.began_s, gap.ended_s, gap.is_move) for gap in swarm.report.gaps] == [(0.0, 66.0, False)]
+    assert swarm.report.gap_s == 66.0
     (lease,) = swarm.leases.lookup(None, swarm.events.now_s)
     assert len(lease.signed.payload) + PROOF_BYTES == peer.record_bytes
     assert swarm.report.record_bytes > swarm.report.num_announces * 96
@@ -190,11 +209,11 @@ def test_mover_serves_nobody_until_it_has_loaded_what_it_did_not_have() -> None:
     swarm.run(0.0)
     before_s = swarm.report.loading_s
     swarm.move(third, Span(4, 10))
-    assert swarm.report.loading_s - before_s == 4 * 5.0 + 2 * 0.5
+    assert swarm.report.loading_s - before_s == 4 * 5.0 + 6 * 0.5
     assert swarm.announced.num_holders.tolist() == [1] * 4 + [2] * 6 + [1] * 2
     assert swarm.serving.num_holders.tolist() == [1] * 12
     assert not swarm.can_run(Hop(third.peer_id, Span(4, 10)))
-    swarm.run(21.0)
+    swarm.run(23.0)
     assert swarm.serving == swarm.announced
     assert swarm.can_run(Hop(third.peer_id, Span(5, 10)))
     assert not swarm.can_run(Hop(third.peer_id, Span(3, 10)))
@@ -212,28 +231,92 @@ def test_gap_that_a_move_opens_is_told_apart() -> None:
     assert swarm.report.gap_s == 100.0
 
 
-def test_serving_peers_check_and_move_where_the_strategy_says() -> None:
-    strategy = Ordered("0:12", moves={"0:12": "0:11"})
-    swarm = simulate(strategy, conditions=replace(STILL, check_interval_s=10.0))
+def test_mover_serves_while_it_fetches_and_then_decides_anew() -> None:
+    strategy = Ordered("0:12", "0:6", moves={"0:6": "4:10"}, check_interval_s=50.0)
+    swarm = simulate(strategy, conditions=STILL)
+    swarm.run(0.0)
+    peer = swarm.join()  # at 120 s; serves from 153 s
+    swarm.run(50.1)
+    assert (peer.phase, peer.is_fetching, peer.span) == (Phase.SERVING, True, Span(0, 6))
+    strategy.moves = {"0:6": "3:9"}
+    swarm.run(19.8)
+    assert peer.span == Span(0, 6)
+    swarm.run(0.2)  # fetched 6..10; 3..9 needs no more
+    assert (peer.phase, peer.span) == (Phase.LOADING, Span(3, 9))
+    swarm.run(2.8)
+    assert peer.phase is Phase.LOADING
+    swarm.run(0.2)
+    assert peer.phase is Phase.SERVING
+    assert swarm.report.num_moves == 1
+    assert swarm.report.loading_s == 6 * 5.5 + 6 * 0.5
+
+
+def test_mover_that_has_fetched_may_stay() -> None:
+    strategy = Ordered("0:12", "0:6", moves={"0:6": "4:10"}, check_interval_s=50.0)
+    swarm = simulate(strategy, conditions=STILL)
+    swarm.run(0.0)
+    peer = swarm.join()
+    swarm.run(60.0)
+    assert peer.is_fetching
+    strategy.moves = {}
+    swarm.run(100.0)
+    assert (peer.is_fetching, peer.span, swarm.report.num_moves) == (False, Span(0, 6), 0)
+    assert peer.fetch_s(Span(0, 10), STILL) == 0.0
+
+
+def test_mover_that_crashes_while_it_fetches_is_gone() -> None:
+    swarm = simulate(Ordered("0:12", "0:6", moves={"0:6": "4:10"}, check_interval_s=50.0), conditions=STILL)
+    swarm.run(0.0)
+    peer = swarm.join()
+    swarm.run(60.0)
+    assert peer.is_fetching
+    swarm.crash(peer)
+    swarm.run(100.0)
+    assert (peer.phase, peer.span, swarm.report.num_moves) == (Phase.GONE, Span(0, 6), 0)
+
+
+def test_mover_that_does_not_fetch_ahead_stops_first() -> None:
+    conditions = replace(STILL, fetches_ahead=False)
+    swarm = simulate(Ordered("0:12", "0:6", moves={"0:6": "4:10"}, check_interval_s=50.0), conditions=conditions)
+    swarm.run(0.0)
+    peer = swarm.join()
+    swarm.run(50.1)
+    assert (peer.phase, peer.span) == (Phase.LOADING, Span(4, 10))
+
+
+def test_checks_see_the_announced_swarm_and_count_as_lookups() -> None:
+    strategy = Ordered("0:12", check_interval_s=10.0)
+    swarm = simulate(strategy, conditions=STILL)
     swarm.run(600.0)
-    assert len(strategy.views) > swarm.report.num_checks > 30
-    assert swarm.report.num_checks == swarm.report.num_lookups
-    assert [peer.span for peer in swarm.peers.values()] == [Span(0, 11)]
-    assert strategy.views[-1].announced is swarm.announced
+    assert swarm.report.num_checks == swarm.report.num_lookups == 61
+    assert len(strategy.views) == (720 - 66) // 10 + 1
+    view = strategy.views[-1]
+    assert (view.announced, view.now_s, view.version) == (swarm.announced, 720.0, 2)
+    assert {peer_id: member.span for peer_id, member in view.members.items()} == {
+        peer.peer_id: Span(0, 12) for peer in swarm.peers.values()
+    }
 
 
-def test_loading_peer_does_not_check() -> None:
-    strategy = Ordered("0:12", moves={})
-    swarm = simulate(strategy, conditions=replace(STILL, check_interval_s=5.0, warm_up_s=0.0))
-    swarm.run(59.9)
+def test_loading_and_crashed_peers_do_not_check() -> None:
+    strategy = Ordered("0:12", check_interval_s=5.0)
+    swarm = simulate(strategy, conditions=replace(STILL, warm_up_s=0.0))
+    swarm.run(65.9)
     assert strategy.views == []
     swarm.run(60.0)
-    num_checks = swarm.report.num_checks
-    assert len(strategy.views) == num_checks > 3
+    assert len(strategy.views) == 12
     (peer,) = swarm.peers.values()
     swarm.crash(peer)
     swarm.run(60.0)
-    assert swarm.report.num_checks == num_checks
+    assert len(strategy.views) == 12
+
+
+def test_full_balancing_moves_and_beats_balancing_at_the_join() -> None:
+    at_join = simulate(BalanceAtJoin()).run(1800.0)
+    always = simulate(BalanceAlways(RULE, Random(0))).run(1800.0)
+    assert at_join.num_moves == 0
+    assert always.num_moves > 10
+    assert always.mean_share > at_join.mean_share + 0.03
+    assert always.gap_s < at_join.gap_s
 
 
 def test_client_that_sees_a_dead_peer_gets_a_stale_route_and_one_without_peers_none() -> None:

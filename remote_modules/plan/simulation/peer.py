@@ -7,17 +7,19 @@ import enum
 import msgspec
 
 from remote_modules.peers import PeerId, PeerRecord, PeerState, SignedRecord
-from remote_modules.plan.rebalance import Member, MoveCost
+from remote_modules.plan.election import Member
+from remote_modules.plan.rebalance import MoveCost, Turns
 from remote_modules.plan.simulation.conditions import Conditions
 from remote_modules.plan.throughput import Capacity, Holder
 from remote_modules.spans import Span
 
-__all__ = ["MODEL_KEY", "PROOF_BYTES", "Peer", "Phase"]
+__all__ = ["ID_CHARACTERS", "MODEL_KEY", "PROOF_BYTES", "TOKEN_BYTES", "Peer", "Phase"]
 
 MODEL_KEY = "simulated-model-of-the-swarm"  # as long as a real one
 PROOF_BYTES = 32 + 64  # key and signature, which are not simulated but travel with each record
 DIGEST_CHARACTERS = 12  # of one block
 ID_CHARACTERS = 52
+TOKEN_BYTES = 16384  # of one token between blocks: 8192 numbers in 16 bits
 
 
 class Phase(enum.Enum):
@@ -36,13 +38,12 @@ class Peer:
         cached: bit for each block that is in its disk cache.
         has_served: whether the first load has ended.
         is_fetching: whether it serves, and fetches what it wants to serve next.
-        awaited: at its last check, who was to move first, and since when it has seen that.
         expires_at_s: of its lease.
         record_bytes: of its announcement, proof included.
+        turns: whom it waits for, by its own checks.
     """
 
     __slots__ = (
-        "awaited",
         "cached",
         "capacity",
         "expires_at_s",
@@ -52,6 +53,7 @@ class Peer:
         "record",
         "record_bytes",
         "span",
+        "turns",
     )
 
     def __init__(self, number: int, capacity: Capacity, span: Span, conditions: Conditions) -> None:
@@ -61,7 +63,7 @@ class Peer:
         self.has_served = False
         self.is_fetching = False
         self.cached = 0
-        self.awaited: tuple[PeerId | None, float] | None = None
+        self.turns = Turns()
         self.expires_at_s = 0.0
         self.record_bytes = 0
         self.record = PeerRecord(
@@ -80,6 +82,8 @@ class Peer:
             dtype="bfloat16",
             decode_tokens_per_s=capacity.tokens_per_s,
             prefill_tokens_per_s=10 * capacity.tokens_per_s,
+            max_blocks=capacity.max_blocks,
+            bandwidth_bytes_per_s=capacity.network_tokens_per_s * TOKEN_BYTES,
             free_kv_tokens=100_000,
             version="0.1.0",
         )

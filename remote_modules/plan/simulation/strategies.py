@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from remote_modules.plan.election import Member, Proposal, Rule, elect, view_seed
 from remote_modules.plan.placement import best_span
-from remote_modules.plan.rebalance import Member, Move, Proposal, Rule, decide_move, elect, view_seed
+from remote_modules.plan.rebalance import Move, decide_move
 from remote_modules.plan.simulation.conditions import Conditions
 from remote_modules.plan.simulation.coverage import Coverage
 from remote_modules.plan.simulation.peer import Peer
@@ -95,9 +96,7 @@ class BalanceAlways(BalanceAtJoin):
 
     def reconsider(self, view: View, peer: Peer) -> Span | None:
         self._elect(view)
-        first = self._proposals[0].peer_id if self._proposals else None
-        if peer.awaited is None or peer.awaited[0] != first:
-            peer.awaited = (first, view.now_s)
+        waited_s = peer.turns.waited_s(self._proposals, view.now_s)
         if self._spans.get(peer.peer_id) != peer.span:
             return None  # not proposed, as `decide_move` would find after a look at all members; or moved since
         decision = decide_move(
@@ -106,7 +105,7 @@ class BalanceAlways(BalanceAtJoin):
             self._proposals,
             rule=self.rule,
             cost=peer.cost(view.conditions, is_fetched=view.conditions.fetches_ahead),
-            waited_s=view.now_s - peer.awaited[1],
+            waited_s=waited_s,
         )
         return decision.span if isinstance(decision, Move) else None
 

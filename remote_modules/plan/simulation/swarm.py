@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from remote_modules.errors import NoRouteError
 from remote_modules.peers import PeerId, PeerRecord, PeerState
+from remote_modules.plan.election import Member
 from remote_modules.plan.leases import LeaseTable
-from remote_modules.plan.rebalance import Member
 from remote_modules.plan.routing import Candidate, Demand, Hop, find_route
 from remote_modules.plan.simulation.bounds import relaxation_bound
 from remote_modules.plan.simulation.conditions import Conditions, draw_capacity
