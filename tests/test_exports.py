@@ -106,8 +106,8 @@ def test_arguments_after_the_first_are_keywords(function: Callable[..., object],
     "module", [name for name in source_modules() if name.startswith(MIRRORED) and not name.endswith("__init__")]
 )
 def test_source_file_has_tests_of_its_own(module: str) -> None:
-    area, name = module.split(".")
-    own = f"tests/{area}/test_{name}.py"
+    area, _, name = module.partition(".")
+    own = f"tests/{area}/test_{name.replace('.', '_')}.py"
     assert (ROOT / own).exists() or (ROOT / TESTED_BY.get(module, TESTED_BY.get(area, own))).exists(), (
         f"{own} is missing"
     )
