@@ -1,7 +1,8 @@
 """The process behind a `LocalSwarm` peer or tracker: ``python -m remote_modules.testing.child``.
 
 Reads one line of JSON (``{"kind": "peer" | "tracker", "config": {...}}``) from standard input, prints one line of
-JSON when it is up, and runs until SIGTERM (drains), or until standard input ends: the death of the parent.
+JSON when it is up, and runs until SIGTERM (drains), or until standard input ends: the death of the parent. A peer's
+``"pace": {"block_s": ..., "token_s": ...}`` makes it as slow as that (`testing.pace`).
 """
 
 from __future__ import annotations
@@ -11,10 +12,15 @@ import os
 import signal
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from remote_modules.config import ServerConfig, TrackerConfig
 from remote_modules.errors import RemoteModulesError
+
+if TYPE_CHECKING:
+    from remote_modules.server.server import Server
 
 __all__ = ["main"]
 
@@ -30,7 +36,7 @@ def main() -> int:
         if job["kind"] == "tracker":
             _run_tracker(job["config"], stop)
         else:
-            _run_peer(job["config"], stop)
+            _run_peer(job["config"], stop, job.get("pace"))
     except (RemoteModulesError, ValueError, TypeError, OSError) as exc:
         _say({"error": f"{type(exc).__name__}: {exc}"})
         return 1
@@ -45,14 +51,19 @@ def _run_tracker(options: dict[str, object], stop: threading.Event) -> None:
         stop.wait()
 
 
-def _run_peer(options: dict[str, object], stop: threading.Event) -> None:
+def _run_peer(options: dict[str, object], stop: threading.Event, pace: dict[str, float] | None) -> None:
     from remote_modules.server.server import Server
+    from remote_modules.testing.pace import Pace, paced
 
     for name in ("trackers", "peers", "announce_addresses"):
         options[name] = tuple(options.get(name) or ())  # type: ignore[arg-type]
     if options.get("identity_path"):
         options["identity_path"] = Path(str(options["identity_path"]))
-    server = Server(ServerConfig(**options))  # type: ignore[arg-type]  # checked by ServerConfig
+    with paced(Pace(**pace)) if pace else nullcontext():
+        _serve(Server(ServerConfig(**options)), stop)  # type: ignore[arg-type]  # checked by ServerConfig
+
+
+def _serve(server: Server, stop: threading.Event) -> None:
     server.start()
     _say(
         {
