@@ -27,9 +27,7 @@ from remote_modules.net.loop import LoopThread
 from remote_modules.peers import PeerRecord
 from remote_modules.testing.pace import Pace
 
-NETLAB = Path(__file__).parents[2] / "shared" / "netlab"
-if not NETLAB.is_dir():
-    NETLAB = Path("/work/shared/netlab")
+NETLAB = Path(os.environ.get("NETLAB", Path(__file__).parents[2] / "shared" / "netlab"))
 sys.path.append(str(NETLAB))
 
 from netlab import NETNS, Host, Link, Netlab  # noqa: E402
@@ -72,7 +70,8 @@ class ForkedChild:
         """What it says when it is up."""
         if not self._pipe.poll(START_TIMEOUT_S):
             raise SystemExit(f"{self.host} said nothing within {START_TIMEOUT_S:.0f} s")
-        line = os.fdopen(os.dup(self._pipe.fileno())).readline()
+        with os.fdopen(os.dup(self._pipe.fileno())) as lines:
+            line = lines.readline()
         message: dict[str, Any] = json.loads(line) if line else {"error": "it ended"}
         if "error" in message:
             raise SystemExit(f"{self.host} did not start: {message['error']}")
@@ -86,6 +85,7 @@ class ForkedChild:
         """SIGKILL and reap; idempotent."""
         self.process.kill()
         self.process.join()
+        self._pipe.close()
 
 
 class LabSwarm:

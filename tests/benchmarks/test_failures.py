@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 from benchmark_modules import load_benchmark
+from transformers.utils import logging as transformers_logging
 
 
 @pytest.fixture(scope="module")
 def failures() -> Any:
+    transformers_logging.disable_progress_bar()  # its monitor is a thread that stays
     return load_benchmark("failures")
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from benchmark_modules import load_benchmark
+from transformers.utils import logging as transformers_logging
 
 from remote_modules.testing import LocalSwarm
 
 
 @pytest.fixture(scope="module")
 def kills() -> Any:
+    transformers_logging.disable_progress_bar()  # its monitor is a thread that stays
     return load_benchmark("kills")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from benchmark_modules import load_benchmark
+from transformers.utils import logging as transformers_logging
 
 from remote_modules.peers import PeerId, PeerRecord, PeerState
 from remote_modules.plan.routing import Candidate
@@ -15,6 +16,7 @@ from remote_modules.spans import Span, missing_spans
 
 @pytest.fixture(scope="module")
 def churn() -> Any:
+    transformers_logging.disable_progress_bar()  # its monitor is a thread that stays
     return load_benchmark("churn")
 
 
