@@ -12,15 +12,12 @@ import os
 import signal
 import sys
 import threading
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from remote_modules.config import ServerConfig, TrackerConfig
 from remote_modules.errors import RemoteModulesError
-
-if TYPE_CHECKING:
-    from remote_modules.server.server import Server
 
 __all__ = ["main"]
 
@@ -36,7 +33,8 @@ def main() -> int:
         if job["kind"] == "tracker":
             _run_tracker(job["config"], stop)
         else:
-            _run_peer(job["config"], stop, job.get("pace"))
+            with _pace_of(job):
+                _run_peer(job["config"], stop)
     except (RemoteModulesError, ValueError, TypeError, OSError) as exc:
         _say({"error": f"{type(exc).__name__}: {exc}"})
         return 1
@@ -51,19 +49,14 @@ def _run_tracker(options: dict[str, object], stop: threading.Event) -> None:
         stop.wait()
 
 
-def _run_peer(options: dict[str, object], stop: threading.Event, pace: dict[str, float] | None) -> None:
+def _run_peer(options: dict[str, object], stop: threading.Event) -> None:
     from remote_modules.server.server import Server
-    from remote_modules.testing.pace import Pace, paced
 
     for name in ("trackers", "peers", "announce_addresses"):
         options[name] = tuple(options.get(name) or ())  # type: ignore[arg-type]
     if options.get("identity_path"):
         options["identity_path"] = Path(str(options["identity_path"]))
-    with paced(Pace(**pace)) if pace else nullcontext():
-        _serve(Server(ServerConfig(**options)), stop)  # type: ignore[arg-type]  # checked by ServerConfig
-
-
-def _serve(server: Server, stop: threading.Event) -> None:
+    server = Server(ServerConfig(**options))  # type: ignore[arg-type]  # checked by ServerConfig
     server.start()
     _say(
         {
@@ -76,6 +69,14 @@ def _serve(server: Server, stop: threading.Event) -> None:
     )
     stop.wait()
     server.drain()
+
+
+def _pace_of(job: dict[str, Any]) -> AbstractContextManager[None]:
+    if not job.get("pace"):
+        return nullcontext()
+    from remote_modules.testing.pace import Pace, paced
+
+    return paced(Pace(**job["pace"]))
 
 
 def _watch_parent() -> None:
