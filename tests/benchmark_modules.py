@@ -12,6 +12,8 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 def load_benchmark(name: str) -> Any:
     """``benchmarks/<name>.py``, under a name of its own: ``benchmarks`` is no package."""
+    if str(FOLDER) not in sys.path:  # scripts import their helpers by bare names
+        sys.path.append(str(FOLDER))
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,7 +1,8 @@
 """The process behind a `LocalSwarm` peer or tracker: ``python -m remote_modules.testing.child``.
 
 Reads one line of JSON (``{"kind": "peer" | "tracker", "config": {...}}``) from standard input, prints one line of
-JSON when it is up, and runs until SIGTERM (drains), or until standard input ends: the death of the parent.
+JSON when it is up, and runs until SIGTERM (drains), or until standard input ends: the death of the parent. A peer's
+``"pace": {"block_s": ..., "token_s": ...}`` makes it as slow as that (`testing.pace`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import os
 import signal
 import sys
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from remote_modules.config import ServerConfig, TrackerConfig
 from remote_modules.errors import RemoteModulesError
@@ -30,7 +33,8 @@ def main() -> int:
         if job["kind"] == "tracker":
             _run_tracker(job["config"], stop)
         else:
-            _run_peer(job["config"], stop)
+            with _pace_of(job):
+                _run_peer(job["config"], stop)
     except (RemoteModulesError, ValueError, TypeError, OSError) as exc:
         _say({"error": f"{type(exc).__name__}: {exc}"})
         return 1
@@ -65,6 +69,14 @@ def _run_peer(options: dict[str, object], stop: threading.Event) -> None:
     )
     stop.wait()
     server.drain()
+
+
+def _pace_of(job: dict[str, Any]) -> AbstractContextManager[None]:
+    if not job.get("pace"):
+        return nullcontext()
+    from remote_modules.testing.pace import Pace, paced
+
+    return paced(Pace(**job["pace"]))
 
 
 def _watch_parent() -> None:

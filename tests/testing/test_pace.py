@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import save_tiny
+
+from remote_modules import RemoteSequential
+from remote_modules.model.replay import SpanModel
+from remote_modules.testing import LocalSwarm
+from remote_modules.testing.pace import Pace, paced
+
+
+def test_time_is_that_of_blocks_and_tokens() -> None:
+    assert Pace(0.5, 0.25).seconds(3, 2) == 3 * (0.5 + 2 * 0.25)
+    assert Pace(0.5).seconds(2, 100) == 1.0
+
+
+@pytest.mark.parametrize(("block_s", "token_s"), [(-1.0, 0.0), (0.0, -1.0), (float("nan"), 0.0)])
+def test_negative_pace_is_refused(block_s: float, token_s: float) -> None:
+    with pytest.raises(ValueError, match="must not be negative"):
+        Pace(block_s, token_s)
+
+
+def test_paced_peer_answers_the_same_later_and_announces_its_pace(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path)
+    hidden = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
+
+    def answer() -> tuple[torch.Tensor, float, float]:
+        with LocalSwarm(folder, spans=["0:4"]) as swarm:
+            with RemoteSequential.from_swarm(folder, trackers=swarm.trackers, mdns=False) as layers:
+                layers(hidden)
+                began_s = time.perf_counter()
+                output = layers(hidden)
+                took_s = time.perf_counter() - began_s
+                (record,) = layers._handle.swarm._records.values()
+        return output, took_s, record.decode_tokens_per_s
+
+    plain, _, fast = answer()
+    original: Callable[..., Any] = SpanModel.run
+    with paced(Pace(0.02)):
+        slow, took_s, speed = answer()
+    assert SpanModel.run is original
+    assert torch.equal(plain, slow)
+    assert took_s >= 4 * 0.02
+    assert speed <= 1 / 0.02 < fast

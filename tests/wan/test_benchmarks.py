@@ -1,0 +1,104 @@
+"""`benchmarks/churn.py` and `benchmarks/continents.py` on few hosts, and the arithmetic of both."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import pytest
+from benchmark_modules import load_benchmark
+from transformers.utils import logging as transformers_logging
+
+from remote_modules.peers import PeerId, PeerRecord, PeerState
+from remote_modules.plan.routing import Candidate
+from remote_modules.spans import Span, missing_spans
+
+
+@pytest.fixture(scope="module")
+def churn() -> Any:
+    transformers_logging.disable_progress_bar()  # its monitor is a thread that stays
+    return load_benchmark("churn")
+
+
+@pytest.fixture(scope="module")
+def continents() -> Any:
+    return load_benchmark("continents")
+
+
+def record(peer_id: str, start: int, end: int, state: PeerState = PeerState.ONLINE) -> PeerRecord:
+    return PeerRecord(
+        peer_id=peer_id,
+        instance_id="1",
+        sequence=1,
+        model="m",
+        model_key="k",
+        num_blocks=6,
+        start=start,
+        end=end,
+        addresses=("10.0.0.1:1",),
+        state=state,
+    )
+
+
+def test_sole_holder_is_the_one_with_most_blocks_of_its_own(churn: Any) -> None:
+    records = [record("a", 0, 3), record("b", 2, 6), record("c", 0, 1), record("d", 1, 2, PeerState.JOINING)]
+    assert churn.sole_holder(records, 6) == ("b", [3, 4, 5])
+    assert churn.sole_holder([record("a", 0, 6), record("b", 0, 6)], 6) is None
+
+
+def test_gap_is_covered_only_by_a_live_peer_that_is_online(churn: Any) -> None:
+    before = [record("a", 0, 3), record("b", 3, 6), record("c", 0, 3)]
+    follower = churn.Follower(before, "b", 6, churn.Recovery("b", "3:6"))
+    assert not follower.see(before, 1.0)  # the dead one is still listed
+    assert follower.recovery.detection_s is None
+    assert not follower.see([before[0], record("c", 3, 6, PeerState.JOINING)], 4.0)
+    assert follower.see([before[0], record("c", 3, 6)], 6.5)
+    recovery = follower.recovery
+    assert (recovery.detection_s, recovery.load_s, recovery.covered_s, recovery.over_s) == (4.0, 2.5, 6.5, 0.0)
+    assert recovery.movers == ["0:3 to 3:6"]
+
+
+def test_killed_holder_is_noticed_by_its_client_and_counted_as_never_covered_in_time(churn: Any) -> None:
+    kinds = [churn.Kind(2, 2.0), churn.Kind(2, 2.0)]  # nobody is left to move: both are sole holders
+    done, client = churn.run(kinds, 1, num_blocks=4, limit_s=3.0)
+    (recovery,) = done.recoveries
+    assert recovery.covered_s is None
+    assert recovery.lost in ("0:2", "2:4")
+    assert (client.errors, client.wrong) == ([], 0)  # it waited for the peer to come back
+    assert client.longest_s >= 3.0
+
+
+def test_paces_are_those_of_the_paper(continents: Any) -> None:
+    block_s = continents.A100.pace(continents.INT8_GB).block_s
+    assert 70 * block_s + 3 * continents.EQUAL_RTT_S == pytest.approx(1 / 1.71)
+    assert sum(gpu.memory for gpu in continents.GPUS) == 90
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_open_peers_cover_the_model(continents: Any, times: int) -> None:
+    spans = continents.spans_of(continents.GPUS, times)
+    is_open = [not gpu.is_closed for gpu in continents.GPUS]
+    open_spans = [span for span, is_usable in zip(spans, is_open, strict=True) if is_usable]
+    assert len(open_spans) == 10
+    assert missing_spans(open_spans, Span(0, continents.NUM_BLOCKS)) == ()
+    lengths = [len(span) for span in spans]
+    assert lengths == [gpu.memory * times for gpu in continents.GPUS]
+
+
+def test_random_route_covers_each_block_once(continents: Any) -> None:
+    candidates = [
+        Candidate(
+            peer_id=PeerId(name),
+            span=span,
+            rtt_s=None,
+            decode_tokens_per_s=1.0,
+            prefill_tokens_per_s=1.0,
+            free_kv_tokens=100,
+            load=0,
+        )
+        for name, span in (("a", Span(0, 4)), ("b", Span(2, 6)), ("c", Span(0, 6)))
+    ]
+    routes = {continents.random_route(Span(0, 6), candidates, None, rng=Random(seed)) for seed in range(50)}
+    assert len(routes) > 2
+    for route in routes:
+        assert [block for hop in route for block in hop.span] == list(range(6))
