@@ -1,22 +1,18 @@
 """Every input and output of a simulated run by number, so that each of them can fail once.
 
-The simulated network, discovery and devices ask `FaultPoints.reach` before they do anything; the one whose number is
-`fail_at` fails, in the way that is natural to it. First run without, to count; then once for each number and way.
+The simulated network, discovery and devices ask `FaultPoints.reach` before they do anything; those whose numbers are
+in `failures` fail, in a way that is natural to them. First run without, to count; then once for each number and way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from typing import Any, TypeVar
-
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Generator, Iterator, Mapping
+from typing import Any
 
 __all__ = ["WAYS", "CancelledAt", "FaultPoints"]
 
-T = TypeVar("T")
-
-# What can happen at each kind of point, most telling first.
+# What can happen at each kind of point.
 WAYS: dict[str, tuple[str, ...]] = {
     "dial": ("refused", "silent"),
     "send": ("reset", "swallowed"),
@@ -28,32 +24,35 @@ WAYS: dict[str, tuple[str, ...]] = {
 
 
 class FaultPoints:
-    """Counts what is reached; the point numbered ``fail_at`` fails in ``way``.
+    """Counts what is reached, and says what fails.
+
+    Args:
+        failures: by the number of the point, which of its kind's `WAYS` (counted round).
 
     Attributes:
         seen: the kind of each point, in order.
-        fired: the kind that failed, once it has.
+        fired: kind and way of those that failed.
     """
 
-    def __init__(self, fail_at: int | None = None, way: str = "") -> None:
+    def __init__(self, failures: Mapping[int, int] | None = None) -> None:
         self.seen: list[str] = []
-        self.fired: str | None = None
-        self._fail_at = fail_at
-        self._way = way
+        self.fired: list[tuple[str, str]] = []
+        self._failures = dict(failures or {})
 
     def reach(self, kind: str) -> str | None:
         """The way to fail now, or None."""
         self.seen.append(kind)
-        if len(self.seen) - 1 != self._fail_at:
+        way = self._failures.get(len(self.seen) - 1)
+        if way is None:
             return None
-        assert self._way in WAYS[kind], f"point {self._fail_at} is '{kind}', which does not fail by '{self._way}'"
-        self.fired = kind
-        return self._way
+        ways = WAYS[kind]
+        self.fired.append((kind, ways[way % len(ways)]))
+        return self.fired[-1][1]
 
-    def cases(self) -> Iterator[tuple[int, str]]:
-        """Number and way of every failure that a run like this one can have."""
+    def cases(self) -> Iterator[tuple[int, int]]:
+        """Number and way of every single failure that a run like this one can have."""
         for number, kind in enumerate(self.seen):
-            for way in WAYS[kind]:
+            for way in range(len(WAYS[kind])):
                 yield number, way
 
 
@@ -65,18 +64,18 @@ class CancelledAt:
         fired: whether it was cancelled.
     """
 
-    def __init__(self, work: Coroutine[Any, Any, T], at: int | None = None) -> None:
+    def __init__(self, work: Coroutine[Any, Any, Any], at: int | None = None) -> None:
         self.num_waits = 0
         self.fired = False
         self._work = work
         self._at = at
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        awaiting = self._work.__await__()
-        send, value = awaiting.send, None
+        work = self._work
+        exc: BaseException | None = None
         while True:
             try:
-                future = send(value)
+                future = work.send(None) if exc is None else work.throw(exc)
             except StopIteration as stop:
                 return stop.value
             self.num_waits += 1
@@ -85,8 +84,8 @@ class CancelledAt:
                 task = asyncio.current_task()
                 assert task is not None
                 task.get_loop().call_soon(task.cancel)
+            exc = None
             try:
-                value = yield future
-                send = awaiting.send
-            except BaseException as exc:
-                value, send = exc, awaiting.throw  # type: ignore[assignment]
+                yield future
+            except BaseException as thrown:  # noqa: BLE001 - handed on to the work, as if there was nothing between
+                exc = thrown

@@ -46,6 +46,7 @@ class Path:
     def seconds(self, num_bytes: int, now_s: float, hosts_s: float, rng: Random, fired: Counter[str]) -> float:
         """How long ``num_bytes`` that are sent now are on the way; ``hosts_s`` is the delay of the two hosts."""
         seconds = hosts_s + self.delay_s
+        fired["slow link"] += self.delay_s > 0
         if self.jitter_s:
             fired["jitter"] += 1
             seconds += rng.uniform(0.0, self.jitter_s)

@@ -253,7 +253,9 @@ class _End(asyncio.Transport):
         return self._is_closing
 
     def close(self) -> None:
-        if not self._is_closing:
+        if self._is_swallowed:
+            self.abort()
+        elif not self._is_closing:
             self._is_closing = True
             self._later(lambda: self.other._lose(None))
             self._soon(None)
@@ -263,15 +265,15 @@ class _End(asyncio.Transport):
             self._is_closing = True
             self._later(lambda: self.other._lose(ConnectionResetError("connection reset")))
             self._soon(None)
+            if self._is_swallowed:  # the other host asks for a while whether anybody is here
+                loop, other, error = asyncio.get_running_loop(), self.other, TimeoutError("nobody is there any more")
+                loop.call_later(KEEPALIVE_S, other._lose, error, context=other.host.context)
 
     def vanish(self) -> None:
         """The host is gone: nothing leaves any more, and the other end is on its own."""
-        self._is_swallowed = self._is_closing = True
+        self._is_swallowed = True
         self._on_the_way.clear()
-        self._soon(None)
-        loop, other = asyncio.get_running_loop(), self.other
-        error = TimeoutError("the other host is gone")
-        loop.call_later(KEEPALIVE_S, other._lose, error, context=other.host.context)
+        self.abort()
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         """Memory has no limits."""

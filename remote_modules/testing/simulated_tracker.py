@@ -20,7 +20,7 @@ ANSWER_S = 0.01
 TIMEOUT_S = 5.0  # of whoever asks a tracker
 MAX_REMEMBERED = 64
 
-_verified = lru_cache(maxsize=256)(verify_record)  # every tracker gets the same
+_verified = lru_cache(maxsize=4096)(verify_record)  # every tracker gets the same, and most runs
 
 
 class SimulatedTracker:

@@ -93,16 +93,21 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         super()._run_once()  # type: ignore[misc]
 
     def _set_aside(self) -> None:
+        """Take out what would run next, if it is of suspended hosts."""
         for handle in [handle for handle in self._ready if self._is_suspended(handle)]:
             self._ready.remove(handle)
             self._suspended[_host_of(handle)].append(handle)
-        timers = [handle for handle in self._scheduled if self._is_suspended(handle)]
-        if timers:
-            self._scheduled[:] = [handle for handle in self._scheduled if not self._is_suspended(handle)]
-            heapq.heapify(self._scheduled)
-            for handle in sorted(timers):
+        kept: list[Any] = []
+        timers = self._scheduled
+        while timers and (not kept or timers[0]._when <= kept[0]._when + self._clock_resolution):
+            handle = heapq.heappop(timers)
+            if self._is_suspended(handle):
                 handle._scheduled = False
                 self._suspended[_host_of(handle)].append(handle)
+            else:
+                kept.append(handle)
+        for handle in kept:
+            heapq.heappush(timers, handle)
 
     def _is_suspended(self, handle: asyncio.Handle) -> bool:
         return not handle.cancelled() and _host_of(handle) in self._suspended
