@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 SLICE_BYTES = 256 * 1024
 JOIN_BYTES = 64 * 1024  # below this one joined write is cheaper than several
 NOTSENT_LOWAT_BYTES = 128 * 1024  # bounds what lies in the kernel, so that a ping behind bulk data gets out soon
+# A host that is gone without a word (power, cable, NAT) is noticed by the kernel in 30 s: a server sends no pings, and
+# its connection would hold a slot for hours. Names of Linux; elsewhere some are missing, and the system's own hold.
+KEEPALIVE = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 30_000))
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -105,6 +108,7 @@ class Connection(asyncio.BufferedProtocol):
             with contextlib.suppress(OSError, AttributeError):  # a Linux option; elsewhere pings may wait behind bulk
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _keep_alive(sock)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._protocol.get_buffer()
@@ -173,3 +177,11 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.write(view)
         if self._is_closing and not self._outgoing and self._transport is not None:
             self._transport.close()
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE:
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

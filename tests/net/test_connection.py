@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 from collections.abc import Callable
 
 import msgspec
@@ -19,7 +20,7 @@ from remote_modules.errors import (
 )
 from remote_modules.identity import Identity
 from remote_modules.net.client_connection import ClientConnection, Reply
-from remote_modules.net.connection import SLICE_BYTES
+from remote_modules.net.connection import KEEPALIVE, SLICE_BYTES
 from remote_modules.peers import short_id
 from remote_modules.wire import messages
 from remote_modules.wire.framing import encode_frame
@@ -623,3 +624,25 @@ def test_abort_drops_what_has_not_left() -> None:
         assert pair.server.closed.is_set()
 
     asyncio.run(main())
+
+
+async def _over_sockets() -> list[int]:
+    """Options of the socket of a connection."""
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: PlainEnd(Role.SERVER), "127.0.0.1", 0)
+    address = server.sockets[0].getsockname()
+    transport, _ = await loop.create_connection(lambda: PlainEnd(Role.CLIENT), *address)
+    sock = transport.get_extra_info("socket")
+    options = [sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)]
+    options += [sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name, _ in KEEPALIVE]
+    transport.abort()
+    server.close()
+    await server.wait_closed()
+    return options
+
+
+def test_kernel_notices_a_host_that_is_gone_without_a_word() -> None:
+    idle_s, interval_s, count, unheard_ms = (value for _, value in KEEPALIVE)
+    assert asyncio.run(_over_sockets()) == [1, idle_s, interval_s, count, unheard_ms]
+    assert idle_s + interval_s * count <= 30
+    assert unheard_ms <= 30_000
