@@ -37,12 +37,14 @@ def main() -> int:
                 report = run_seed(name, seed)
             except AssertionError as exc:
                 broken.append({"swarm": name, "seed": seed, "error": str(exc)})
+                print(broken[-1], file=sys.stderr, flush=True)  # noqa: T201
                 continue
             fired += report.fired
             failovers += report.num_failovers
             steps += report.num_steps
             if report.violations:
                 broken.append({"swarm": name, "seed": seed, "violations": report.violations, "faults": report.faults})
+                print(broken[-1], file=sys.stderr, flush=True)  # noqa: T201
     cpu_s = time.process_time() - began_s
     result = {
         "seeds": count,

@@ -15,6 +15,7 @@ import torch
 from remote_modules.client.passes import backward, forward
 from remote_modules.client.session import SessionState
 from remote_modules.client.swarm import Swarm
+from remote_modules.config import ClientConfig
 from remote_modules.errors import NoRouteError
 from remote_modules.spans import Span
 from remote_modules.testing.fault_points import CancelledAt
@@ -57,7 +58,13 @@ async def random_run(
 ) -> Report:
     """One client generates and trains while a random schedule of faults runs; then everything must come to rest."""
     rng = Random(seed)
-    swarm = SimulatedSwarm(seed, [model.holdings[span] for span in spans], num_trackers=rng.choice([1, 1, 3]))
+    config = ClientConfig(
+        keep_histories=rng.choice(["each_hop", "each_hop", "first"]),
+        exact_replay=rng.random() < 0.2,
+        max_replay_tokens=rng.choice([512, 512, 4]),
+    )
+    holdings = [model.holdings[span] for span in spans]
+    swarm = SimulatedSwarm(seed, holdings, config=config, num_trackers=rng.choice([1, 1, 3]))
     await swarm.start()
     run = _Run(model, swarm, rng)
     faults = asyncio.get_running_loop().create_task(run.weather.blow(kinds))
@@ -132,7 +139,7 @@ class _Run:
             task = asyncio.ensure_future(self._on_client(_awaited(cancelled)))
             await asyncio.wait([task])
             self.swarm.network.fired["client cancelled"] += cancelled.fired
-            if not cancelled.fired or not task.cancelled():
+            if not task.cancelled() and not isinstance(task.exception(), NoRouteError):
                 return task.result()
         return await self._timed(lambda: session.step({"hidden_states": new}, call))
 
