@@ -44,6 +44,7 @@ SWEEP_S = 2.0
 SESSION_IDLE_S = 60.0
 SESSION_ORPHAN_S = 20.0
 EPOCH_S = 1.8e9  # what wall clocks show when a run begins
+MAX_VIOLATIONS = 20
 NUM_IDENTITIES = 4  # of each peer, by seed: they decide what comes first among equals
 KV_BUDGET_BYTES = 64 * 1024 * 1024
 MAX_CONNECTIONS = 64
@@ -122,7 +123,7 @@ class SimulatedPeer:
             limits=HandlerLimits(max_batch_tokens=4096, max_body_bytes=1 << 26, max_connections=MAX_CONNECTIONS),
             clock=swarm.clock,
         )
-        handler.on_violation = swarm.violations.append
+        handler.on_violation = swarm.note_violation
         self.handler, self.host.accept = handler, handler.accept
         self._announcer = Announcer(
             swarm.discovery(self.host.address),
@@ -227,7 +228,7 @@ class SimulatedPeer:
         handler.expire_sessions()
         held = sum(session.reserved_bytes for session in handler.sessions._sessions.values())
         if held != handler.sessions.budget.used_bytes:
-            self._swarm.violations.append(f"I3: {held} KV bytes are held, {handler.sessions.budget.used_bytes} reserved")
+            self._swarm.note_violation(f"I3: {held} KV bytes are held, {handler.sessions.budget.used_bytes} reserved")
         self._sweep_timer = self._loop.call_later(SWEEP_S, self._sweep, handler, context=self.host.context)
 
 
@@ -356,7 +357,12 @@ class SimulatedSwarm:
     def _check_not_banned(self, client: Swarm, peer_id: str) -> None:
         known = self.peer_of(peer_id).identity.peer_id
         if self.watches_bans and client.bans.is_banned(known, client.instance_of(known), now_s=self.clock()):
-            self.violations.append(f"I7: a request went to the banned peer {peer_id[:6]} at {self.clock():.3f} s")
+            self.note_violation(f"I7: a request went to the banned peer {peer_id[:6]} at {self.clock():.3f} s")
+
+    def note_violation(self, text: str) -> None:
+        """A rule is broken; raises once there are so many that the run tells nothing new."""
+        self.violations.append(text)
+        assert len(self.violations) <= MAX_VIOLATIONS, f"too many violations, first {self.violations[0]}"
 
     def peer_of(self, peer_id: str) -> SimulatedPeer:
         return next(peer for peer in self.peers if peer.identity.peer_id == peer_id)

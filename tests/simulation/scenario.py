@@ -54,9 +54,14 @@ def blocks_of(model: TinyModel) -> Span:
 
 
 async def random_run(
-    model: TinyModel, spans: tuple[str, ...], seed: int, kinds: list[str] | None = None
+    model: TinyModel, spans: tuple[str, ...], seed: int, kinds: list[str] | None = None, most: int = 5
 ) -> Report:
-    """One client generates and trains while a random schedule of faults runs; then everything must come to rest."""
+    """One client generates and trains while a random schedule of faults runs; then everything must come to rest.
+
+    Args:
+        kinds: of the faults; None for all.
+        most: how many may happen.
+    """
     rng = Random(seed)
     config = ClientConfig(
         keep_histories=rng.choice(["each_hop", "each_hop", "first"]),
@@ -67,7 +72,7 @@ async def random_run(
     swarm = SimulatedSwarm(seed, holdings, config=config, num_trackers=rng.choice([1, 1, 3]))
     await swarm.start()
     run = _Run(model, swarm, rng)
-    faults = asyncio.get_running_loop().create_task(run.weather.blow(kinds))
+    faults = asyncio.get_running_loop().create_task(run.weather.blow(kinds, most))
     try:
         await run.use(rng.choice(NUM_TOKENS))
     finally:

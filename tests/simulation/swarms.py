@@ -22,10 +22,10 @@ def swarm_model() -> TinyModel:
     return tiny_model(NUM_BLOCKS, ALL_SPANS)
 
 
-def run_seed(name: str, seed: int, kinds: list[str] | None = None) -> Report:
+def run_seed(name: str, seed: int, kinds: list[str] | None = None, most: int = 5) -> Report:
     """One run; an error that reaches the client is a violation, too."""
     try:
-        return run_virtual(random_run(swarm_model(), SWARMS[name], seed, kinds))
+        return run_virtual(random_run(swarm_model(), SWARMS[name], seed, kinds, most))
     except Exception as exc:
         raise AssertionError(f"seed {seed} of '{name}' ended with {type(exc).__name__}: {exc}") from exc
 

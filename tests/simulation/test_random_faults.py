@@ -16,6 +16,11 @@ from .swarms import SWARMS, check, run_seed
 NUM_PARTS = 4  # of the seeds of each swarm: 5 x 4 x 100
 SEEDS_PER_FAULT = 6
 
+SEEDS_PER_STALL = 25
+# Virtual seconds that the longest pass may take when one peer of two fails in this way: 3 s if it is being dialled,
+# 2 s if it has work, and the pass itself with all that it has to compute anew.
+LONGEST_STALL_S = {"crash": 1.0, "reset": 1.0, "restart at once": 1.0, "power": 3.7, "freeze": 3.7, "cut": 3.7}
+
 # What is counted under another name than the fault's.
 COUNTED_AS = {
     "upgrade all": "upgrade",
@@ -47,6 +52,18 @@ def test_one_kind_of_fault_fires_and_changes_nothing(kind: str) -> None:
             check(name, report)
             fired += report.fired
     assert fired[COUNTED_AS.get(kind, kind)] > 0, f"'{kind}' never happened: {fired}"
+
+
+@pytest.mark.parametrize("kind", LONGEST_STALL_S)
+def test_one_fault_stalls_a_replicated_swarm_for_a_moment(kind: str) -> None:
+    """Each pass replays or computes at most a few portions of 20 ms, and waits for a fault once."""
+    longest_s = 0.0
+    for seed in range(6000, 6000 + SEEDS_PER_STALL):
+        report = run_seed("pairs", seed, [kind], most=1)
+        check("pairs", report)
+        longest_s = max(longest_s, report.longest_pass_s)
+    assert longest_s <= LONGEST_STALL_S[kind]
+    assert longest_s >= 0.2, "no fault met a pass"
 
 
 def test_seed_decides_the_whole_run() -> None:
