@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1000, help="the first")
     parser.add_argument("--seeds", type=int, default=2000, help="over all swarms together")
     parser.add_argument("--quick", action="store_true", help="100 seeds")
+    parser.add_argument("--most", type=int, default=5, help="faults of one run")
     parser.add_argument("--swarm", choices=sorted(SWARMS), action="append", help="only this one")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -34,7 +35,7 @@ def main() -> int:
             seed = options.seed + number
             count += 1
             try:
-                report = run_seed(name, seed)
+                report = run_seed(name, seed, most=options.most)
             except AssertionError as exc:
                 broken.append({"swarm": name, "seed": seed, "error": str(exc)})
                 print(broken[-1], file=sys.stderr, flush=True)  # noqa: T201
