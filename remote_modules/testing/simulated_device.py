@@ -99,8 +99,6 @@ class SimulatedDevice:
         began_s = loop.time()
         ended: asyncio.Future[None] = loop.create_future()
         self._running = ended
-        if self._is_stopped:
-            ended.cancel()
         timer = loop.call_later(self.compute_s * (1.0 if ailment is None else ailment.slowness), _finish, ended)
         try:
             await self._work_until(ended, work)

@@ -32,7 +32,9 @@ class SimulatedTracker:
         fired: how often it was down, late or lied.
     """
 
-    def __init__(self, clock: Callable[[], float], address: str = "tracker-0", fired: Counter[str] | None = None) -> None:
+    def __init__(
+        self, clock: Callable[[], float], address: str = "tracker-0", fired: Counter[str] | None = None
+    ) -> None:
         self.address = address
         self.is_up = True
         self.late_s = 0.0

@@ -103,14 +103,17 @@ class SimulatedPeer:
         return self.handler.sessions.budget.used_bytes if self.handler is not None else 0
 
     async def start(self) -> None:
-        """Come online under a new instance id."""
+        """Come online under a new instance id; nothing if it is online already."""
         await self._on_host(self._start())
 
     async def _start(self) -> None:
+        if self.is_up:  # somebody else started it while the host slept
+            return
         swarm, holding = self._swarm, self._holding
         self.instance_id = f"instance-{self._number}-{next(self._instances)}"
-        ailment, self.device = self.device.ailment, SimulatedDevice(
-            holding.compute_s, swarm.fault_rng, swarm.network.fired
+        ailment, self.device = (
+            self.device.ailment,
+            SimulatedDevice(holding.compute_s, swarm.fault_rng, swarm.network.fired),
         )
         self.device.ailment, self.device.points, self.device.on_crash = ailment, swarm.network.points, self.crash
         budget = KVBudget(KV_BUDGET_BYTES, holding.kv_costs)

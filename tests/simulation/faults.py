@@ -1,4 +1,4 @@
-"""Everything that can happen to a simulated swarm: each fault by name, begun at random and ended within half a minute."""
+"""Everything that can happen to a simulated swarm: each fault by name, begun at random, ended within two minutes."""
 
 from __future__ import annotations
 

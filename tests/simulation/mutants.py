@@ -82,7 +82,7 @@ def crop_not_sent(patch: Patch) -> None:
 
     def broken(self: HopCaches, length: int) -> None:
         fed = self._fed_caches
-        self._fed_caches = list  # type: ignore[method-assign, assignment]
+        self._fed_caches = list  # type: ignore[method-assign]
         crop(self, length)
         self._fed_caches = fed  # type: ignore[method-assign]
 

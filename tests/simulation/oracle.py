@@ -84,8 +84,8 @@ def adapter_of(model: TinyModel) -> CallAdapter:
     entries, parameters = [], []
     for block in range(model.num_blocks):
         entries.append(Lora(block, "self_attn.q_proj", SCALING))
-        for shape in ((RANK, model.hidden_size), (model.hidden_size, RANK)):
-            parameters.append(torch.randn(shape, generator=generator) * 0.3)
+        shapes = (RANK, model.hidden_size), (model.hidden_size, RANK)
+        parameters += [torch.randn(shape, generator=generator) * 0.3 for shape in shapes]
     return CallAdapter(AdapterSet(tuple(entries), tuple(parameters)))
 
 
@@ -144,16 +144,25 @@ def lesson_of(model: TinyModel, number: int, *, has_adapter: bool, is_ragged: bo
     call = call_of(inputs, None if mask is None else positions(tokens, mask), mask, adapter)
     leaf = inputs.clone().requires_grad_()
     parameters = [] if adapter is None else [p.clone().requires_grad_() for p in adapter.adapters.parameters]
-    norm, model.local.model.norm = model.local.model.norm, torch.nn.Identity()
-    try:
-        with adapted(model, adapter, parameters):
-            output = model.local.model(
-                inputs_embeds=leaf, attention_mask=mask, position_ids=call.position_ids, use_cache=False
-            ).last_hidden_state
-    finally:
-        model.local.model.norm = norm
+    with adapted(model, adapter, parameters):
+        output = local_blocks(model, leaf, call)
     grads = torch.autograd.grad(output, [leaf, *parameters], torch.ones_like(output))
     return Lesson(inputs, call, output.detach(), grads[0], tuple(grads[1:]))
+
+
+def local_blocks(model: TinyModel, inputs: torch.Tensor, call: CallArguments) -> torch.Tensor:
+    """What the local model's blocks make of ``inputs`` ``[B, T, D]``; differentiable."""
+    norm, model.local.model.norm = model.local.model.norm, torch.nn.Identity()
+    try:
+        mask = call.attention_mask
+        assert not isinstance(mask, dict)
+        output = model.local.model(
+            inputs_embeds=inputs, attention_mask=mask, position_ids=call.position_ids, use_cache=False
+        )
+        hidden_states: torch.Tensor = output.last_hidden_state
+        return hidden_states
+    finally:
+        model.local.model.norm = norm
 
 
 def wrong_in_lesson(

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from remote_modules.client.call import CallArguments, Named
 from remote_modules.client.passes import backward, forward
 from remote_modules.client.session import SessionState
-from remote_modules.client.swarm import Swarm
 from remote_modules.config import ClientConfig
 from remote_modules.errors import NoRouteError
 from remote_modules.spans import Span
@@ -137,7 +137,7 @@ class _Run:
     def _new_session(self) -> SessionState:
         return SessionState(self.client, blocks_of(self.model), lambda callback: callback())
 
-    async def _step(self, session: SessionState, new: torch.Tensor, call: Any) -> dict[str, torch.Tensor]:
+    async def _step(self, session: SessionState, new: torch.Tensor, call: CallArguments) -> Named:
         """One step, perhaps cancelled at some moment and then done anew."""
         if self.rng.random() < 0.1:
             cancelled = CancelledAt(session.step({"hidden_states": new}, call), at=self.rng.randint(1, 4))
@@ -145,8 +145,10 @@ class _Run:
             await asyncio.wait([task])
             self.swarm.network.fired["client cancelled"] += cancelled.fired
             if not task.cancelled() and not isinstance(task.exception(), NoRouteError):
-                return task.result()
-        return await self._timed(lambda: session.step({"hidden_states": new}, call))
+                result: Named = task.result()
+                return result
+        outputs: Named = await self._timed(lambda: session.step({"hidden_states": new}, call))
+        return outputs
 
     def _change_cache(
         self, session: SessionState, tokens: torch.Tensor, mask: torch.Tensor | None, start: int
@@ -233,14 +235,16 @@ class _Run:
         await self.client.aclose()
         await asyncio.sleep(SETTLE_S)
         ends_s = swarm.clock() + LONGEST_SETTLE_S
-        while swarm.clock() < ends_s and any(peer.kv_bytes for peer in swarm.peers):
+        while swarm.clock() < ends_s and any(peer.kv_bytes for peer in swarm.peers):  # noqa: ASYNC110
             await asyncio.sleep(10.0)
         for peer in swarm.peers:
             assert peer.handler is not None
             held = (peer.kv_bytes, len(peer.handler.sessions), peer.device.load, peer.handler.num_connections)
             if held != (0, 0, 0, 0) or peer.host.num_connections:
                 names = "KV bytes, sessions, jobs, connections"
-                violations.append(f"I3, I4: peer {peer.span} still holds {held} {names}, {peer.host.num_connections} links")
+                violations.append(
+                    f"I3, I4: peer {peer.span} still holds {held} {names}, {peer.host.num_connections} links"
+                )
         expected = {peer.identity.peer_id: peer.instance_id for peer in swarm.peers}
         for tracker in swarm.trackers:
             listed = {peer_id: record.instance_id for peer_id, record in tracker.live().items()}

@@ -34,4 +34,6 @@ def check(name: str, report: Report) -> None:
     """Nothing broke; says the seed first."""
     first = report.violations[0] if report.violations else ""
     text = f"seed {report.seed} of '{name}': {first} ({len(report.violations)} violations); faults: {report.faults}"
-    assert not report.violations, f"{text}; again: pytest tests/simulation/test_random_faults.py --seed {report.seed} --seeds 1 -k {name}-0"
+    assert not report.violations, (
+        f"{text}; again: pytest tests/simulation/test_random_faults.py --seed {report.seed} --seeds 1 -k {name}-0"
+    )

@@ -34,6 +34,7 @@ REORDERED_AT, CROPPED_AT, CROPPED_BY = 7, 13, 3
 NUM_STORMS = 60  # runs with several failures each
 FAILURES_PER_STORM = 4
 
+
 def model() -> TinyModel:
     return tiny_model(2, ("0:1", "1:2"))
 
