@@ -1,7 +1,8 @@
-"""A whole swarm in one process under virtual time: client, peers, tracker and everything that can happen to them.
+"""A whole swarm in one process under virtual time: client, peers, trackers and everything that can happen to them.
 
 The code under test is the real one (`client`, `server.handler`, `wire`, `plan`, the lease table, the model); only
-sockets, the device thread and the clock are replaced. A run is decided by its seed alone.
+sockets, the device thread and the clocks are replaced. A run is decided by its seed alone. Rules that must hold at
+every moment are watched here, and what breaks them is noted in `SimulatedSwarm.violations`.
 """
 
 from __future__ import annotations
@@ -9,103 +10,44 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from random import Random
-from typing import TypeVar
+from typing import Any
 
 from remote_modules.client.stats import StatsRecorder
 from remote_modules.client.swarm import Swarm
 from remote_modules.config import ClientConfig
-from remote_modules.errors import DiscoveryError
-from remote_modules.identity import Identity, verify_record
+from remote_modules.discovery.base import Discovery
+from remote_modules.discovery.merged import MergedDiscovery
+from remote_modules.identity import Identity
+from remote_modules.net.client_connection import ClientConnection, Reply
 from remote_modules.peers import PeerRecord, PeerState, SignedRecord
-from remote_modules.plan.leases import LeaseTable, merge_records
 from remote_modules.server.announcer import Announcer
 from remote_modules.server.engine import Engine
-from remote_modules.server.executor import Priority, Timed
 from remote_modules.server.handler import Handler, HandlerLimits
 from remote_modules.server.sessions import KVBudget, KVCost, SessionTable
 from remote_modules.spans import Span
-from remote_modules.testing.memory_network import MemoryDialer, MemoryHost, MemoryNetwork
+from remote_modules.testing.fault_points import FaultPoints
+from remote_modules.testing.memory_network import CLIENT, MemoryDialer, MemoryHost, MemoryNetwork
+from remote_modules.testing.simulated_device import SimulatedDevice
+from remote_modules.testing.simulated_tracker import SimulatedTracker, TrackerLink
+from remote_modules.testing.virtual_time import VirtualLoop
+from remote_modules.wire.messages import Request, StepRequest
 
-__all__ = ["Holding", "SimulatedPeer", "SimulatedSwarm", "SimulatedTracker"]
-
-T = TypeVar("T")
+__all__ = ["Holding", "SimulatedPeer", "SimulatedSwarm"]
 
 MODEL_KEY = "simulated"
-LEASE_S = 30.0
 ANNOUNCE_S = 10.0
+SWEEP_S = 2.0
+SESSION_IDLE_S = 60.0
+SESSION_ORPHAN_S = 20.0
+EPOCH_S = 1.8e9  # what wall clocks show when a run begins
+MAX_VIOLATIONS = 20
+NUM_IDENTITIES = 4  # of each peer, by seed: they decide what comes first among equals
 KV_BUDGET_BYTES = 64 * 1024 * 1024
-
-
-class InlineExecutor:
-    """Work takes virtual seconds and runs one at a time, in order of arrival.
-
-    Args:
-        compute_s: what each job takes.
-    """
-
-    def __init__(self, compute_s: float) -> None:
-        self.compute_s = compute_s
-        self._lock = asyncio.Lock()
-        self._load = 0
-
-    @property
-    def load(self) -> int:
-        return self._load
-
-    async def run(
-        self, priority: Priority, work: Callable[[], T], *, client: int = 0, timeout_s: float = math.inf
-    ) -> Timed[T]:
-        self._load += 1
-        try:
-            async with self._lock:
-                await asyncio.sleep(self.compute_s)
-                return Timed(work(), 0.0, self.compute_s)
-        finally:
-            self._load -= 1
-
-    def stop(self) -> None:
-        """Nothing runs on its own."""
-
-
-class SimulatedTracker:
-    """A tracker in memory: the real lease table behind a `Discovery` that can be down."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.is_up = True
-        self._clock = clock
-        self._table = LeaseTable(max_records=1000)
-
-    def kill(self) -> None:
-        self.is_up = False
-
-    def restart(self) -> None:
-        """Come back empty."""
-        self.is_up = True
-        self._table = LeaseTable(max_records=1000)
-
-    async def announce(self, signed: SignedRecord) -> None:
-        await self._answer()
-        self._table.announce(signed, verify_record(signed), self._clock(), LEASE_S)
-
-    async def withdraw(self, signed: SignedRecord) -> None:
-        await self._answer()
-        self._table.withdraw(verify_record(signed), self._clock())
-
-    async def lookup(self, model_key: str | None) -> list[PeerRecord]:
-        await self._answer()
-        return merge_records([[lease.record for lease in self._table.lookup(model_key, self._clock())]])
-
-    async def aclose(self) -> None:
-        """Nothing is held."""
-
-    async def _answer(self) -> None:
-        await asyncio.sleep(0.01)
-        if not self.is_up:
-            raise DiscoveryError("tracker is down")
+MAX_CONNECTIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,27 +65,29 @@ class Holding:
 
 
 class SimulatedPeer:
-    """One peer; `start` and `crash` may alternate, each start is a new instance of the same identity."""
+    """One peer; `start` and `crash` may alternate, each start is a new instance of the same identity.
+
+    Attributes:
+        wall_offset_s: how wrong its wall clock is.
+    """
 
     def __init__(
-        self,
-        swarm: SimulatedSwarm,
-        holding: Holding,
-        *,
-        number: int,
+        self, swarm: SimulatedSwarm, holding: Holding, *, number: int, identity: Identity | None = None
     ) -> None:
-        seed = hashlib.sha256(f"{swarm.seed}/{number}".encode()).digest()
-        self.identity = Identity.from_seed(seed)
+        self.identity = _identity(swarm.seed % NUM_IDENTITIES, number) if identity is None else identity
         self.engine = holding.engine
         self.host: MemoryHost = swarm.network.host(f"10.0.0.{number}:1")
         self.handler: Handler | None = None
+        self.device = SimulatedDevice(holding.compute_s, swarm.fault_rng, swarm.network.fired)
         self.is_frozen = False
+        self.wall_offset_s = 0.0
+        self.instance_id = ""
         self._swarm = swarm
         self._holding = holding
         self._announcer: Announcer | None = None
-        self._sweeper: asyncio.Task[None] | None = None
+        self._sweep_timer: asyncio.TimerHandle | None = None
         self._instances = itertools.count()
-        self._instance_id = ""
+        self._number = number
 
     @property
     def span(self) -> Span:
@@ -159,58 +103,117 @@ class SimulatedPeer:
         return self.handler.sessions.budget.used_bytes if self.handler is not None else 0
 
     async def start(self) -> None:
-        """Come online under a new instance id."""
-        self._instance_id = f"instance-{next(self._instances)}"
-        budget = KVBudget(KV_BUDGET_BYTES, self._holding.kv_costs)
-        clock = self._swarm.clock
-        self.handler = Handler(
-            self.engine,
-            InlineExecutor(self._holding.compute_s),
-            SessionTable(budget, max_sessions=64, idle_s=120.0, orphan_s=20.0),
-            identity=self.identity,
-            instance_id=self._instance_id,
-            limits=HandlerLimits(max_batch_tokens=4096, max_body_bytes=1 << 26, max_connections=64),
-            clock=clock,
+        """Come online under a new instance id; nothing if it is online already."""
+        await self._on_host(self._start())
+
+    async def _start(self) -> None:
+        if self.is_up:  # somebody else started it while the host slept
+            return
+        swarm, holding = self._swarm, self._holding
+        self.instance_id = f"instance-{self._number}-{next(self._instances)}"
+        ailment, self.device = (
+            self.device.ailment,
+            SimulatedDevice(holding.compute_s, swarm.fault_rng, swarm.network.fired),
         )
-        self.host.accept = self.handler.accept
+        self.device.ailment, self.device.points, self.device.on_crash = ailment, swarm.network.points, self.crash
+        budget = KVBudget(KV_BUDGET_BYTES, holding.kv_costs)
+        handler = _WatchedHandler(
+            self.engine,
+            self.device,
+            SessionTable(budget, max_sessions=64, idle_s=SESSION_IDLE_S, orphan_s=SESSION_ORPHAN_S),
+            identity=self.identity,
+            instance_id=self.instance_id,
+            limits=HandlerLimits(max_batch_tokens=4096, max_body_bytes=1 << 26, max_connections=MAX_CONNECTIONS),
+            clock=swarm.clock,
+        )
+        handler.on_violation = swarm.note_violation
+        self.handler, self.host.accept = handler, handler.accept
         self._announcer = Announcer(
-            self._swarm.tracker,
+            swarm.discovery(self.host.address),
             self.identity,
             describe=self._describe,
             interval_s=ANNOUNCE_S,
-            first_sequence=int((clock() + 1) * 1000),
+            first_sequence=int((EPOCH_S + swarm.clock() + self.wall_offset_s) * 1000),
         )
-        await self._announcer.set_state(PeerState.ONLINE)
         self._announcer.start()
-        self._sweeper = asyncio.get_running_loop().create_task(self._sweep(self.handler))
+        self._sweep(handler)
+        await self._announcer.set_state(PeerState.ONLINE)
 
     def crash(self) -> None:
         """Vanish: connections are reset, memory is gone, the lease runs out by itself."""
-        handler, self.handler = self.handler, None
-        if handler is None:
+        if self._end():
+            self.host.crash()
+
+    def lose_power(self) -> None:
+        """The same, and nobody is told: connections stay half open."""
+        if self._end():
+            self.host.vanish()
+
+    async def stop(self) -> None:
+        """Leave in order: withdraw, then close everything."""
+        announcer = self._announcer
+        if self.handler is not None and announcer is not None:
+            await self._on_host(announcer.stop())
+            self.crash()
+
+    async def drain(self, timeout_s: float) -> None:
+        """As a server does on SIGTERM: refuse new sessions, wait for the others to end or move, then stop."""
+        handler, announcer = self.handler, self._announcer
+        if handler is None or announcer is None:
             return
-        self.is_frozen = False
-        self.host.crash()
-        handler.sessions.close_all()
-        assert self._announcer is not None
-        assert self._sweeper is not None
-        self._announcer.abandon()
-        self._sweeper.cancel()
+        handler.start_draining()
+        await self._on_host(announcer.set_state(PeerState.DRAINING))
+        deadline_s = self._swarm.clock() + timeout_s
+        while self._swarm.clock() < deadline_s and (len(handler.sessions) or handler.executor.load):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        if self.handler is handler:  # it may have crashed meanwhile
+            await self.stop()
 
     def freeze(self) -> None:
-        """Hang: connections stay open, nothing is answered."""
+        """Hang: connections stay open, nothing runs and nothing is answered."""
         self.is_frozen = True
         self.host.stall()
+        self._loop.suspend(self.host.address)
 
     def thaw(self) -> None:
         self.is_frozen = False
+        self._loop.resume(self.host.address)
         self.host.heal()
+
+    def drop_sessions(self) -> int:
+        """Forget all sessions that no step is using now, as when they expire; how many there were."""
+        return len(self.handler.sessions.expire(float("inf"))) if self.handler is not None else 0
+
+    @property
+    def _loop(self) -> VirtualLoop:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        return loop
+
+    async def _on_host(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run as the host does: not while it is frozen."""
+        await self.host.context.run(asyncio.get_running_loop().create_task, work)
+
+    def _end(self) -> bool:
+        """What the end of the process means here; False if there is none."""
+        handler, self.handler = self.handler, None
+        if handler is None:
+            return False
+        self.is_frozen = False
+        self._loop.resume(self.host.address)
+        self.device.stop()
+        handler.sessions.close_all()
+        if self._announcer is not None:
+            self._announcer.abandon()
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+        return True
 
     def _describe(self) -> PeerRecord:
         span = self.span
         return PeerRecord(
             peer_id=self.identity.peer_id,
-            instance_id=self._instance_id,
+            instance_id=self.instance_id,
             sequence=0,
             model="simulated",
             model_key=MODEL_KEY,
@@ -224,39 +227,124 @@ class SimulatedPeer:
             free_kv_tokens=100_000,
         )
 
-    async def _sweep(self, handler: Handler) -> None:
-        while True:
-            await asyncio.sleep(1.0)
-            handler.expire_sessions()
+    def _sweep(self, handler: Handler) -> None:
+        handler.expire_sessions()
+        held = sum(session.reserved_bytes for session in handler.sessions._sessions.values())
+        if held != handler.sessions.budget.used_bytes:
+            self._swarm.note_violation(f"I3: {held} KV bytes are held, {handler.sessions.budget.used_bytes} reserved")
+        self._sweep_timer = self._loop.call_later(SWEEP_S, self._sweep, handler, context=self.host.context)
+
+
+class _QuickIdentity(Identity):
+    """Signs equal records once: most of what peers announce is the same in all runs."""
+
+    def sign_record(self, record: PeerRecord) -> SignedRecord:
+        return _signed(self, record)
+
+
+@lru_cache(maxsize=4096)
+def _signed(identity: Identity, record: PeerRecord) -> SignedRecord:
+    return Identity.sign_record(identity, record)
+
+
+@lru_cache(maxsize=1024)
+def _identity(seed: int, number: int) -> Identity:
+    return _QuickIdentity.from_seed(hashlib.sha256(f"{seed}/{number}".encode()).digest())
+
+
+class _WatchedHandler(Handler):
+    """Notes steps that are applied twice to one cache."""
+
+    on_violation: Callable[[str], None]
+
+    async def _new_step(self, request: StepRequest, session: Any, *args: Any) -> Any:
+        reply = await super()._new_step(request, session, *args)
+        done = self.__dict__.setdefault("steps_done", {}).setdefault(session.session_id, [])
+        if request.step_id in done:
+            self.on_violation(f"I2: step {request.step_id} was applied twice to session {session.session_id[:6]}")
+        done.append(request.step_id)
+        return reply
+
+
+class _WatchedConnection(ClientConnection):
+    """Says to whom a request goes, before it does."""
+
+    on_request: Callable[[str], None]
+
+    async def request(self, message: Request, body: list[Any], *, timeout_s: float) -> Reply:
+        self.on_request(self.peer_id)
+        return await super().request(message, body, timeout_s=timeout_s)
+
+
+class _WatchedDialer(MemoryDialer):
+    connection_class = _WatchedConnection
+    on_request: Callable[[str], None]
+
+    def new_connection(self, record: PeerRecord) -> ClientConnection:
+        connection = super().new_connection(record)
+        assert isinstance(connection, _WatchedConnection)
+        connection.on_request = self.on_request
+        return connection
 
 
 class SimulatedSwarm:
-    """Peers, a tracker, and clients; make it inside `run_virtual`.
+    """Peers, trackers, and clients; make it inside `run_virtual`.
 
     Args:
         seed: decides everything random.
         holdings: one for each peer.
+
+    Attributes:
+        violations: what broke a rule that must always hold, in order.
+        fault_rng: for faults that happen by chance.
+        watches_bans: whether a request to a banned peer is a violation. With several passes at once it is none: one
+            goes on where it began while another bans the peer.
     """
 
-    def __init__(self, seed: int, holdings: Sequence[Holding], *, config: ClientConfig | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        holdings: Sequence[Holding],
+        *,
+        config: ClientConfig | None = None,
+        num_trackers: int = 1,
+        points: FaultPoints | None = None,
+    ) -> None:
         self.seed = seed
         self.rng = Random(seed)
+        self.fault_rng = Random(seed + 2)
         self.num_blocks = holdings[0].engine.model.stack.num_blocks
         self.config = config or ClientConfig()
         self.clock = asyncio.get_running_loop().time
+        self.violations: list[str] = []
+        self.watches_bans = True
         self.network = MemoryNetwork(Random(seed + 1))
-        self.tracker = SimulatedTracker(self.clock)
+        self.network.points = points
+        fired = self.network.fired
+        self.trackers = [SimulatedTracker(self.clock, f"tracker-{n}", fired) for n in range(num_trackers)]
         self.peers = [SimulatedPeer(self, holding, number=number) for number, holding in enumerate(holdings, start=1)]
+
+    @property
+    def tracker(self) -> SimulatedTracker:
+        """The only one, or the first."""
+        return self.trackers[0]
 
     async def start(self) -> None:
         for peer in self.peers:
             await peer.start()
 
-    def client(self) -> Swarm:
+    def discovery(self, source: str) -> Discovery:
+        """The trackers, as ``source`` reaches them."""
+        links = [TrackerLink(tracker, self.network, source) for tracker in self.trackers]
+        return links[0] if len(links) == 1 else MergedDiscovery(links)
+
+    def client(self, source: str = CLIENT) -> Swarm:
         """A client's swarm, for `client.session.SessionState`, `client.chain.forward` and `backward`."""
-        return Swarm(
-            self.tracker,
-            MemoryDialer(self.network, self.config),
+        self.network.dialler(source)
+        dialer = _WatchedDialer(self.network, self.config, source)
+        client = Swarm(
+            self.discovery(source),
+            dialer,
             model_key=MODEL_KEY,
             stack=self.peers[0].engine.model.stack,
             hidden_size=self.peers[0].engine.hidden_size,
@@ -266,6 +354,18 @@ class SimulatedSwarm:
             rng=self.rng,
             stats=StatsRecorder(),
         )
+        dialer.on_request = lambda peer_id: self._check_not_banned(client, peer_id)
+        return client
+
+    def _check_not_banned(self, client: Swarm, peer_id: str) -> None:
+        known = self.peer_of(peer_id).identity.peer_id
+        if self.watches_bans and client.bans.is_banned(known, client.instance_of(known), now_s=self.clock()):
+            self.note_violation(f"I7: a request went to the banned peer {peer_id[:6]} at {self.clock():.3f} s")
+
+    def note_violation(self, text: str) -> None:
+        """A rule is broken; raises once there are so many that the run tells nothing new."""
+        self.violations.append(text)
+        assert len(self.violations) <= MAX_VIOLATIONS, f"too many violations, first {self.violations[0]}"
 
     def peer_of(self, peer_id: str) -> SimulatedPeer:
         return next(peer for peer in self.peers if peer.identity.peer_id == peer_id)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+import socket
 from collections.abc import Callable
 from typing import cast
 
@@ -21,7 +22,16 @@ from remote_modules.errors import (
 )
 from remote_modules.identity import Identity
 from remote_modules.net.client_connection import ClientConnection, Reply
-from remote_modules.net.connection import IDLE_CHECK_S, IDLE_DEAD_S, IDLE_PING_S, SLICE_BYTES
+from remote_modules.net.connection import (
+    IDLE_CHECK_S,
+    IDLE_DEAD_S,
+    IDLE_PING_S,
+    KEEPALIVE_INTERVAL_S,
+    KEEPALIVE_PROBES,
+    KEEPALIVE_S,
+    SLICE_BYTES,
+    USER_TIMEOUT_S,
+)
 from remote_modules.peers import short_id
 from remote_modules.testing.virtual_time import VirtualLoop, run_virtual
 from remote_modules.wire import messages
@@ -744,3 +754,24 @@ def test_connection_whose_other_side_does_not_read_is_cut_off() -> None:
         assert re.fullmatch(r"\d+ bytes wait to be read by the other side, limit 4000000", str(reason))
 
     asyncio.run(main())
+
+
+async def _over_sockets() -> list[int]:
+    """Options of the socket of a connection."""
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: PlainEnd(Role.SERVER), "127.0.0.1", 0)
+    transport, _ = await loop.create_connection(lambda: PlainEnd(Role.CLIENT), *server.sockets[0].getsockname())
+    sock = transport.get_extra_info("socket")
+    names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+    options = [sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)]
+    options += [sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names]
+    transport.abort()
+    server.close()
+    await server.wait_closed()
+    return options
+
+
+def test_kernel_notices_a_host_that_is_gone_without_a_word() -> None:
+    expected = [1, KEEPALIVE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES, USER_TIMEOUT_S * 1000]
+    assert asyncio.run(_over_sockets()) == expected
+    assert KEEPALIVE_S + KEEPALIVE_INTERVAL_S * KEEPALIVE_PROBES <= 30

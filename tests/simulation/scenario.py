@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+from collections import Counter
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any, TypeVar
 
 import torch
 
+from remote_modules.client.call import CallArguments, Named
 from remote_modules.client.passes import backward, forward
 from remote_modules.client.session import SessionState
-from remote_modules.client.swarm import Swarm
+from remote_modules.config import ClientConfig
+from remote_modules.errors import NoRouteError
 from remote_modules.spans import Span
-from remote_modules.testing.simulation import SimulatedPeer, SimulatedSwarm
+from remote_modules.testing.fault_points import CancelledAt
+from remote_modules.testing.simulation import SimulatedSwarm
 
+from .faults import Weather
+from .oracle import Oracle, adapter_of, lesson_of, positions, wrong_in_lesson
 from .tiny import PAD, VOCABULARY, TinyModel, call_of
 
-SETTLE_S = 300.0  # longer than any lease, ban or session timeout of the simulation
+T = TypeVar("T")
+
+SETTLE_S = 45.0  # longer than a lease and an announcement
+LONGEST_SETTLE_S = 100.0  # longer than any timeout of a session
+NUM_TOKENS = (3, 5, 8)
+NUM_LESSONS = 4
+PATIENCE_S = 1.0  # between attempts of a client that never found a tracker
+MAX_ATTEMPTS = 60
 
 
 @dataclass
@@ -25,6 +41,7 @@ class Report:
 
     seed: int
     faults: list[str] = field(default_factory=list)
+    fired: Counter[str] = field(default_factory=Counter)
     num_failovers: int = 0
     num_steps: int = 0
     longest_pass_s: float = 0.0
@@ -36,214 +53,211 @@ def blocks_of(model: TinyModel) -> Span:
     return Span(0, model.num_blocks)
 
 
-async def random_run(model: TinyModel, spans: tuple[str, ...], seed: int, num_tokens: int = 8) -> Report:
-    """One client generates and trains while a random schedule of faults runs; every fault ends within half a minute."""
+async def random_run(
+    model: TinyModel, spans: tuple[str, ...], seed: int, kinds: list[str] | None = None, most: int = 5
+) -> Report:
+    """One client generates and trains while a random schedule of faults runs; then everything must come to rest.
+
+    Args:
+        kinds: of the faults; None for all.
+        most: how many may happen.
+    """
     rng = Random(seed)
-    report = Report(seed)
-    swarm = SimulatedSwarm(seed, [model.holdings[span] for span in spans])
+    config = ClientConfig(
+        keep_histories=rng.choice(["each_hop", "each_hop", "first"]),
+        exact_replay=rng.random() < 0.2,
+        max_replay_tokens=rng.choice([512, 512, 4]),
+    )
+    holdings = [model.holdings[span] for span in spans]
+    swarm = SimulatedSwarm(seed, holdings, config=config, num_trackers=rng.choice([1, 1, 3]))
     await swarm.start()
-    client = swarm.client()
-    faults = asyncio.get_running_loop().create_task(_disturb(swarm, rng, report))
+    run = _Run(model, swarm, rng)
+    faults = asyncio.get_running_loop().create_task(run.weather.blow(kinds, most))
     try:
-        await _generate(model, swarm, client, rng, report, num_tokens)
-        await _train(model, swarm, client, rng, report)
+        await run.use(rng.choice(NUM_TOKENS))
     finally:
         await faults
-    await asyncio.sleep(SETTLE_S)
-    for peer in swarm.peers:
-        if peer.kv_bytes or (peer.handler is not None and len(peer.handler.sessions)):
-            report.violations.append(f"peer {peer.span} still holds {peer.kv_bytes} KV bytes")
-    report.num_failovers = client.stats.failovers
-    report.ended_s = round(swarm.clock(), 6)
-    await client.aclose()
+        await run.weather.clear()
+    await run.settle()
     swarm.stop()
-    return report
+    return run.report
 
 
-async def _generate(
-    model: TinyModel, swarm: SimulatedSwarm, client: Swarm, rng: Random, report: Report, num_tokens: int
-) -> None:
-    rows = rng.choice([1, 1, 2, 3])
-    length = rng.randint(1, 6)
-    tokens = torch.tensor([[rng.randrange(1, VOCABULARY) for _ in range(length)] for _ in range(rows)])
-    mask = torch.ones_like(tokens) if rows > 1 else None
-    if mask is not None and length > 1:
-        tokens[0, 0], mask[0, 0] = PAD, 0  # the first row is left-padded
-    session = SessionState(client, blocks_of(model), lambda callback: callback())
-    start = 0
-    for _ in range(num_tokens):
-        new = model.embed(tokens[:, start:])
-        call = call_of(new, positions(tokens, mask)[:, start:], mask)
-        outputs = await timed(swarm, report, session.step({"hidden_states": new}, call))
-        logits = model.logits(outputs["hidden_states"][:, -1:])
-        expected = reference(model, tokens, mask)
-        if not torch.equal(logits.argmax(-1), expected.argmax(-1)) or not torch.allclose(logits, expected, atol=1e-4):
-            report.violations.append(f"step at position {session.position} differs from the local model")
-        report.num_steps += 1
-        start = tokens.shape[1]
-        tokens = torch.cat([tokens, logits.argmax(-1)], dim=1)
-        mask = None if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        tokens, mask, start = _change_cache(session, tokens, mask, start, rng)
-        await asyncio.sleep(rng.choice([0.0, 0.0, 0.05, 1.0]))
-    await session.close()
+class _Run:
+    def __init__(self, model: TinyModel, swarm: SimulatedSwarm, rng: Random) -> None:
+        self.model = model
+        self.swarm = swarm
+        self.rng = rng
+        self.report = Report(swarm.seed, violations=swarm.violations, fired=swarm.network.fired)
+        self.weather = Weather(swarm, rng, ["client-0"], begun=self.report.faults)
+        self.client = swarm.client("client-0")
+        self.adapter = adapter_of(model) if rng.random() < 0.25 else None
+        self.oracle = Oracle(model, self.adapter)
+        self._may_vanish = True
+
+    async def use(self, num_tokens: int) -> None:
+        if self.rng.random() < 0.2:  # both at once
+            self._may_vanish = self.swarm.watches_bans = False  # what one finds out does not stop the other
+            await asyncio.gather(self._generate(num_tokens), self._train())
+        else:
+            await self._generate(num_tokens)
+            await self._train()
+
+    # ------------------------------------------------------------------------------------- generation
+
+    async def _generate(self, num_tokens: int) -> None:
+        rng, model = self.rng, self.model
+        tokens, mask = self._prompt()
+        session = self._new_session()
+        start = 0
+        for _ in range(num_tokens):
+            new = model.embed(tokens[:, start:])
+            call = call_of(new, positions(tokens, mask)[:, start:], mask, self.adapter)
+            outputs = await self._step(session, new, call)
+            logits = model.logits(outputs["hidden_states"][:, -1:])
+            self.oracle.note(f"step at position {session.position}", tokens, mask, logits)
+            self.report.num_steps += 1
+            start = tokens.shape[1]
+            tokens = torch.cat([tokens, logits.argmax(-1)], dim=1)
+            mask = None if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            tokens, mask, start = self._change_cache(session, tokens, mask, start)
+            session, start = await self._change_session(session, start)
+            await asyncio.sleep(rng.choice([0.0, 0.0, 0.05, 1.0]))
+        await session.close()
+
+    def _prompt(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rng = self.rng
+        rows, length = rng.choice([1, 1, 2, 3]), rng.randint(1, 6)
+        tokens = torch.tensor([[rng.randrange(1, VOCABULARY) for _ in range(length)] for _ in range(rows)])
+        mask = torch.ones_like(tokens) if rows > 1 else None
+        if mask is not None and length > 1:
+            tokens[0, 0], mask[0, 0] = PAD, 0  # the first row is left-padded
+        return tokens, mask
+
+    def _new_session(self) -> SessionState:
+        return SessionState(self.client, blocks_of(self.model), lambda callback: callback())
+
+    async def _step(self, session: SessionState, new: torch.Tensor, call: CallArguments) -> Named:
+        """One step, perhaps cancelled at some moment and then done anew."""
+        if self.rng.random() < 0.1:
+            cancelled = CancelledAt(session.step({"hidden_states": new}, call), at=self.rng.randint(1, 4))
+            task = asyncio.ensure_future(self._on_client(_awaited(cancelled)))
+            await asyncio.wait([task])
+            self.swarm.network.fired["client cancelled"] += cancelled.fired
+            if not task.cancelled() and not isinstance(task.exception(), NoRouteError):
+                result: Named = task.result()
+                return result
+        outputs: Named = await self._timed(lambda: session.step({"hidden_states": new}, call))
+        return outputs
+
+    def _change_cache(
+        self, session: SessionState, tokens: torch.Tensor, mask: torch.Tensor | None, start: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+        """Sometimes what beam search and assisted decoding do: reorder rows, or take tokens back."""
+        rng, rows = self.rng, tokens.shape[0]
+        if rows > 1 and rng.random() < 0.3:
+            order = torch.tensor([rng.randrange(rows) for _ in range(rows)])
+            session.select(order)
+            return tokens[order], None if mask is None else mask[order], start
+        if start > 2 and rng.random() < 0.2:
+            kept = rng.randint(1, start - 1)
+            session.crop(kept)
+            return tokens[:, : kept + 1], None if mask is None else mask[:, : kept + 1], kept
+        return tokens, mask, start
+
+    async def _change_session(self, session: SessionState, start: int) -> tuple[SessionState, int]:
+        """Sometimes a fork goes on in its place, or the client's machine is lost and another begins anew."""
+        chance = self.rng.random()
+        if chance < 0.04:
+            fork = copy.deepcopy(session)
+            await session.close()
+            return fork, start
+        if chance < 0.08 and self._may_vanish:
+            self.swarm.network.fired["client vanishes"] += 1
+            self.swarm.network.dialler(self.weather.clients[-1]).vanish()
+            await self.client.aclose()
+            self.weather.clients.append(f"client-{len(self.weather.clients)}")
+            self.client = self.swarm.client(self.weather.clients[-1])
+            return self._new_session(), 0
+        return session, start
+
+    # --------------------------------------------------------------------------------------- training
+
+    async def _train(self) -> None:
+        rng, blocks = self.rng, blocks_of(self.model)
+        lesson = lesson_of(
+            self.model, rng.randrange(NUM_LESSONS), has_adapter=self.adapter is not None, is_ragged=rng.random() < 0.3
+        )
+        named = {"hidden_states": lesson.inputs}
+        outputs, recorded, segments = await self._timed(lambda: forward(self.client, blocks, named, lesson.call))
+        await asyncio.sleep(rng.choice([0.0, 0.5]))
+        grads = {"hidden_states": torch.ones_like(lesson.inputs)}
+        found, of_adapter = await self._timed(lambda: backward(self.client, segments, grads, lesson.call))
+        if (outputs.keys(), recorded, found.keys()) != (grads.keys(), {}, grads.keys()):
+            self.report.violations.append("I6: names of outputs or gradients are others")
+        else:
+            wrong = wrong_in_lesson(lesson, outputs["hidden_states"], found["hidden_states"], of_adapter)
+            self.report.violations += wrong
+
+    # ------------------------------------------------------------------------------------- both
+
+    async def _timed(self, begin: Any) -> Any:
+        """Do it and note how long it took; it must end by its deadline, and the answer be no error.
+
+        A client that never reached a tracker is told so at once, and tries again.
+        """
+        swarm, client = self.swarm, self.client
+        for _ in range(MAX_ATTEMPTS):
+            began_s, slept_s = swarm.clock(), self.weather.suspended_s
+            try:
+                return await self._on_client(begin())
+            except NoRouteError:
+                if not client.is_unanswered:
+                    raise
+                self.swarm.network.fired["told that no tracker answers"] += 1
+                await asyncio.sleep(PATIENCE_S)
+            finally:
+                took_s = swarm.clock() - began_s - (self.weather.suspended_s - slept_s)
+                self.report.longest_pass_s = max(self.report.longest_pass_s, round(took_s, 6))
+                if took_s > swarm.config.pass_deadline_s + 1.0:
+                    self.report.violations.append(f"I5: a pass took {took_s:.1f} s")
+        raise AssertionError("no tracker ever answered")
+
+    async def _on_client(self, work: Coroutine[Any, Any, T]) -> T:
+        """As the client's host does: not while it sleeps."""
+        host = self.swarm.network.dialler(self.weather.clients[-1])
+        task: asyncio.Task[T] = host.context.run(asyncio.get_running_loop().create_task, work)
+        return await task
+
+    async def settle(self) -> None:
+        """What must hold once every fault is over and every lease and session had time to end."""
+        swarm, violations = self.swarm, self.report.violations
+        await self.client.aclose()
+        await asyncio.sleep(SETTLE_S)
+        ends_s = swarm.clock() + LONGEST_SETTLE_S
+        while swarm.clock() < ends_s and any(peer.kv_bytes for peer in swarm.peers):  # noqa: ASYNC110
+            await asyncio.sleep(10.0)
+        for peer in swarm.peers:
+            assert peer.handler is not None
+            held = (peer.kv_bytes, len(peer.handler.sessions), peer.device.load, peer.handler.num_connections)
+            if held != (0, 0, 0, 0) or peer.host.num_connections:
+                names = "KV bytes, sessions, jobs, connections"
+                violations.append(
+                    f"I3, I4: peer {peer.span} still holds {held} {names}, {peer.host.num_connections} links"
+                )
+        expected = {peer.identity.peer_id: peer.instance_id for peer in swarm.peers}
+        for tracker in swarm.trackers:
+            listed = {peer_id: record.instance_id for peer_id, record in tracker.live().items()}
+            if listed != expected:
+                violations.append(f"I8: {tracker.address} lists {sorted(listed.values())}")
+        alive = Counter(getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks())
+        del alive["_try"]  # of an announcement that is under way
+        if alive != {"Announcer._run": len(swarm.peers), "random_run": 1}:
+            violations.append(f"I4: tasks {dict(alive)} are alive")
+        violations += self.oracle.differences()
+        self.report.num_failovers = self.client.stats.failovers
+        self.report.ended_s = round(swarm.clock(), 6)
 
 
-def _change_cache(
-    session: SessionState, tokens: torch.Tensor, mask: torch.Tensor | None, start: int, rng: Random
-) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-    """Sometimes what beam search and assisted decoding do: reorder rows, or take tokens back."""
-    rows = tokens.shape[0]
-    if rows > 1 and rng.random() < 0.3:
-        order = torch.tensor([rng.randrange(rows) for _ in range(rows)])
-        session.select(order)
-        return tokens[order], None if mask is None else mask[order], start
-    if start > 2 and rng.random() < 0.2:
-        kept = rng.randint(1, start - 1)
-        session.crop(kept)
-        return tokens[:, : kept + 1], None if mask is None else mask[:, : kept + 1], kept
-    return tokens, mask, start
-
-
-async def _train(model: TinyModel, swarm: SimulatedSwarm, client: Swarm, rng: Random, report: Report) -> None:
-    tokens = torch.tensor([[rng.randrange(1, VOCABULARY) for _ in range(5)] for _ in range(2)])
-    inputs = model.embed(tokens)
-    call = call_of(inputs)
-    named = {"hidden_states": inputs}
-    outputs, recorded, segments = await timed(swarm, report, forward(client, blocks_of(model), named, call))
-    await asyncio.sleep(rng.choice([0.0, 0.5]))
-    grad_output = torch.ones_like(inputs)
-    grads = {"hidden_states": grad_output}
-    found, adapter_grads = await timed(swarm, report, backward(client, segments, grads, call))
-    expected_outputs, expected_grad = local_pass(model, inputs, grad_output)
-    if (outputs.keys(), recorded, found.keys(), adapter_grads) != (grads.keys(), {}, grads.keys(), {}):
-        report.violations.append("names of outputs or gradients are others")
-    if not torch.equal(outputs["hidden_states"], expected_outputs):
-        report.violations.append("forward differs from the local model")
-    if not torch.equal(found["hidden_states"], expected_grad):
-        report.violations.append("gradient differs from the local model")
-
-
-async def timed(swarm: SimulatedSwarm, report: Report, work):  # type: ignore[no-untyped-def]
-    """Await ``work`` and note how long it took; a pass must end by its deadline."""
-    began_s = swarm.clock()
-    result = await work
-    took_s = swarm.clock() - began_s
-    report.longest_pass_s = max(report.longest_pass_s, round(took_s, 6))
-    if took_s > swarm.config.pass_deadline_s + 1.0:
-        report.violations.append(f"a pass took {took_s:.1f} s")
-    return result
-
-
-async def _disturb(swarm: SimulatedSwarm, rng: Random, report: Report) -> None:
-    for _ in range(rng.randint(1, 5)):
-        await asyncio.sleep(rng.uniform(0.0, 0.8))
-        peer = rng.choice(swarm.peers)
-        kind = rng.choice(["crash", "crash", "freeze", "cut", "reset", "slow", "drain", "tracker"])
-        report.faults.append(f"{swarm.clock():.3f} {kind} {peer.span}")
-        await _FAULTS[kind](swarm, peer, rng.uniform(0.2, 15.0))
-    for peer in swarm.peers:
-        if not peer.is_up:
-            await peer.start()
-
-
-async def _crash(swarm: SimulatedSwarm, peer: SimulatedPeer, lasts_s: float) -> None:
-    peer.crash()
-    _later(lasts_s, lambda: _restart(peer))
-
-
-async def _freeze(swarm: SimulatedSwarm, peer: SimulatedPeer, lasts_s: float) -> None:
-    peer.freeze()
-    _later(lasts_s, lambda: _thaw(peer))
-
-
-async def _reset(swarm: SimulatedSwarm, peer: SimulatedPeer, lasts_s: float) -> None:
-    """All connections break; the peer lives and listens on."""
-    peer.host.reset()
-
-
-async def _slow(swarm: SimulatedSwarm, peer: SimulatedPeer, lasts_s: float) -> None:
-    peer.host.delay_s = 0.3
-
-    async def heal() -> None:
-        peer.host.delay_s = swarm.network.delay_s
-
-    _later(lasts_s, heal)
-
-
-async def _drain(swarm: SimulatedSwarm, peer: SimulatedPeer, lasts_s: float) -> None:
-    if peer.handler is not None:
-        peer.handler.start_draining()
-        _later(min(lasts_s, 5.0), lambda: _replace(peer))
-
-
-async def _tracker(swarm: SimulatedSwarm, peer: SimulatedPeer, lasts_s: float) -> None:
-    swarm.tracker.kill()
-
-    async def restart() -> None:
-        swarm.tracker.restart()
-
-    _later(lasts_s, restart)
-
-
-async def _restart(peer: SimulatedPeer) -> None:
-    if not peer.is_up:
-        await peer.start()
-
-
-async def _thaw(peer: SimulatedPeer) -> None:
-    peer.thaw()
-
-
-async def _replace(peer: SimulatedPeer) -> None:
-    peer.crash()
-    await peer.start()
-
-
-_FAULTS = {
-    "crash": _crash,
-    "freeze": _freeze,
-    "cut": _freeze,
-    "reset": _reset,
-    "slow": _slow,
-    "drain": _drain,
-    "tracker": _tracker,
-}
-_pending: set[asyncio.Task[None]] = set()
-
-
-def _later(delay_s: float, action) -> None:  # type: ignore[no-untyped-def]
-    async def run() -> None:
-        await asyncio.sleep(delay_s)
-        await action()
-
-    task = asyncio.get_running_loop().create_task(run())
-    _pending.add(task)
-    task.add_done_callback(_pending.discard)
-
-
-def positions(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Position ids as `generate` derives them from a left-padded mask."""
-    if mask is None:
-        return torch.arange(tokens.shape[1]).unsqueeze(0)
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def reference(model: TinyModel, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Logits ``[B, 1, V]`` of the local model after all ``tokens``."""
-    with torch.no_grad():
-        output = model.local(tokens, attention_mask=mask, position_ids=positions(tokens, mask), use_cache=False)
-    logits: torch.Tensor = output.logits[:, -1:]
-    return logits
-
-
-def local_pass(model: TinyModel, inputs: torch.Tensor, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output of the local blocks and the gradient of their input."""
-    inputs = inputs.clone().requires_grad_()
-    norm, model.local.model.norm = model.local.model.norm, torch.nn.Identity()
-    try:
-        output = model.local.model(inputs_embeds=inputs).last_hidden_state
-    finally:
-        model.local.model.norm = norm
-    output.backward(grad_output)
-    assert inputs.grad is not None
-    return output.detach(), inputs.grad
+async def _awaited(work: CancelledAt) -> Any:
+    return await work

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from remote_modules.client.adapters import CallAdapter
 from remote_modules.client.call import CallArguments
 from remote_modules.model.checkpoint import open_checkpoint
 from remote_modules.model.classes import serving_class
@@ -24,7 +25,7 @@ VOCABULARY = 64
 PAD = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TinyModel:
     """A local model and its blocks as peers hold them.
 
@@ -40,6 +41,10 @@ class TinyModel:
     def num_blocks(self) -> int:
         return int(self.local.config.num_hidden_layers)
 
+    @property
+    def hidden_size(self) -> int:
+        return int(self.local.config.hidden_size)
+
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         embedded: torch.Tensor = self.local.model.embed_tokens(tokens).detach()
         return embedded
@@ -51,11 +56,16 @@ class TinyModel:
 
 
 def call_of(
-    hidden_states: torch.Tensor, position_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None
+    hidden_states: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    adapter: CallAdapter | None = None,
 ) -> CallArguments:
     """As the owner would be called with ``hidden_states`` ``[B, T, D]``."""
     rows, num_tokens = hidden_states.shape[:2]
-    return CallArguments(rows=rows, num_tokens=num_tokens, position_ids=position_ids, attention_mask=attention_mask)
+    return CallArguments(
+        rows=rows, num_tokens=num_tokens, position_ids=position_ids, attention_mask=attention_mask, adapter=adapter
+    )
 
 
 @functools.cache
