@@ -7,9 +7,26 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from remote_modules.errors import DiscoveryError
 from remote_modules.peers import PeerRecord, SignedRecord
 
-__all__ = ["Discovery"]
+__all__ = ["Discovery", "NobodyToAskError", "OverloadedError"]
+
+
+class OverloadedError(DiscoveryError):
+    """A source has too much to do.
+
+    Attributes:
+        retry_after_s: when it wants to be asked again, in seconds from now, or None if it did not say.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float | None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NobodyToAskError(DiscoveryError):
+    """A source has no one to ask yet: neither an answer nor a failure of anybody."""
 
 
 class Discovery(Protocol):
@@ -20,10 +37,15 @@ class Discovery(Protocol):
     record may be stale, and a peer that announced may not be seen yet.
     """
 
-    async def announce(self, signed: SignedRecord) -> None:
+    async def announce(self, signed: SignedRecord) -> float | None:
         """Publish or renew a record; it lives for at least two of the announcer's intervals.
 
+        Returns:
+            Seconds after which the source wants the next announcement, or None if it does not say.
+
         Raises:
+            StaleRecordError: something newer of this peer is known; the error has the proof, verified.
+            OverloadedError: the source has too much to do.
             DiscoveryError: no source took it.
         """
 

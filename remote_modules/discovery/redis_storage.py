@@ -6,9 +6,9 @@ The server's clock alone counts time, and it drops what has expired by itself.
 
 ::
 
-    {remote-modules}:lease:PEER     hash: version, payload, public_key, signature, retired, at_ms; expires with the lease
-    {remote-modules}:all            sorted set: peer ids by the time at which their leases end, in ms
-    {remote-modules}:model:KEY      the same for one model
+    {remote-modules}:lease:PEER   hash: version, payload, public_key, signature, retired, at_ms; expires with the lease
+    {remote-modules}:all          sorted set: peer ids by the time at which their leases end, in ms
+    {remote-modules}:model:KEY    the same for one model
 
 All keys share one hash tag, so that a cluster keeps them on one node, as scripts need.
 """
@@ -214,7 +214,9 @@ def _model(model_key: str) -> str:
 
 
 def _decode(row: list[Any], now_s: float) -> Lease:
-    payload, public_key, signature, retired, at_ms, _, left_ms = cast(tuple[bytes, bytes, bytes, bytes, bytes, bytes, int], row)
+    payload, public_key, signature, retired, at_ms, _, left_ms = cast(
+        tuple[bytes, bytes, bytes, bytes, bytes, bytes, int], row
+    )
     record = decode_record(payload)
     return Lease(
         signed=SignedRecord(payload=payload, public_key=public_key, signature=signature),

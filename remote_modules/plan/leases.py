@@ -34,6 +34,7 @@ __all__ = [
     "TableFullError",
     "check_announced",
     "check_withdrawn",
+    "lease_of",
     "merge_records",
     "reannounce_after",
 ]
@@ -75,7 +76,7 @@ class Lease:
         instance_id, sequence, model_key: as in the record.
         announced_at_s: when its peer was last known to live.
         retired: ids of the instances that this peer's present instance replaced, oldest first.
-        via: the IP address of whoever told, where that was not the peer itself.
+        via: the IP address of whoever told, if the holder keeps it.
     """
 
     signed: SignedRecord
@@ -100,13 +101,17 @@ class LeaseTable:
         self._max_records = max_records
         self._leases: dict[str, Lease] = {}
         self._by_model: dict[str, dict[str, None]] = {}  # peer ids; the values say nothing
-        self._expiries: list[tuple[float, str]] = []  # a heap; each peer has an entry that is due when its lease ends, or before
+        self._expiries: list[
+            tuple[float, str]
+        ] = []  # a heap; each peer has an entry that is due when its lease ends, or before
 
     def __len__(self) -> int:
         """Leases held, with those that have expired since the last call with a time."""
         return len(self._leases)
 
-    def announce(self, signed: SignedRecord, record: PeerRecord, now_s: float, lease_s: float) -> None:
+    def announce(
+        self, signed: SignedRecord, record: PeerRecord, now_s: float, lease_s: float, *, via: str = ""
+    ) -> None:
         """Grant or renew the lease of ``record``, which must be what `verify_record(signed)` returned.
 
         Raises:
@@ -119,7 +124,7 @@ class LeaseTable:
             self._make_room(now_s)
         else:
             retired = check_announced(record, held)
-        self._put(_lease_of(signed, record, now_s, lease_s, retired=retired), record.peer_id)
+        self._put(lease_of(signed, record, now_s, lease_s, retired=retired, via=via), record.peer_id)
 
     def hear(
         self, signed: SignedRecord, record: PeerRecord, *, at_s: float, now_s: float, lease_s: float, via: str = ""
@@ -149,7 +154,7 @@ class LeaseTable:
                 retired = check_announced(record, held)
             except StaleRecordError:
                 return False
-        self._put(_lease_of(signed, record, at_s, lease_s, retired=retired, via=via), record.peer_id)
+        self._put(lease_of(signed, record, at_s, lease_s, retired=retired, via=via), record.peer_id)
         return True
 
     def withdraw(self, record: PeerRecord, now_s: float) -> None:
@@ -285,9 +290,16 @@ def merge_records(lists: Iterable[Iterable[PeerRecord]]) -> list[PeerRecord]:
     return list(best.values())
 
 
-def _lease_of(
-    signed: SignedRecord, record: PeerRecord, at_s: float, lease_s: float, *, retired: tuple[str, ...], via: str = ""
+def lease_of(
+    signed: SignedRecord,
+    record: PeerRecord,
+    at_s: float,
+    lease_s: float,
+    *,
+    retired: tuple[str, ...] = (),
+    via: str = "",
 ) -> Lease:
+    """The lease of a verified record, for ``lease_s`` from ``at_s``."""
     return Lease(
         signed=signed,
         instance_id=record.instance_id,

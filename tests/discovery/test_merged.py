@@ -123,7 +123,7 @@ def test_closing_closes_every_source(one: FakeSource, two: FakeSource) -> None:
 )
 def test_settings_name_the_sources(settings: dict[str, object], expected: list[str]) -> None:
     merged = build_discovery(**settings)  # type: ignore[arg-type]
-    assert [type(source).__name__ for source in merged._sources] == expected
+    assert [type(source).__name__ for source in merged.sources] == expected
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from discovery_support import eventually, forge, make_signed
 from records import make_identity, make_record
 
 from remote_modules.config import TrackerConfig
-from remote_modules.discovery.tracker_server import MAX_LOOKUP_BYTES, TrackerServer
+from remote_modules.discovery.peers_answer import MAX_LOOKUP_BYTES
+from remote_modules.discovery.tracker_server import TrackerServer
 from remote_modules.errors import DiscoveryError
 from remote_modules.peers import PeerState, SignedRecord
 
@@ -308,7 +309,7 @@ def test_restart_on_the_same_port_starts_empty() -> None:
 def test_broken_client_is_answered_and_leaves_no_traceback(
     request_bytes: bytes, status: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("remote_modules.discovery.tracker_server.BODY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("remote_modules.discovery.tracker_replies.BODY_TIMEOUT_S", 0.1)
 
     async def scenario(bench: Bench) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", bench.server.port)

@@ -112,7 +112,11 @@ def test_dead_redis_is_one_typed_line(tmp_path: Path) -> None:
         try:
             await storage.announce(ALICE.sign_record(record), record, 90.0)
             server.kill()
-            for call in (storage.count(), storage.lookup(None), storage.announce(ALICE.sign_record(record), record, 1.0)):
+            for call in (
+                storage.count(),
+                storage.lookup(None),
+                storage.announce(ALICE.sign_record(record), record, 1.0),
+            ):
                 with pytest.raises(StorageDownError, match=r"storage does not answer: .*; try again later") as caught:
                     await call
                 assert str(caught.value).isprintable()
@@ -135,7 +139,7 @@ def test_foreign_data_is_told_apart(redis_server: RedisServer) -> None:
         client = redis.asyncio.Redis.from_url(redis_server.url)
         try:
             key = f"{{remote-modules}}:lease:{ALICE.peer_id}"
-            await client.hset(key, mapping={"version": "1", "payload": "x", "retired": "x", "at_ms": "1"})  # type: ignore[misc]
+            await client.hset(key, mapping={"version": "1", "payload": "x", "retired": "x", "at_ms": "1"})
             record = make_record(ALICE)
             with pytest.raises(StorageDownError, match="give it a database of its own"):
                 await storage.announce(ALICE.sign_record(record), record, 90.0)

@@ -164,7 +164,7 @@ def test_discovery_down_is_logged_once_and_mended_by_a_renewal(caplog: pytest.Lo
 
     asyncio.run(main())
     assert [record.getMessage() for record in caplog.records] == [
-        "announce failed, trying again every 0 s: tracker is down",
+        "announce failed, trying again at least every 0 s: tracker is down",
         "announced again state=online",
     ]
 
