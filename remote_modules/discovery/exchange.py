@@ -194,7 +194,7 @@ class ExchangeDiscovery:
                 answer = await ask(self._open(), _url(address, PEERS_PATH), who=who, params=params, verify_tls=False)
                 if answer.status != 200:
                     raise refusal_of(answer, who, None)
-                heard = await PeersReader(who).read(answer.body)
+                heard = await PeersReader(who, level=logging.DEBUG).read(answer.body)
             except DiscoveryError as exc:
                 failure = exc
                 continue

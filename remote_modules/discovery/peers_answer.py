@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 PEERS_PATH = "/api/v1/peers"
 MAX_LOOKUP_BYTES = 896 * 1024  # clients stop reading at 1 MiB
 
-_VERIFY_BATCH = 64  # signatures checked before others get the loop, at 0.1 ms each
+_VERIFY_BATCH = 16  # signatures checked before others get the loop, at 0.1 ms each
 
 _encoder = msgspec.json.Encoder()
 
@@ -75,12 +75,13 @@ class PeersReader:
 
     Args:
         who: the teller in a message, such as ``"tracker http://localhost:8000"``.
+        level: at which the first invalid record is logged.
     """
 
-    def __init__(self, who: str) -> None:
+    def __init__(self, who: str, *, level: int = logging.WARNING) -> None:
         self._who = who
         self._verified: dict[SignedRecord, PeerRecord] = {}  # of the last answer, so at most about 1,500
-        self._has_warned = False
+        self._level = level
 
     async def read(self, body: bytes) -> list[Heard]:
         """What of an answer is properly signed; the rest is dropped, and logged once.
@@ -113,6 +114,5 @@ class PeersReader:
         return heard
 
     def _drop(self, exc: Exception) -> None:
-        level = logging.DEBUG if self._has_warned else logging.WARNING
-        self._has_warned = True
+        level, self._level = self._level, logging.DEBUG
         logger.log(level, "invalid record dropped from %s: %s", self._who, printable(str(exc)))

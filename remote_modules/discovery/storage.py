@@ -15,7 +15,7 @@ from remote_modules.errors import DiscoveryError
 from remote_modules.peers import PeerRecord, SignedRecord
 from remote_modules.plan.leases import Lease, LeaseTable
 
-__all__ = ["LeaseStorage", "Listing", "MemoryStorage", "StorageDownError", "open_storage"]
+__all__ = ["LeaseStorage", "Listing", "MemoryStorage", "StorageDownError"]
 
 
 class StorageDownError(DiscoveryError):
@@ -93,20 +93,3 @@ class MemoryStorage:
 
     async def aclose(self) -> None:
         """Nothing is held."""
-
-
-def open_storage(url: str, *, max_records: int, clock: Callable[[], float]) -> LeaseStorage:
-    """The storage that ``url`` names: ``"memory"``, or ``redis://``, ``rediss://`` or ``unix://`` of a Redis or Valkey.
-
-    No I/O.
-
-    Raises:
-        ValueError: another text, or the package for it is not installed.
-    """
-    if url == "memory":
-        return MemoryStorage(max_records=max_records, clock=clock)
-    try:
-        from remote_modules.discovery.redis_storage import RedisStorage
-    except ImportError as exc:
-        raise ValueError(f"storage {url.partition(':')[0]} needs: pip install 'remote-modules[redis]'") from exc
-    return RedisStorage(url, max_records=max_records)

@@ -34,7 +34,7 @@ from remote_modules.discovery.addresses import check_announced
 from remote_modules.discovery.page import render_page
 from remote_modules.discovery.peers_answer import PEERS_PATH, encode_peers
 from remote_modules.discovery.rate_limits import TokenBuckets, source_key
-from remote_modules.discovery.storage import Listing, open_storage
+from remote_modules.discovery.storage import LeaseStorage, Listing, MemoryStorage
 from remote_modules.discovery.swarm_state import SwarmState, summarize
 from remote_modules.discovery.tracker_client import ANNOUNCE_PATH, WITHDRAW_PATH
 from remote_modules.discovery.tracker_replies import answer, read_signed, refuse, refuse_overload, reply_to_error
@@ -43,7 +43,7 @@ from remote_modules.identity import verify_record
 from remote_modules.peers import short_id
 from remote_modules.plan.leases import reannounce_after
 
-__all__ = ["TrackerServer"]
+__all__ = ["TrackerServer", "open_storage"]
 
 logger = logging.getLogger(__name__)
 
@@ -245,3 +245,20 @@ class _Metrics:
         if child is None:
             child = self._children[key] = self._requests.labels(key[0], str(status))
         child.inc()
+
+
+def open_storage(url: str, *, max_records: int, clock: Callable[[], float]) -> LeaseStorage:
+    """The storage that ``url`` names: ``"memory"``, or ``redis://``, ``rediss://`` or ``unix://`` of a Redis or Valkey.
+
+    No I/O.
+
+    Raises:
+        ValueError: another text, or the package for it is not installed.
+    """
+    if url == "memory":
+        return MemoryStorage(max_records=max_records, clock=clock)
+    try:
+        from remote_modules.discovery.redis_storage import RedisStorage
+    except ImportError as exc:
+        raise ValueError(f"storage {url.partition(':')[0]} needs: pip install 'remote-modules[redis]'") from exc
+    return RedisStorage(url, max_records=max_records)

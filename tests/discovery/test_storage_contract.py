@@ -7,7 +7,8 @@ import time
 import pytest
 from storage_contract import StorageContract, StorageWorld
 
-from remote_modules.discovery.storage import MemoryStorage, open_storage
+from remote_modules.discovery.storage import MemoryStorage
+from remote_modules.discovery.tracker_server import open_storage
 
 
 class MemoryWorld(StorageWorld):

@@ -203,7 +203,7 @@ def test_invalid_records_are_dropped_with_one_warning(caplog: pytest.LogCaptureF
 
     with caplog.at_level(logging.WARNING):
         run(peers(forged, {"payload": "?"}, 7, good), scenario)
-    assert [entry.message.split(" tracker=")[0] for entry in caplog.records] == ["invalid record dropped"]
+    assert [entry.message.split(" from ")[0] for entry in caplog.records] == ["invalid record dropped"]
 
 
 def test_records_of_other_models_and_older_ones_are_left_out() -> None:

@@ -11,7 +11,8 @@ from redis_support import RedisServer
 from storage_contract import StorageContract, StorageWorld
 
 from remote_modules.discovery.redis_storage import RedisStorage
-from remote_modules.discovery.storage import LeaseStorage, StorageDownError, open_storage
+from remote_modules.discovery.storage import LeaseStorage, StorageDownError
+from remote_modules.discovery.tracker_server import open_storage
 from remote_modules.plan.leases import StaleRecordError
 
 ALICE, BOB = make_identity(1), make_identity(2)
