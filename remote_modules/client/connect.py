@@ -125,9 +125,7 @@ def connect_swarm(
     model_config, checkpoint = _resolve(model, hub)
     cls, model_config = serving_class(model_config)
     stack = probe_stack(cls, model_config)
-    digests: Mapping[int, str] = {}
-    if checkpoint is not None:
-        digests = block_digests(checkpoint, stack, range(stack.num_blocks))
+    digests: Mapping[int, str] = block_digests(checkpoint, stack, range(stack.num_blocks)) if checkpoint else {}
     io = shared_loop()
     stats = StatsRecorder()
     discovery = build_discovery(

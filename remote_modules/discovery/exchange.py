@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 
 import aiohttp
@@ -65,7 +64,6 @@ class ExchangeDiscovery:
         seeds: Sequence[str] = (),
         feeders: Sequence[Discovery] = (),
         timeout_s: float = 3.0,
-        clock: Callable[[], float] = time.monotonic,
         rng: Random | None = None,
     ) -> None:
         for seed in seeds:
@@ -74,7 +72,7 @@ class ExchangeDiscovery:
         self._seeds = [(seed,) for seed in dict.fromkeys(seeds)]
         self._feeders = tuple(feeders)
         self._timeout_s = timeout_s
-        self._clock = clock
+        self._clock = known.clock
         self._rng = rng or Random()
         self._session: aiohttp.ClientSession | None = None
         self._feeding: asyncio.Task[None] | None = None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -43,16 +42,9 @@ class ExchangeSite:
         own: its own record, once there is one.
     """
 
-    def __init__(
-        self,
-        known: KnownPeers,
-        own: Callable[[], SignedRecord | None],
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, known: KnownPeers, own: Callable[[], SignedRecord | None]) -> None:
         self._known = known
         self._own = own
-        self._clock = clock
         self._sources = TokenBuckets(per_s=SOURCE_PER_S, burst=10 * SOURCE_PER_S, max_keys=4096)
 
     def routes(self) -> list[web.RouteDef]:
@@ -65,7 +57,7 @@ class ExchangeSite:
     def _guarded(self, handler: _Handler) -> _Handler:
         async def guarded(request: web.Request) -> web.Response:
             source = source_key(request.remote or "")
-            if source is not None and (wait_s := self._sources.take(source, self._clock())) > 0:
+            if source is not None and (wait_s := self._sources.take(source, self._known.clock())) > 0:
                 return refuse_overload(f"more than {SOURCE_PER_S:g} requests a second from one address", wait_s)
             try:
                 return await handler(request)

@@ -31,6 +31,7 @@ class KnownPeers:
         own_peer_id: the peer whose table this is: what others say of it is no news.
         cache: where addresses outlive the process; None keeps them in memory only.
         lease_s: how long a peer counts as alive after it was last known to be.
+        clock: monotonic seconds; whoever hands in times reads this one.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class KnownPeers:
         self.lease_s = lease_s
         self.own_peer_id = own_peer_id
         self._cache = cache
-        self._clock = clock
+        self.clock = clock
         self._table = LeaseTable(max_records=MAX_KNOWN)
 
     @classmethod
@@ -61,7 +62,7 @@ class KnownPeers:
         """
         if record.peer_id == self.own_peer_id:
             return
-        now_s = self._clock()
+        now_s = self.clock()
         heard_s = now_s if at_s is None else min(at_s, now_s)
         if self._table.hear(signed, record, at_s=heard_s, now_s=now_s, lease_s=self.lease_s, via=via):
             if self._cache is not None and _addresses(record, via):
@@ -74,7 +75,7 @@ class KnownPeers:
             TableFullError: no room.
             StaleRecordError: something newer is known.
         """
-        self._table.announce(signed, record, self._clock(), self.lease_s, via=via)
+        self._table.announce(signed, record, self.clock(), self.lease_s, via=via)
         if self._cache is not None and _addresses(record, via):
             self._cache.note(signed, record, via)
 
@@ -84,13 +85,13 @@ class KnownPeers:
         Raises:
             DiscoveryError: the record does not prove that its peer is leaving.
         """
-        self._table.withdraw(record, self._clock())
+        self._table.withdraw(record, self.clock())
         if self._cache is not None:
             self._cache.forget(record)
 
     def leases(self, model_key: str | None) -> tuple[list[Lease], float]:
         """What may be told others, and the present time on the clock of these leases."""
-        now_s = self._clock()
+        now_s = self.clock()
         return self._table.lookup(model_key, now_s), now_s
 
     def records(self, model_key: str | None) -> list[PeerRecord]:

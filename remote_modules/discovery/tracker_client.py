@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -66,20 +64,12 @@ class TrackerClient:
         ValueError: ``url`` is not an http(s) URL.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        timeout_s: float = 5.0,
-        known: KnownPeers | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, url: str, *, timeout_s: float = 5.0, known: KnownPeers | None = None) -> None:
         check_tracker_urls((url,))
         self._url = url.rstrip("/")
         self._who = f"tracker {printable(self._url)}"
         self._timeout_s = timeout_s
         self._known = known
-        self._clock = clock
         self._session: aiohttp.ClientSession | None = None
         self._refusal: str | None = None  # why this tracker is not asked at all
         self._source: str | None = None
@@ -112,7 +102,7 @@ class TrackerClient:
             DiscoveryError: the tracker is unreachable, refused, or is no tracker.
         """
         params = None if model_key is None else {"model_key": model_key}
-        asked_s = self._clock()
+        asked_s = self._known.clock() if self._known is not None else 0.0
         heard = await self._reader.read(await self._ask(PEERS_PATH, params=params))
         source = await self._find_source()
         records = []
