@@ -5,12 +5,13 @@ One conformance suite (`tests/discovery/test_conformance.py`) runs against each 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from remote_modules.errors import DiscoveryError
 from remote_modules.peers import PeerRecord, SignedRecord
 
-__all__ = ["Discovery", "NobodyToAskError", "OverloadedError"]
+__all__ = ["Discovery", "NobodyToAskError", "OverloadedError", "Pace"]
 
 
 class OverloadedError(DiscoveryError):
@@ -29,6 +30,19 @@ class NobodyToAskError(DiscoveryError):
     """A source has no one to ask yet: neither an answer nor a failure of anybody."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """Bounds of the pause until the next announcement, in seconds.
+
+    Attributes:
+        shortest_s: how often the source can bear it, with so many peers.
+        longest_s: how often it takes to stay listed, though an announcement or two are lost.
+    """
+
+    shortest_s: float
+    longest_s: float
+
+
 class Discovery(Protocol):
     """Where records are published and found. All methods run on one event loop.
 
@@ -37,11 +51,11 @@ class Discovery(Protocol):
     record may be stale, and a peer that announced may not be seen yet.
     """
 
-    async def announce(self, signed: SignedRecord) -> float | None:
+    async def announce(self, signed: SignedRecord) -> Pace | None:
         """Publish or renew a record; it lives for at least two of the announcer's intervals.
 
         Returns:
-            Seconds after which the source wants the next announcement, or None if it does not say.
+            When the source wants the next announcement, or None if it does not say.
 
         Raises:
             StaleRecordError: something newer of this peer is known; the error has the proof, verified.

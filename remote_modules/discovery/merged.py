@@ -55,16 +55,14 @@ class MergedDiscovery:
         """All of them, the exchange last: whoever announces often does so to each at its own pace."""
         return self._primary if self._exchange is None else (*self._primary, self._exchange)
 
-    async def announce(self, signed: SignedRecord) -> float | None:
-        """Announce to every source; the shortest of the pauses that they ask for.
+    async def announce(self, signed: SignedRecord) -> None:
+        """Announce to every source.
 
         Raises:
             StaleRecordError: all of them failed, this one with proof of something newer.
             DiscoveryError: all of them failed; it names each failure.
         """
-        calls = [_try(source.announce(signed)) for source in self.sources]
-        pauses = self._sum_up("announce", await asyncio.gather(*calls))
-        return min((pause_s for pause_s in pauses if pause_s is not None), default=None)
+        self._sum_up("announce", await asyncio.gather(*(_try(source.announce(signed)) for source in self.sources)))
 
     async def withdraw(self, signed: SignedRecord) -> None:
         """Withdraw from every source.

@@ -11,7 +11,7 @@ import msgspec
 
 from remote_modules.config import check_tracker_urls
 from remote_modules.discovery.addresses import parse_ip, usable_addresses
-from remote_modules.discovery.base import OverloadedError
+from remote_modules.discovery.base import OverloadedError, Pace
 from remote_modules.discovery.http_json import Answer, ask, make_session, printable
 from remote_modules.discovery.known_peers import KnownPeers
 from remote_modules.discovery.peers_answer import PEERS_PATH, PeersReader
@@ -20,12 +20,13 @@ from remote_modules.identity import verify_record
 from remote_modules.peers import PeerRecord, SignedRecord, is_loopback
 from remote_modules.plan.leases import DuplicateIdentityError, StaleRecordError, merge_records
 
-__all__ = ["ANNOUNCE_PATH", "WITHDRAW_PATH", "Refusal", "TrackerClient", "refusal_of"]
+__all__ = ["ANNOUNCES_PER_LEASE", "ANNOUNCE_PATH", "WITHDRAW_PATH", "Refusal", "TrackerClient", "refusal_of"]
 
 _Decoded = TypeVar("_Decoded")
 
 ANNOUNCE_PATH = "/api/v1/announce"
 WITHDRAW_PATH = "/api/v1/withdraw"
+ANNOUNCES_PER_LEASE = 3  # a peer may miss two announcements in a row and stay listed
 MAX_REANNOUNCE_S = 900.0  # a tracker that asks for more is asked after this nevertheless
 
 
@@ -44,7 +45,7 @@ class Refusal(msgspec.Struct, omit_defaults=True):
 
 class _Taken(msgspec.Struct):
     lease_s: float
-    reannounce_after_s: float | None = None
+    reannounce_after_s: float = 0.0
 
 
 _encoder = msgspec.json.Encoder()
@@ -75,7 +76,7 @@ class TrackerClient:
         self._source: str | None = None
         self._reader = PeersReader(self._who)
 
-    async def announce(self, signed: SignedRecord) -> float | None:
+    async def announce(self, signed: SignedRecord) -> Pace | None:
         """See `Discovery.announce`.
 
         Raises:
@@ -84,8 +85,11 @@ class TrackerClient:
             DiscoveryError: the tracker is unreachable or refused, with its reason.
         """
         answer = await self._ask(ANNOUNCE_PATH, signed=signed)
-        after_s = self._decode(_taken_decoder, answer).reannounce_after_s
-        return min(after_s, MAX_REANNOUNCE_S) if after_s is not None and after_s > 0 else None
+        taken = self._decode(_taken_decoder, answer)
+        if not taken.lease_s > 0 <= taken.reannounce_after_s:
+            return None
+        shortest_s = min(taken.reannounce_after_s, MAX_REANNOUNCE_S)
+        return Pace(shortest_s=shortest_s, longest_s=max(shortest_s, taken.lease_s / ANNOUNCES_PER_LEASE))
 
     async def withdraw(self, signed: SignedRecord) -> None:
         """See `Discovery.withdraw`; needs a higher sequence than announced, or an announced drain.

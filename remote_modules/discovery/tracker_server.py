@@ -36,7 +36,7 @@ from remote_modules.discovery.peers_answer import PEERS_PATH, encode_peers
 from remote_modules.discovery.rate_limits import TokenBuckets, source_key
 from remote_modules.discovery.storage import LeaseStorage, Listing, MemoryStorage
 from remote_modules.discovery.swarm_state import SwarmState, summarize
-from remote_modules.discovery.tracker_client import ANNOUNCE_PATH, WITHDRAW_PATH
+from remote_modules.discovery.tracker_client import ANNOUNCE_PATH, ANNOUNCES_PER_LEASE, WITHDRAW_PATH
 from remote_modules.discovery.tracker_replies import answer, read_signed, refuse, refuse_overload, reply_to_error
 from remote_modules.errors import DiscoveryError, RemoteProtocolError
 from remote_modules.identity import verify_record
@@ -57,7 +57,6 @@ _http_logger = logging.getLogger(f"{__name__}.http")
 _http_logger.addFilter(_is_our_fault)
 
 MAX_LOOKUP_PEERS = 2048  # in one answer, and what `MAX_LOOKUP_BYTES` cuts off
-ANNOUNCES_PER_LEASE = 3  # a peer may miss two announcements in a row and stay listed
 BURST_S = 5.0  # so many seconds' worth of requests may come at once
 COUNT_S = 1.0  # live leases are counted so often: the interval of announcing follows slowly anyway
 BACKLOG = 4096  # connections that wait to be accepted: a herd must not wait for TCP to try again
@@ -174,15 +173,15 @@ class TrackerServer:
         if (wait_s := self._identities.wait_s(record.peer_id, self._clock())) > 0:
             limit = f"more than {self._config.identity_per_s:g} announcements a second of one peer"
             return refuse_overload(limit, wait_s)
-        interval_s = await self._interval()
-        lease_s = ANNOUNCES_PER_LEASE * interval_s
+        shortest_s = await self._shortest_interval()
+        lease_s = max(self._config.lease_s, ANNOUNCES_PER_LEASE * shortest_s)
         await self._storage.announce(signed, record, lease_s)
         self._identities.take(record.peer_id, self._clock())
         logger.debug("< announce peer=%s span=%s sequence=%d", short_id(record.peer_id), record.span, record.sequence)
-        return answer({"lease_s": lease_s, "reannounce_after_s": interval_s})
+        return answer({"lease_s": lease_s, "reannounce_after_s": shortest_s})
 
-    async def _interval(self) -> float:
-        """Seconds that peers should let pass between announcements, by how many there are."""
+    async def _shortest_interval(self) -> float:
+        """Seconds that peers must let pass between announcements, by how many there are."""
         now_s = self._clock()
         if now_s - self._counted_s >= COUNT_S:
             self._counted_s = now_s

@@ -268,10 +268,10 @@ def check_withdrawn(record: PeerRecord, held: Lease) -> None:
 
 
 def reannounce_after(num_peers: int, *, interval_s: float, max_announces_per_s: float) -> float:
-    """Seconds between a peer's announcements: ``interval_s``, or longer where so many peers would take more than half
-    of what a tracker takes; at most `MAX_STRETCH` times it.
+    """Shortest pause of a peer between announcements, in seconds, with which so many peers take half of what a tracker
+    takes; at most `MAX_STRETCH` times the usual ``interval_s``.
     """
-    return min(max(interval_s, 2 * num_peers / max_announces_per_s), MAX_STRETCH * interval_s)
+    return min(2 * num_peers / max_announces_per_s, MAX_STRETCH * interval_s)
 
 
 def merge_records(lists: Iterable[Iterable[PeerRecord]]) -> list[PeerRecord]:

@@ -2,7 +2,7 @@
 
 Each source has a pace of its own, so that a dead tracker slows down nobody and a busy one is left alone:
 
-    taken        again after the interval, or what the source asks for; +-20 %, so that peers drift apart
+    taken        again after the interval, within the bounds of the source; +-20 %, so that peers drift apart
     failed       again after a random time of at most 1 s, 2 s, 4 s ... up to the interval: never given up
     overloaded   again after what it asks for, and up to as much again
     replaced     a newer instance with our key proved itself: stop everything, and say so
@@ -19,7 +19,7 @@ from random import Random
 
 import msgspec
 
-from remote_modules.discovery.base import Discovery, NobodyToAskError, OverloadedError
+from remote_modules.discovery.base import Discovery, NobodyToAskError, OverloadedError, Pace
 from remote_modules.discovery.merged import MergedDiscovery
 from remote_modules.errors import DiscoveryError
 from remote_modules.identity import Identity
@@ -136,12 +136,12 @@ class Announcer:
         wait_s: float
         try:
             try:
-                asked_s = await lane.source.announce(signed)
+                pace = await lane.source.announce(signed)
             except StaleRecordError as exc:
                 if self._is_own(exc):  # trackers that share their leases: another of them was told first
-                    asked_s = None
+                    pace = None
                 elif self._take_over(exc):
-                    asked_s = await lane.source.announce(self._sign())
+                    pace = await lane.source.announce(self._sign())
                 else:
                     raise
         except DiscoveryError as exc:
@@ -153,12 +153,14 @@ class Announcer:
             if lane.num_failures:
                 logger.info("announced again state=%s", self._state.value)
             lane.num_failures = 0
-            wait_s = self._renewal_s(asked_s)
+            wait_s = self._renewal_s(pace)
         lane.due_s = asyncio.get_running_loop().time() + wait_s
         lane.moved.set()
 
-    def _renewal_s(self, asked_s: float | None) -> float:
-        interval_s = self._interval_s if asked_s is None else max(self._interval_s, asked_s)
+    def _renewal_s(self, pace: Pace | None) -> float:
+        interval_s = self._interval_s
+        if pace is not None:
+            interval_s = min(max(interval_s, pace.shortest_s), pace.longest_s)
         return interval_s * self._rng.uniform(1 - JITTER, 1 + JITTER)
 
     def _after_failure_s(self, lane: _Lane, exc: DiscoveryError) -> float:

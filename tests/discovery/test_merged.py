@@ -17,7 +17,7 @@ from remote_modules.discovery.exchange import ExchangeDiscovery
 from remote_modules.discovery.known_peers import KnownPeers
 from remote_modules.discovery.merged import GRACE_S, MergedDiscovery, build_discovery
 from remote_modules.errors import DiscoveryError
-from remote_modules.peers import PeerRecord, SignedRecord
+from remote_modules.peers import PeerRecord
 from remote_modules.testing.virtual_time import run_virtual
 
 ALICE, BOB = make_identity(1), make_identity(2)
@@ -226,18 +226,6 @@ def test_source_that_found_nobody_cuts_off_none_that_may() -> None:
         assert await MergedDiscovery([FakeSource([]), Late([make_record(BOB)])]).lookup(None) == [make_record(BOB)]
 
     run_virtual(main())
-
-
-def test_shortest_interval_that_is_asked_for_is_returned(one: FakeSource, two: FakeSource) -> None:
-    class Busy(FakeSource):
-        async def announce(self, signed: SignedRecord) -> float | None:
-            return 60.0
-
-    async def main() -> None:
-        assert await MergedDiscovery([one, two]).announce(make_signed(ALICE)) is None
-        assert await MergedDiscovery([one, Busy([])]).announce(make_signed(ALICE)) == 60.0
-
-    asyncio.run(main())
 
 
 def test_exchange_is_among_the_sources_when_a_table_is_given() -> None:

@@ -245,17 +245,22 @@ def test_model_key_is_quoted_in_the_request() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "seconds"),
+    ("answer", "bounds"),
     [
-        ({"lease_s": 90.0, "reannounce_after_s": 45.0}, 45.0),
-        ({"lease_s": 90.0, "reannounce_after_s": 1e12}, MAX_REANNOUNCE_S),
+        ({"lease_s": 90.0, "reannounce_after_s": 4.0}, (4.0, 30.0)),
+        ({"lease_s": 900.0, "reannounce_after_s": 300.0}, (300.0, 300.0)),
+        ({"lease_s": 90.0, "reannounce_after_s": 1e12}, (MAX_REANNOUNCE_S, MAX_REANNOUNCE_S)),
+        ({"lease_s": 9.0}, (0.0, 3.0)),
         ({"lease_s": 90.0, "reannounce_after_s": -1.0}, None),
-        ({"lease_s": 90.0}, None),
+        ({"lease_s": 0.0}, None),
     ],
 )
-def test_interval_that_the_tracker_asks_for_is_returned(answer: dict[str, float], seconds: float | None) -> None:
+def test_interval_that_the_tracker_asks_for_is_returned(
+    answer: dict[str, float], bounds: tuple[float, float] | None
+) -> None:
     async def scenario(client: TrackerClient, tracker: FakeTracker) -> None:
-        assert await client.announce(make_signed(ALICE)) == seconds
+        pace = await client.announce(make_signed(ALICE))
+        assert (None if pace is None else (pace.shortest_s, pace.longest_s)) == bounds
 
     run(text(msgspec.json.encode(answer)), scenario)
 

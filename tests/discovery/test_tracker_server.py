@@ -59,7 +59,7 @@ def run(scenario: Callable[[Bench], Awaitable[None]], **config: Any) -> None:
 def test_announced_record_is_returned_as_it_was_signed() -> None:
     async def scenario(bench: Bench) -> None:
         signed = make_signed(ALICE)
-        assert await bench.announce(signed) == (200, {"lease_s": 90.0, "reannounce_after_s": 30.0})
+        assert await bench.announce(signed) == (200, {"lease_s": 90.0, "reannounce_after_s": 0.0})
         _, text = await bench.get("/api/v1/peers?model_key=tiny-key")
         assert msgspec.convert(msgspec.json.decode(text)["peers"], list[SignedRecord]) == [signed]
         assert (await bench.get("/api/v1/peers?model_key=other"))[1] == '{"peers":[],"ages_s":[]}'

@@ -6,7 +6,7 @@ import logging
 import msgspec
 import pytest
 
-from remote_modules.discovery.base import Discovery, NobodyToAskError, OverloadedError
+from remote_modules.discovery.base import Discovery, NobodyToAskError, OverloadedError, Pace
 from remote_modules.discovery.merged import MergedDiscovery
 from remote_modules.errors import DiscoveryError
 from remote_modules.identity import Identity, verify_record
@@ -198,17 +198,17 @@ class Tracker:
 
     def __init__(self) -> None:
         self.failure: DiscoveryError | None = None
-        self.reannounce_after_s: float | None = None
+        self.pace: Pace | None = None
         self.asked_s: list[float] = []
         self.table = LeaseTable(max_records=100)
 
-    async def announce(self, signed: SignedRecord) -> float | None:
+    async def announce(self, signed: SignedRecord) -> Pace | None:
         now_s = asyncio.get_running_loop().time()
         self.asked_s.append(now_s)
         if self.failure is not None:
             raise self.failure
         self.table.announce(signed, verify_record(signed), now_s, 90.0)
-        return self.reannounce_after_s
+        return self.pace
 
     async def withdraw(self, signed: SignedRecord) -> None:
         self.table.withdraw(verify_record(signed), asyncio.get_running_loop().time())
@@ -309,17 +309,18 @@ def test_all_of_many_peers_are_listed_again_within_an_interval_and_not_all_at_on
     run_virtual(main())
 
 
-def test_pace_that_a_source_asks_for_is_kept() -> None:
+@pytest.mark.parametrize(("bounds", "interval_s"), [((300.0, 300.0), 300.0), ((0.1, 5.0), 5.0), ((0.1, 90.0), 30.0)])
+def test_bounds_that_a_source_sets_are_kept(bounds: tuple[float, float], interval_s: float) -> None:
     async def main() -> None:
         tracker = Tracker()
-        tracker.reannounce_after_s = 300.0
+        tracker.pace = Pace(shortest_s=bounds[0], longest_s=bounds[1])
         one = online(tracker)
         await one.set_state(PeerState.ONLINE)
         one.start()
         await asyncio.sleep(10_000.0)
         await one.stop()
-        assert 240.0 <= min(tracker.gaps())
-        assert max(tracker.gaps()) <= 360.0
+        assert 0.8 * interval_s <= min(tracker.gaps())
+        assert max(tracker.gaps()) <= 1.2 * interval_s
 
     run_virtual(main())
 
