@@ -177,7 +177,7 @@ class TrackerServer:
         lease_s = max(self._config.lease_s, ANNOUNCES_PER_LEASE * shortest_s)
         await self._storage.announce(signed, record, lease_s)
         self._identities.take(record.peer_id, self._clock())
-        logger.debug("< announce peer=%s span=%s sequence=%d", short_id(record.peer_id), record.span, record.sequence)
+        logger.debug("< announce peer=%.6s span=%d:%d", record.peer_id, record.start, record.end)
         return answer({"lease_s": lease_s, "reannounce_after_s": shortest_s})
 
     async def _shortest_interval(self) -> float:

@@ -202,6 +202,8 @@ class LeaseTable:
 
     def _drop(self, peer_id: str) -> None:
         self._leave_model(self._leases.pop(peer_id).model_key, peer_id)
+        if not self._leases:
+            self._leases = {}  # a dict keeps the room of the most that it ever held
 
     def _leave_model(self, model_key: str, peer_id: str) -> None:
         peer_ids = self._by_model[model_key]
