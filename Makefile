@@ -1,7 +1,8 @@
 # Needs Python >= 3.10, make and git; everything else is put into .venv by the first target that needs it.
 #   make demo [ARGS=--json]      a swarm on this machine: text, a killed peer, a few training steps
-#   make test [ARGS=tests/wire]  all tests but those that need a network laboratory
+#   make test [ARGS=tests/wire]  all tests but those that need a network laboratory or a Redis
 #   make test-oldest             what touches transformers, with the oldest release that is supported
+#   make test-redis              trackers that share their leases (redis-server or valkey-server)
 #   make test-wan                those: delay, NAT and multicast (root, gcc and ../shared/netlab)
 #   make faults                  the fault matrix; writes docs/faults.md
 #   make families                every family of transformers against the local model; writes docs/families.md
@@ -25,7 +26,7 @@ READY = $(VENV)/.ready
 OLDEST_READY = $(OLDEST)/.ready
 OLDEST_PYTHON = PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python
 
-.PHONY: demo test test-oldest test-wan faults families lint cover docs bench clean
+.PHONY: demo test test-oldest test-redis test-wan faults families lint cover docs bench clean
 
 demo: $(READY)
 	@$(BIN)/remote-modules demo $(ARGS)
@@ -37,6 +38,10 @@ test: $(READY)
 test-oldest: $(OLDEST_READY)
 	@$(OLDEST_PYTHON) -c 'import transformers; print(f"transformers=={transformers.__version__}")' | grep -Fxf - constraints-oldest.txt
 	$(OLDEST_PYTHON) -m pytest --numprocesses=$(JOBS) --dist=worksteal $(OLDEST_TESTS) $(ARGS)
+
+test-redis: $(READY)
+	@command -v redis-server >/dev/null || command -v valkey-server >/dev/null || { echo "redis-server is missing; on Debian: apt install redis-server" >&2; exit 1; }
+	$(BIN)/python -m pytest tests/redis $(ARGS)
 
 # On its own: the laboratory's hosts are namespaces of this one machine, and two at a time would share its clock.
 test-wan: $(READY)

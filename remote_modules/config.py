@@ -6,13 +6,20 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from pathlib import Path
 
 from remote_modules.peers import check_address, is_loopback
 from remote_modules.spans import Span
 
-__all__ = ["ClientConfig", "ServerConfig", "TrackerConfig", "check_tracker_urls", "default_trackers"]
+__all__ = [
+    "ClientConfig",
+    "ServerConfig",
+    "TrackerConfig",
+    "check_tracker_urls",
+    "default_peer_cache",
+    "default_trackers",
+]
 
 
 _PEER_ID = re.compile(r"[a-z2-7]{6,52}\Z")
@@ -21,6 +28,16 @@ _PEER_ID = re.compile(r"[a-z2-7]{6,52}\Z")
 def default_trackers() -> tuple[str, ...]:
     """The tracker URLs in ``$REMOTE_MODULES_TRACKERS`` (comma separated), read when called."""
     return tuple(url.strip() for url in os.environ.get("REMOTE_MODULES_TRACKERS", "").split(",") if url.strip())
+
+
+def default_peer_cache() -> Path | None:
+    """The folder in ``$REMOTE_MODULES_PEER_CACHE`` ("off": none), or ``remote-modules/peers`` where caches are kept."""
+    named = os.environ.get("REMOTE_MODULES_PEER_CACHE", "")
+    if named:
+        return None if named == "off" else Path(named)
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return folder / "remote-modules" / "peers"
 
 
 def check_tracker_urls(urls: Sequence[str]) -> None:
@@ -59,11 +76,13 @@ class ClientConfig:
     max_request_bytes: int = 256 * 1024 * 1024  # tensors of one request
     allow_mixed_dtypes: bool = False  # whether one route may join peers that compute in different dtypes
     mdns_interfaces: tuple[str, ...] = ()  # local IP addresses to ask on; empty means all
+    peer_exchange: bool = True  # ask known peers for the peers that they know
+    peer_cache: Path | None = field(default_factory=default_peer_cache)  # folder of known peers; None: none on disk
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if isinstance(value := getattr(self, field.name), int | float) and not isinstance(value, bool):
-                _check_positive(field.name, value)
+        for one in fields(self):
+            if isinstance(value := getattr(self, one.name), int | float) and not isinstance(value, bool):
+                _check_positive(one.name, value)
         _check_choice("keep_histories", self.keep_histories, ("each_hop", "first"))
         _check_choice("history_dtype", self.history_dtype, ("compute", "int8"))
         if self.max_ban_s < self.ban_s:
@@ -93,6 +112,8 @@ class ServerConfig:
     trackers: tuple[str, ...] = ()
     mdns: bool = True
     peers: tuple[str, ...] = ()  # other peers' addresses, asked when choosing a span
+    peer_exchange: bool = True  # tell known peers of itself and others, and answer who asks
+    peer_cache: Path | None = field(default_factory=default_peer_cache)  # folder of known peers; None: none on disk
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     dtype: str = "auto"  # "auto" (the checkpoint's), "float32", "bfloat16", "float16"
     quantization: str = "none"  # of the weights: "none", "int8", "nf4"
@@ -147,16 +168,20 @@ class TrackerConfig:
 
     host: str = "127.0.0.1"
     port: int = 0  # 0: any free one
-    lease_s: float = 90.0  # how long an announcement lives
+    storage: str = "memory"  # or redis://, rediss://, unix://: leases that several trackers share
+    lease_s: float = 90.0  # how long an announcement lives; longer once there are too many peers
     max_records: int = 10_000  # about 2 KiB each
     max_body_bytes: int = 64 * 1024
+    max_announces_per_s: float = 2000.0  # of all peers; what is above is told to come back later
+    source_per_s: float = 20.0  # requests of one address, and five seconds' worth at once; this machine has no limit
+    identity_per_s: float = 10.0  # announcements of one peer, and five seconds' worth at once
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must be in 0:65536, got {self.port}")
-        _check_positive("lease_s", self.lease_s)
-        _check_positive("max_records", self.max_records)
-        _check_positive("max_body_bytes", self.max_body_bytes)
+        for name in ("lease_s", "max_records", "max_body_bytes", "max_announces_per_s", "source_per_s"):
+            _check_positive(name, getattr(self, name))
+        _check_positive("identity_per_s", self.identity_per_s)
 
 
 _POSITIVE = (

@@ -26,14 +26,13 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from remote_modules.errors import RemoteProtocolError
-from remote_modules.peers import MAX_RECORD_BYTES, PeerId, PeerRecord, SignedRecord, short_id
+from remote_modules.peers import MAX_RECORD_BYTES, PeerId, PeerRecord, SignedRecord, decode_record, short_id
 
 __all__ = ["Certificate", "Identity", "peer_id_of", "verify_hello", "verify_record"]
 
 _RECORD_CONTEXT = b"rm-record-v2"
 _HELLO_CONTEXT = b"rm-hello-v1"
 _record_encoder = msgspec.msgpack.Encoder()
-_record_decoder = msgspec.msgpack.Decoder(PeerRecord)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +143,7 @@ def verify_record(signed: SignedRecord) -> PeerRecord:
         raise RemoteProtocolError(f"record of {len(signed.payload)} bytes exceeds limit of {MAX_RECORD_BYTES}")
     _verify(signed.public_key, signed.signature, _RECORD_CONTEXT + signed.payload, what="record")
     try:
-        record = _record_decoder.decode(signed.payload)
+        record = decode_record(signed.payload)
     except (msgspec.DecodeError, ValueError) as exc:
         raise RemoteProtocolError(f"record does not decode: {exc}") from exc
     if record.peer_id != peer_id_of(signed.public_key):

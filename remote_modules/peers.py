@@ -15,7 +15,16 @@ import msgspec
 
 from remote_modules.spans import MAX_BLOCKS, Span
 
-__all__ = ["PeerId", "PeerRecord", "PeerState", "SignedRecord", "check_address", "is_loopback", "short_id"]
+__all__ = [
+    "PeerId",
+    "PeerRecord",
+    "PeerState",
+    "SignedRecord",
+    "check_address",
+    "decode_record",
+    "is_loopback",
+    "short_id",
+]
 
 PeerId = NewType("PeerId", str)
 
@@ -114,6 +123,18 @@ class SignedRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     payload: bytes
     public_key: bytes
     signature: bytes
+
+
+_record_decoder = msgspec.msgpack.Decoder(PeerRecord)
+
+
+def decode_record(payload: bytes) -> PeerRecord:
+    """The record in the payload of a `SignedRecord`; says nothing about its signature (`identity.verify_record`).
+
+    Raises:
+        msgspec.DecodeError, ValueError: it is none.
+    """
+    return _record_decoder.decode(payload)
 
 
 def short_id(peer_id: str) -> str:

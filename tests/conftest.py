@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ["REMOTE_MODULES_PEER_CACHE"] = "off"  # for child processes too: no test writes into anybody's home
 
 
 @pytest.fixture(autouse=True)

@@ -46,6 +46,7 @@ USERS_OF: dict[str, set[str]] = {
     "accelerate": {"model"},
     "cryptography": {"identity"},
     "prometheus_client": {"discovery", "server"},
+    "redis": {"discovery"},
     "typer": {"cli"},
     "rich": {"cli"},
     "uvloop": {"net"},

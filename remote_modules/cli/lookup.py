@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from remote_modules.cli.options import Sources
+from remote_modules.config import default_peer_cache
 from remote_modules.errors import DiscoveryError, NoRouteError
 from remote_modules.net.loop import LoopThread
 from remote_modules.peers import PeerRecord, PeerState
@@ -74,8 +75,10 @@ def _is_covered_by_named(sources: Sources, model: ModelName) -> bool:
 
 def _ask(sources: Sources, model_key: str | None) -> list[PeerRecord]:
     from remote_modules.discovery import merged
+    from remote_modules.discovery.known_peers import KnownPeers
 
-    discovery = merged.build_discovery(trackers=sources.trackers, mdns=sources.mdns, peers=sources.peers)
+    known = KnownPeers.kept_in(default_peer_cache())
+    discovery = merged.build_discovery(trackers=sources.trackers, mdns=sources.mdns, peers=sources.peers, known=known)
     io = LoopThread("remote-modules-lookup")
     try:
         return io.run(discovery.lookup(model_key))

@@ -215,7 +215,7 @@ def _run(config: ServerConfig, sources: Sources, *, as_json: bool) -> None:
                 _print_online(server)
             else:
                 _describe(server, sources)
-            received = signals.wait()
+            received = signals.wait(unless=lambda: server.failure)
             _drain(server, received)
         finally:
             server.stop()

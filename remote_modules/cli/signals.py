@@ -18,6 +18,7 @@ import queue
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -56,11 +57,13 @@ class StopSignals:
         """From now on the next signal is kept for `wait`; call it before saying that the service is up."""
         self._is_waiting = True
 
-    def wait(self) -> signal.Signals:
-        """The next signal since `keep`."""
+    def wait(self, *, unless: Callable[[], Exception | None] = lambda: None) -> signal.Signals:
+        """The next signal since `keep`. Raises what ``unless`` returns, if that comes first."""
         while True:
             with contextlib.suppress(queue.Empty):
                 return signal.Signals(self._received.get(timeout=POLL_S))
+            if (failure := unless()) is not None:
+                raise failure
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         age_s, self._last_s = time.monotonic() - self._last_s, time.monotonic()

@@ -24,10 +24,19 @@ def tracker(
     lease_s: Annotated[
         float, typer.Option("--lease-s", metavar="SECONDS", help="How long an announcement lives.")
     ] = DEFAULTS.lease_s,
+    storage: Annotated[
+        str,
+        typer.Option(
+            "--storage",
+            metavar="memory|redis://HOST:PORT",
+            help="Where leases are kept; trackers that name one Redis or Valkey share them. "
+            "Needs pip install 'remote-modules\\[redis]'.",
+        ),
+    ] = DEFAULTS.storage,
     as_json: JsonOption = False,
 ) -> None:
     """Run a tracker: the place where peers announce themselves, with a page that shows the swarm."""
-    config = TrackerConfig(host=host, port=port, lease_s=lease_s)
+    config = TrackerConfig(host=host, port=port, lease_s=lease_s, storage=storage)
     with StopSignals() as signals:
         from remote_modules.server.tracker import Tracker
 

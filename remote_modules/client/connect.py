@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from remote_modules.client.stats import StatsRecorder
 from remote_modules.client.swarm import Swarm
 from remote_modules.config import ClientConfig, check_tracker_urls, default_trackers
+from remote_modules.discovery.known_peers import KnownPeers
 from remote_modules.discovery.merged import build_discovery
 from remote_modules.errors import CheckpointError, UnsupportedCallError
 from remote_modules.model.checkpoint import BUILT_IN, Checkpoint, open_checkpoint
@@ -124,9 +125,7 @@ def connect_swarm(
     model_config, checkpoint = _resolve(model, hub)
     cls, model_config = serving_class(model_config)
     stack = probe_stack(cls, model_config)
-    digests: Mapping[int, str] = {}
-    if checkpoint is not None:
-        digests = block_digests(checkpoint, stack, range(stack.num_blocks))
+    digests: Mapping[int, str] = block_digests(checkpoint, stack, range(stack.num_blocks)) if checkpoint else {}
     io = shared_loop()
     stats = StatsRecorder()
     discovery = build_discovery(
@@ -135,6 +134,7 @@ def connect_swarm(
         peers=peers,
         mdns_interfaces=config.mdns_interfaces,
         timeout_s=config.lookup_timeout_s,
+        known=KnownPeers.kept_in(config.peer_cache) if config.peer_exchange else None,
     )
     swarm = Swarm(
         discovery,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from functools import lru_cache
 
 from remote_modules.errors import DiscoveryError
 from remote_modules.peers import PeerRecord, check_address
@@ -50,6 +51,7 @@ def usable_addresses(addresses: tuple[str, ...], source: str) -> tuple[str, ...]
     )
 
 
+@lru_cache(maxsize=4096)  # a tracker reads the same ones at each announcement, in 10 us
 def parse_ip(host: str) -> _IPAddress | None:
     """The address that dialling ``host`` would reach, or None for a name.
 

@@ -23,10 +23,15 @@ _CHUNK_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What came back: any status but a redirect, and a body that claims to be JSON."""
+    """What came back: any status but a redirect, and a body that claims to be JSON.
+
+    Attributes:
+        retry_after_s: of the ``Retry-After`` header, if it is a number of seconds.
+    """
 
     status: int
     body: bytes
+    retry_after_s: float | None = None
 
 
 def make_session(timeout_s: float) -> aiohttp.ClientSession:
@@ -72,13 +77,17 @@ async def ask(
                 raise DiscoveryError(f"{who} answered with a redirect, which is never followed; use its final URL")
             if response.status == 410:  # Gone: the body is of no interest
                 return Answer(status=410, body=b"")
+            retry_after_s = _seconds(response.headers.get("Retry-After", ""))
+            if response.status in (429, 503) and response.content_type != "application/json":
+                return Answer(status=response.status, body=b"", retry_after_s=retry_after_s)  # a proxy's
             if response.content_type != "application/json":
                 kind, came = who.partition(" ")[0], printable(response.content_type)
                 raise DiscoveryError(
                     f"{who} answered {came} instead of JSON (status {response.status}); "
                     f"is this a remote-modules {kind}?"
                 )
-            return Answer(status=response.status, body=await _read(response, who))
+            read = await _read(response, who)
+            return Answer(status=response.status, body=read, retry_after_s=retry_after_s)
     except asyncio.TimeoutError as exc:
         raise DiscoveryError(f"{who} did not answer within {session.timeout.total} s") from exc
     except (
@@ -93,6 +102,10 @@ async def ask(
 def printable(text: str) -> str:
     """A stranger's text made fit for a log line: one line, no control characters, at most 200 characters."""
     return "".join(char if char.isprintable() else "?" for char in text[:200])
+
+
+def _seconds(text: str) -> float | None:
+    return float(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
 async def _read(response: aiohttp.ClientResponse, who: str) -> bytes:

@@ -27,6 +27,7 @@ from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZerocon
 
 from remote_modules.discovery.addresses import parse_ip
 from remote_modules.discovery.http_json import make_session
+from remote_modules.discovery.known_peers import KnownPeers
 from remote_modules.discovery.mdns_service import SERVICE_TYPE, dialable, service_info, text_of
 from remote_modules.discovery.record_fetch import fetch_record, reached_at
 from remote_modules.errors import DiscoveryError, RemoteProtocolError
@@ -63,6 +64,7 @@ class MdnsDiscovery:
     Args:
         interfaces: local IPv4 addresses to use; empty means all, loopback included.
         timeout_s: bounds each lookup.
+        known: is told of the records that are fetched.
 
     Raises:
         ValueError: an interface is not an IPv4 address.
@@ -73,6 +75,7 @@ class MdnsDiscovery:
         interfaces: Sequence[str] = (),
         *,
         timeout_s: float = 3.0,
+        known: KnownPeers | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         for interface in interfaces:
@@ -80,6 +83,7 @@ class MdnsDiscovery:
                 raise ValueError(f"mDNS interface must be an IPv4 address of this machine, got {interface!r}")
         self._interfaces = tuple(interfaces)
         self._timeout_s = timeout_s
+        self._known = known
         self._clock = clock
         self._engines: dict[tuple[str, ...], AsyncZeroconf] = {}  # by interfaces; at most two
         self._announced: dict[str, tuple[AsyncZeroconf, AsyncServiceInfo]] = {}  # by peer id; our own
@@ -249,7 +253,7 @@ class MdnsDiscovery:
             self._session = make_session(self._timeout_s)
         for address in addresses:
             try:
-                record = await fetch_record(self._session, address)
+                record = await fetch_record(self._session, address, known=self._known)
             except DiscoveryError as exc:
                 logger.debug("x mDNS service %r not usable: %s", name, exc)
                 continue

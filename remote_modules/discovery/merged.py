@@ -4,45 +4,65 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections.abc import Awaitable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
-from remote_modules.discovery.base import Discovery
+from remote_modules.discovery.base import Discovery, NobodyToAskError
 from remote_modules.errors import DiscoveryError
 from remote_modules.peers import PeerRecord, SignedRecord
-from remote_modules.plan.leases import merge_records
+from remote_modules.plan.leases import StaleRecordError, merge_records
+
+if TYPE_CHECKING:
+    from remote_modules.discovery.exchange import ExchangeDiscovery
+    from remote_modules.discovery.known_peers import KnownPeers
 
 __all__ = ["MergedDiscovery", "build_discovery"]
 
 logger = logging.getLogger(__name__)
 
+GRACE_S = 2.0  # for sources that are slower than another that found somebody; mDNS takes 1.3 s
+EXCHANGE_TIMEOUT_S = 2.0  # one request to a peer; it may be dead, and others are asked after it
+
 _Answer = TypeVar("_Answer")
+_Outcome: TypeAlias = tuple[_Answer | None, DiscoveryError | None]
 
 
 class MergedDiscovery:
-    """All of ``sources`` at once; see `Discovery` for the contract.
+    """All of ``sources`` at once, and peers that are asked for others; see `Discovery` for the contract.
 
-    A call takes as long as its slowest source, which has a timeout of its own. A call succeeds if one source
-    does; a source that starts to fail is logged once, and once more when it works again. Closing this closes
-    the sources.
+    A call takes as long as its slowest source, which has a timeout of its own; but once a lookup has found somebody,
+    the others have `GRACE_S` more. A call succeeds if one source does; a source that starts to fail is logged once,
+    and once more when it works again. Closing this closes the sources.
+
+    Args:
+        sources: trackers, the local network, given peers.
+        exchange: asked as well now and then, and at once when a source fails or nobody is found.
 
     Raises:
         ValueError: no sources.
     """
 
-    def __init__(self, sources: Sequence[Discovery]) -> None:
+    def __init__(self, sources: Sequence[Discovery], *, exchange: ExchangeDiscovery | None = None) -> None:
         if not sources:
             raise ValueError("discovery needs at least one source: a tracker URL, a peer address, or mdns=True")
-        self._sources = tuple(sources)
+        self._primary = tuple(sources)
+        self._exchange = exchange
+        self._is_troubled = True  # whether the last lookup of the primary sources was not as it should be
         self._failing: set[tuple[str, int]] = set()  # call and index of the source: some refuse one call only
+
+    @property
+    def sources(self) -> tuple[Discovery, ...]:
+        """All of them, the exchange last: whoever announces often does so to each at its own pace."""
+        return self._primary if self._exchange is None else (*self._primary, self._exchange)
 
     async def announce(self, signed: SignedRecord) -> None:
         """Announce to every source.
 
         Raises:
+            StaleRecordError: all of them failed, this one with proof of something newer.
             DiscoveryError: all of them failed; it names each failure.
         """
-        await self._ask_all("announce", lambda source: source.announce(signed))
+        self._sum_up("announce", await asyncio.gather(*(_try(source.announce(signed)) for source in self.sources)))
 
     async def withdraw(self, signed: SignedRecord) -> None:
         """Withdraw from every source.
@@ -50,7 +70,7 @@ class MergedDiscovery:
         Raises:
             DiscoveryError: all of them failed; it names each failure.
         """
-        await self._ask_all("withdraw", lambda source: source.withdraw(signed))
+        self._sum_up("withdraw", await asyncio.gather(*(_try(source.withdraw(signed)) for source in self.sources)))
 
     async def lookup(self, model_key: str | None) -> list[PeerRecord]:
         """What all sources know, one record for each peer; of equally new ones that of the first source.
@@ -58,24 +78,42 @@ class MergedDiscovery:
         Raises:
             DiscoveryError: all sources failed; it names each failure.
         """
-        return merge_records(await self._ask_all("lookup", lambda source: source.lookup(model_key)))
+        exchange = self._exchange
+        asks = exchange is not None and (self._is_troubled or exchange.is_due)
+        asked = (*self._primary, exchange) if exchange is not None and asks else self._primary
+        outcomes = await _first_and_grace([_try(source.lookup(model_key)) for source in asked])
+        primary = outcomes[: len(self._primary)]
+        self._is_troubled = any(failure is not None for _, failure in primary) or not any(
+            answer for answer, _ in primary
+        )
+        if exchange is not None and not asks:
+            outcomes.append(
+                await _try(exchange.lookup(model_key)) if self._is_troubled else (exchange.recall(model_key), None)
+            )
+        return merge_records(self._sum_up("lookup", outcomes))
 
     async def aclose(self) -> None:
         """Close every source; idempotent."""
-        await asyncio.gather(*(source.aclose() for source in self._sources))
+        await asyncio.gather(*(source.aclose() for source in self.sources))
 
-    async def _ask_all(self, what: str, call: Callable[[Discovery], Awaitable[_Answer]]) -> list[_Answer]:
-        outcomes = await asyncio.gather(*(_try(call, source) for source in self._sources))
+    def _sum_up(self, what: str, outcomes: Sequence[_Outcome[_Answer]]) -> list[_Answer]:
         answers: list[_Answer] = []
         failures: list[DiscoveryError] = []
+        num_nobody = 0
         for index, (answer, failure) in enumerate(outcomes):
+            if isinstance(failure, NobodyToAskError):
+                num_nobody += 1
+                continue
             self._note(what, index, failure)
             if failure is None:
-                answers.extend(answer)
+                answers.append(cast(_Answer, answer))
             else:
                 failures.append(failure)
-        if len(failures) == len(self._sources):
+        if not answers and failures:
             reasons = "; ".join(map(str, failures))
+            stale = next((failure for failure in failures if isinstance(failure, StaleRecordError)), None)
+            if stale is not None:
+                raise type(stale)(f"{what} failed at every source: {reasons}", newest=stale.newest) from stale
             raise DiscoveryError(f"{what} failed at every source: {reasons}") from failures[0]
         return answers
 
@@ -89,13 +127,31 @@ class MergedDiscovery:
             logger.warning("discovery source fails call=%s source=%d: %s", what, index, failure)
 
 
-async def _try(
-    call: Callable[[Discovery], Awaitable[_Answer]], source: Discovery
-) -> tuple[list[_Answer], DiscoveryError | None]:
+async def _try(call: Awaitable[_Answer]) -> _Outcome[_Answer]:
     try:
-        return [await call(source)], None
+        return await call, None
     except DiscoveryError as exc:
-        return [], exc
+        return None, exc
+
+
+async def _first_and_grace(calls: Sequence[Coroutine[Any, Any, _Outcome[_Answer]]]) -> list[_Outcome[_Answer]]:
+    """The outcomes of all calls; those that are not done `GRACE_S` after one has found something count as failed."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    pending = set(tasks)
+    deadline_s: float | None = None
+    clock = asyncio.get_running_loop().time
+    try:
+        while pending and (deadline_s is None or clock() < deadline_s):
+            timeout_s = None if deadline_s is None else deadline_s - clock()
+            done, pending = await asyncio.wait(pending, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if deadline_s is None and any(task.result()[0] for task in done):
+                deadline_s = clock() + GRACE_S
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+    late = DiscoveryError(f"no answer within {GRACE_S} s of the first")
+    return [(None, late) if task in pending else task.result() for task in tasks]
 
 
 def build_discovery(
@@ -105,10 +161,14 @@ def build_discovery(
     peers: Sequence[str] = (),
     mdns_interfaces: Sequence[str] = (),
     timeout_s: float = 5.0,
+    known: KnownPeers | None = None,
 ) -> MergedDiscovery:
     """The sources that these settings name, merged; peers first, whose addresses are known to work.
 
     No I/O; aiohttp and zeroconf are imported only if a source needs them.
+
+    Args:
+        known: the table that all sources fill, and from which peers are asked for others; None: none are asked.
 
     Raises:
         ValueError: a malformed URL or address, or nothing to look at.
@@ -118,15 +178,20 @@ def build_discovery(
     if peers:
         from remote_modules.discovery.static import StaticDiscovery
 
-        sources.append(StaticDiscovery(peers, timeout_s=timeout_s))
+        sources.append(StaticDiscovery(peers, timeout_s=timeout_s, known=known))
     if mdns:
         from remote_modules.discovery.mdns import MdnsDiscovery
 
-        sources.append(MdnsDiscovery(mdns_interfaces, timeout_s=timeout_s))
+        sources.append(MdnsDiscovery(mdns_interfaces, timeout_s=timeout_s, known=known))
     if trackers:
         from remote_modules.config import check_tracker_urls
         from remote_modules.discovery.tracker_client import TrackerClient
 
         check_tracker_urls(trackers)
-        sources.extend(TrackerClient(url, timeout_s=timeout_s) for url in dict.fromkeys(trackers))
-    return MergedDiscovery(sources)
+        sources.extend(TrackerClient(url, timeout_s=timeout_s, known=known) for url in dict.fromkeys(trackers))
+    exchange: ExchangeDiscovery | None = None
+    if known is not None and sources:
+        from remote_modules.discovery.exchange import ExchangeDiscovery
+
+        exchange = ExchangeDiscovery(known, seeds=peers, feeders=sources, timeout_s=min(timeout_s, EXCHANGE_TIMEOUT_S))
+    return MergedDiscovery(sources, exchange=exchange)

@@ -7,6 +7,7 @@ import msgspec
 
 from remote_modules.discovery.addresses import usable_addresses
 from remote_modules.discovery.http_json import ask
+from remote_modules.discovery.known_peers import KnownPeers
 from remote_modules.errors import DiscoveryError, RemoteProtocolError
 from remote_modules.identity import verify_record
 from remote_modules.peers import MAX_ADDRESSES, PeerRecord, SignedRecord, check_address, is_loopback
@@ -18,8 +19,8 @@ RECORD_PATH = "/api/v1/record"
 _decoder = msgspec.json.Decoder(SignedRecord)
 
 
-async def fetch_record(session: aiohttp.ClientSession, address: str) -> PeerRecord:
-    """The verified record of whoever listens at ``address`` (``host:port``).
+async def fetch_record(session: aiohttp.ClientSession, address: str, *, known: KnownPeers | None = None) -> PeerRecord:
+    """The verified record of whoever listens at ``address`` (``host:port``); ``known`` is told of it.
 
     Raises:
         DiscoveryError: nobody there, not a peer of ours, or a record that does not verify.
@@ -33,9 +34,13 @@ async def fetch_record(session: aiohttp.ClientSession, address: str) -> PeerReco
     if answer.status != 200:
         raise DiscoveryError(f"{who} answered status {answer.status}; is this a remote-modules peer?")
     try:
-        return verify_record(_decoder.decode(answer.body))
+        signed = _decoder.decode(answer.body)
+        record = verify_record(signed)
     except (msgspec.DecodeError, RemoteProtocolError) as exc:
         raise DiscoveryError(f"{who} sent no valid record: {exc}") from exc
+    if known is not None:
+        known.hear(signed, record, via="127.0.0.1" if is_loopback(host) else host)
+    return record
 
 
 def reached_at(record: PeerRecord, address: str) -> PeerRecord:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import aiohttp
 
 from remote_modules.discovery.http_json import make_session
+from remote_modules.discovery.known_peers import KnownPeers
 from remote_modules.discovery.record_fetch import fetch_record, reached_at
 from remote_modules.errors import DiscoveryError
 from remote_modules.peers import PeerRecord, SignedRecord, check_address
@@ -22,14 +23,14 @@ logger = logging.getLogger(__name__)
 class StaticDiscovery:
     """The peers at ``addresses``, as long as they answer; see `Discovery` for the contract.
 
-    Announcing here tells nobody: a peer is found by whoever was given its address.
+    Announcing here tells nobody: a peer is found by whoever was given its address. ``known`` is told of who answers.
 
     Raises:
         ValueError: no address, or one that is not ``host:port``.
         TypeError: a bare string instead of a list.
     """
 
-    def __init__(self, addresses: Sequence[str], *, timeout_s: float = 3.0) -> None:
+    def __init__(self, addresses: Sequence[str], *, timeout_s: float = 3.0, known: KnownPeers | None = None) -> None:
         if isinstance(addresses, str):
             raise TypeError(f"peers must be a list of addresses, got the string {addresses!r}")
         if not addresses:
@@ -38,6 +39,7 @@ class StaticDiscovery:
             check_address(address)
         self._addresses = tuple(dict.fromkeys(addresses))
         self._timeout_s = timeout_s
+        self._known = known
         self._session: aiohttp.ClientSession | None = None
         self._is_closed = False
 
@@ -57,7 +59,7 @@ class StaticDiscovery:
             raise DiscoveryError("static discovery is closed")
         if self._session is None:
             self._session = make_session(self._timeout_s)
-        outcomes = await asyncio.gather(*(_try_fetch(self._session, address) for address in self._addresses))
+        outcomes = await asyncio.gather(*(self._try_fetch(self._session, address) for address in self._addresses))
         records = [outcome for outcome in outcomes if isinstance(outcome, PeerRecord)]
         if not records:
             failures = "; ".join(str(outcome) for outcome in outcomes)
@@ -70,10 +72,9 @@ class StaticDiscovery:
         if self._session is not None:
             await self._session.close()
 
-
-async def _try_fetch(session: aiohttp.ClientSession, address: str) -> PeerRecord | DiscoveryError:
-    try:
-        return reached_at(await fetch_record(session, address), address)
-    except DiscoveryError as exc:
-        logger.debug("x static peer failed: %s", exc)
-        return exc
+    async def _try_fetch(self, session: aiohttp.ClientSession, address: str) -> PeerRecord | DiscoveryError:
+        try:
+            return reached_at(await fetch_record(session, address, known=self._known), address)
+        except DiscoveryError as exc:
+            logger.debug("x static peer failed: %s", exc)
+            return exc

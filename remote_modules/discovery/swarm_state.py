@@ -13,7 +13,7 @@ from itertools import accumulate
 
 import msgspec
 
-from remote_modules.peers import PeerState, short_id
+from remote_modules.peers import PeerRecord, PeerState, short_id
 from remote_modules.plan.leases import Lease
 
 __all__ = ["ModelSummary", "PeerSummary", "SwarmState", "summarize"]
@@ -68,7 +68,7 @@ def summarize(leases: Sequence[Lease], now_s: float) -> SwarmState:
     """Condense live leases; ``now_s`` is on the clock of the leases."""
     by_model: dict[str, list[Lease]] = {}
     for lease in leases:
-        by_model.setdefault(lease.record.model_key, []).append(lease)
+        by_model.setdefault(lease.model_key, []).append(lease)
     largest = sorted(by_model.values(), key=len, reverse=True)[:MAX_MODELS]
     return SwarmState(
         num_peers=len(leases),
@@ -78,10 +78,11 @@ def summarize(leases: Sequence[Lease], now_s: float) -> SwarmState:
 
 
 def _summarize_model(leases: list[Lease], now_s: float) -> ModelSummary:
-    records = [lease.record for lease in leases]
+    seen = [(lease.record, now_s - lease.announced_at_s) for lease in leases]
+    records = [record for record, _ in seen]
     num_blocks = Counter(record.num_blocks for record in records).most_common(1)[0][0]
-    coverage = _coverage(leases, num_blocks)
-    by_span = sorted(leases, key=lambda lease: (lease.record.start, lease.record.end, lease.record.peer_id))
+    coverage = _coverage(records, num_blocks)
+    by_span = sorted(seen, key=lambda one: (one[0].start, one[0].end, one[0].peer_id))
     return ModelSummary(
         model=Counter(record.model for record in records).most_common(1)[0][0],
         model_key=records[0].model_key,
@@ -89,22 +90,20 @@ def _summarize_model(leases: list[Lease], now_s: float) -> ModelSummary:
         coverage=coverage,
         weakest_block=coverage.index(min(coverage)),
         num_peers=len(leases),
-        peers=[_summarize_peer(lease, now_s) for lease in by_span[:MAX_PEERS]],
+        peers=[_summarize_peer(record, age_s) for record, age_s in by_span[:MAX_PEERS]],
     )
 
 
-def _coverage(leases: list[Lease], num_blocks: int) -> list[int]:
+def _coverage(records: list[PeerRecord], num_blocks: int) -> list[int]:
     changes = [0] * (num_blocks + 1)
-    for lease in leases:
-        record = lease.record
+    for record in records:
         if record.state is PeerState.ONLINE and record.num_blocks == num_blocks:
             changes[record.start] += 1
             changes[record.end] -= 1
     return list(accumulate(changes[:num_blocks]))
 
 
-def _summarize_peer(lease: Lease, now_s: float) -> PeerSummary:
-    record = lease.record
+def _summarize_peer(record: PeerRecord, age_s: float) -> PeerSummary:
     return PeerSummary(
         id=short_id(record.peer_id),
         span=str(record.span),
@@ -116,5 +115,5 @@ def _summarize_peer(lease: Lease, now_s: float) -> PeerSummary:
         free_kv_tokens=record.free_kv_tokens,
         load=record.load,
         version=record.version,
-        age_s=round(max(0.0, now_s - lease.announced_at_s), 1),
+        age_s=round(max(0.0, age_s), 1),
     )

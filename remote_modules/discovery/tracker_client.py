@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -12,37 +11,46 @@ import msgspec
 
 from remote_modules.config import check_tracker_urls
 from remote_modules.discovery.addresses import parse_ip, usable_addresses
-from remote_modules.discovery.http_json import ask, make_session, printable
+from remote_modules.discovery.base import OverloadedError, Pace
+from remote_modules.discovery.http_json import Answer, ask, make_session, printable
+from remote_modules.discovery.known_peers import KnownPeers
+from remote_modules.discovery.peers_answer import PEERS_PATH, PeersReader
 from remote_modules.errors import DiscoveryError, RemoteProtocolError
 from remote_modules.identity import verify_record
 from remote_modules.peers import PeerRecord, SignedRecord, is_loopback
-from remote_modules.plan.leases import merge_records
+from remote_modules.plan.leases import DuplicateIdentityError, StaleRecordError, merge_records
 
-__all__ = ["TrackerClient"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["ANNOUNCES_PER_LEASE", "ANNOUNCE_PATH", "WITHDRAW_PATH", "Refusal", "TrackerClient", "refusal_of"]
 
 _Decoded = TypeVar("_Decoded")
 
-_VERIFY_BATCH = 64  # signatures checked before others get the loop, at 0.1 ms each
+ANNOUNCE_PATH = "/api/v1/announce"
+WITHDRAW_PATH = "/api/v1/withdraw"
+ANNOUNCES_PER_LEASE = 3  # a peer may miss two announcements in a row and stay listed
+MAX_REANNOUNCE_S = 900.0  # a tracker that asks for more is asked after this nevertheless
 
 
-class _Peers(msgspec.Struct):
-    peers: list[msgspec.Raw]
+class Refusal(msgspec.Struct, omit_defaults=True):
+    """Why a tracker, or a peer, refused.
 
+    Attributes:
+        is_duplicate: the refused instance was replaced by the one of ``newest``.
+        newest: what stands against the refused record, for its owner to verify.
+    """
 
-class _Refusal(msgspec.Struct):
     error: str
+    is_duplicate: bool = False
+    newest: SignedRecord | None = None
 
 
 class _Taken(msgspec.Struct):
     lease_s: float
+    reannounce_after_s: float = 0.0
 
 
 _encoder = msgspec.json.Encoder()
 _taken_decoder = msgspec.json.Decoder(_Taken)
-_peers_decoder = msgspec.json.Decoder(_Peers)
-_record_decoder = msgspec.json.Decoder(SignedRecord)
+_refusal_decoder = msgspec.json.Decoder(Refusal)
 
 
 class TrackerClient:
@@ -50,29 +58,38 @@ class TrackerClient:
 
     A tracker that answers 410 (Gone) is never asked again: dead names may come to point at strangers.
 
+    Args:
+        known: is told of what lookups find.
+
     Raises:
         ValueError: ``url`` is not an http(s) URL.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 5.0) -> None:
+    def __init__(self, url: str, *, timeout_s: float = 5.0, known: KnownPeers | None = None) -> None:
         check_tracker_urls((url,))
         self._url = url.rstrip("/")
         self._who = f"tracker {printable(self._url)}"
         self._timeout_s = timeout_s
+        self._known = known
         self._session: aiohttp.ClientSession | None = None
         self._refusal: str | None = None  # why this tracker is not asked at all
         self._source: str | None = None
-        self._verified: dict[SignedRecord, PeerRecord] = {}  # of the last answer, so at most about 1,500
-        self._has_warned = False
+        self._reader = PeersReader(self._who)
 
-    async def announce(self, signed: SignedRecord) -> None:
+    async def announce(self, signed: SignedRecord) -> Pace | None:
         """See `Discovery.announce`.
 
         Raises:
+            StaleRecordError: it knows something newer of the same peer, and has proved it.
+            OverloadedError: it has too much to do.
             DiscoveryError: the tracker is unreachable or refused, with its reason.
         """
-        answer = await self._ask("/api/v1/announce", body=_encoder.encode(signed))
-        self._decode(_taken_decoder, answer)
+        answer = await self._ask(ANNOUNCE_PATH, signed=signed)
+        taken = self._decode(_taken_decoder, answer)
+        if not taken.lease_s > 0 <= taken.reannounce_after_s:
+            return None
+        shortest_s = min(taken.reannounce_after_s, MAX_REANNOUNCE_S)
+        return Pace(shortest_s=shortest_s, longest_s=max(shortest_s, taken.lease_s / ANNOUNCES_PER_LEASE))
 
     async def withdraw(self, signed: SignedRecord) -> None:
         """See `Discovery.withdraw`; needs a higher sequence than announced, or an announced drain.
@@ -80,7 +97,7 @@ class TrackerClient:
         Raises:
             DiscoveryError: the tracker is unreachable or refused, with its reason.
         """
-        await self._ask("/api/v1/withdraw", body=_encoder.encode(signed))
+        await self._ask(WITHDRAW_PATH, signed=signed)
 
     async def lookup(self, model_key: str | None) -> list[PeerRecord]:
         """See `Discovery.lookup`; what does not verify or cannot be dialled is left out.
@@ -89,14 +106,16 @@ class TrackerClient:
             DiscoveryError: the tracker is unreachable, refused, or is no tracker.
         """
         params = None if model_key is None else {"model_key": model_key}
-        answer = await self._ask("/api/v1/peers", params=params)
-        verified = await self._verify(self._decode(_peers_decoder, answer).peers)
+        asked_s = self._known.clock() if self._known is not None else 0.0
+        heard = await self._reader.read(await self._ask(PEERS_PATH, params=params))
         source = await self._find_source()
         records = []
-        for record in verified:
-            addresses = usable_addresses(record.addresses, source)
-            if addresses and model_key in (None, record.model_key):
-                records.append(msgspec.structs.replace(record, addresses=addresses))
+        for one in heard:
+            addresses = usable_addresses(one.record.addresses, source)
+            if addresses and model_key in (None, one.record.model_key):
+                records.append(msgspec.structs.replace(one.record, addresses=addresses))
+                if self._known is not None:
+                    self._known.hear(one.signed, one.record, at_s=asked_s - one.age_s, via=source)
         return merge_records([records])
 
     async def aclose(self) -> None:
@@ -105,17 +124,20 @@ class TrackerClient:
         if self._session is not None:
             await self._session.close()
 
-    async def _ask(self, path: str, *, body: bytes | None = None, params: dict[str, str] | None = None) -> bytes:
+    async def _ask(
+        self, path: str, *, signed: SignedRecord | None = None, params: dict[str, str] | None = None
+    ) -> bytes:
         if self._refusal is not None:
             raise DiscoveryError(self._refusal)
         if self._session is None:
             self._session = make_session(self._timeout_s)
+        body = None if signed is None else _encoder.encode(signed)
         answer = await ask(self._session, self._url + path, who=self._who, body=body, params=params)
         if answer.status == 410:
             self._refusal = f"{self._who} is gone for good (status 410); remove it from the list of trackers"
             raise DiscoveryError(self._refusal)
         if answer.status != 200:
-            raise DiscoveryError(f"{self._who} refused: {_read_refusal(answer.body)} (status {answer.status})")
+            raise refusal_of(answer, self._who, signed)
         return answer.body
 
     def _decode(self, decoder: msgspec.json.Decoder[_Decoded], body: bytes) -> _Decoded:
@@ -125,21 +147,6 @@ class TrackerClient:
             raise DiscoveryError(
                 f"{self._who} answered JSON of another shape ({exc}); is this a remote-modules tracker?"
             ) from exc
-
-    async def _verify(self, raws: list[msgspec.Raw]) -> list[PeerRecord]:
-        verified: dict[SignedRecord, PeerRecord] = {}
-        for index, raw in enumerate(raws):
-            if index % _VERIFY_BATCH == _VERIFY_BATCH - 1:
-                await asyncio.sleep(0)
-            try:
-                signed = _record_decoder.decode(raw)
-                verified[signed] = self._verified.get(signed) or verify_record(signed)
-            except (msgspec.DecodeError, RemoteProtocolError) as exc:
-                level = logging.DEBUG if self._has_warned else logging.WARNING
-                self._has_warned = True
-                logger.log(level, "invalid record dropped tracker=%s: %s", self._url, printable(str(exc)))
-        self._verified = verified
-        return list(verified.values())
 
     async def _find_source(self) -> str:
         """The IP address of the tracker, by which `usable_addresses` judges what it says; resolved once."""
@@ -161,8 +168,20 @@ class TrackerClient:
         return str(found[0][4][0])
 
 
-def _read_refusal(body: bytes) -> str:
+def refusal_of(answer: Answer, who: str, signed: SignedRecord | None) -> DiscoveryError:
+    """The error for an answer that is no 200. That ``signed`` is outdated counts only if its own key signed so."""
     try:
-        return printable(msgspec.json.decode(body, type=_Refusal).error)
+        refusal = _refusal_decoder.decode(answer.body)
     except msgspec.DecodeError:
-        return "no reason given"
+        refusal = Refusal(error="no reason given")
+    text = f"{who} refused: {printable(refusal.error)} (status {answer.status})"
+    if answer.status in (429, 503):
+        return OverloadedError(text, retry_after_s=answer.retry_after_s)
+    newest = refusal.newest
+    if newest is None or signed is None or newest.public_key != signed.public_key:
+        return DiscoveryError(text)
+    try:
+        verify_record(newest)
+    except RemoteProtocolError:
+        return DiscoveryError(f"{text}; its proof is not valid")
+    return (DuplicateIdentityError if refusal.is_duplicate else StaleRecordError)(text, newest=newest)

@@ -3,13 +3,16 @@
 ::
 
     POST /api/v1/announce, /api/v1/withdraw     a SignedRecord as JSON, bytes in base64
-    GET  /api/v1/peers?model_key=...            {"peers": [SignedRecord, ...]}, for clients to verify
+    GET  /api/v1/peers?model_key=...            SignedRecords and their ages, for clients to verify
     GET  /api/v1/state                          coverage and peers for people and tools, without addresses
     GET  /  /health  /metrics                   swarm page, liveness, Prometheus text
 
-Whoever asks gets at most `MAX_LOOKUP_BYTES`: a random sample, if the swarm is larger. Behind a reverse proxy
-every announcement seems to come from the proxy, so on loopback the address rule is off; clients apply it
-again.
+Whoever asks gets at most `MAX_LOOKUP_PEERS`: a random sample, if the swarm is larger. Behind a reverse proxy
+every announcement seems to come from the proxy, so on loopback the address rule and the limit for each source are off;
+clients apply the first again. Leases may be shared with other trackers (`discovery.storage`).
+
+Load is shed before it costs much: by source before the body is read, by all announcements together before a signature
+is verified. Only accepted announcements, which no stranger can make, count against the peer itself.
 """
 
 from __future__ import annotations
@@ -29,13 +32,18 @@ from aiohttp.http_exceptions import HttpProcessingError
 from remote_modules.config import TrackerConfig
 from remote_modules.discovery.addresses import check_announced
 from remote_modules.discovery.page import render_page
-from remote_modules.discovery.swarm_state import summarize
+from remote_modules.discovery.peers_answer import PEERS_PATH, encode_peers
+from remote_modules.discovery.rate_limits import TokenBuckets, source_key
+from remote_modules.discovery.storage import LeaseStorage, Listing, MemoryStorage
+from remote_modules.discovery.swarm_state import SwarmState, summarize
+from remote_modules.discovery.tracker_client import ANNOUNCE_PATH, ANNOUNCES_PER_LEASE, WITHDRAW_PATH
+from remote_modules.discovery.tracker_replies import answer, read_signed, refuse, refuse_overload, reply_to_error
 from remote_modules.errors import DiscoveryError, RemoteProtocolError
 from remote_modules.identity import verify_record
-from remote_modules.peers import PeerRecord, SignedRecord, short_id
-from remote_modules.plan.leases import Lease, LeaseTable, TableFullError
+from remote_modules.peers import short_id
+from remote_modules.plan.leases import reannounce_after
 
-__all__ = ["TrackerServer"]
+__all__ = ["TrackerServer", "open_storage"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +56,10 @@ def _is_our_fault(entry: logging.LogRecord) -> bool:
 _http_logger = logging.getLogger(f"{__name__}.http")
 _http_logger.addFilter(_is_our_fault)
 
-MAX_LOOKUP_BYTES = 896 * 1024  # clients stop reading at 1 MiB
-BODY_TIMEOUT_S = 10.0  # for one request body: a slow sender holds a connection no longer
-ANNOUNCES_PER_LEASE = 3  # a peer may miss two announcements in a row and stay listed
+MAX_LOOKUP_PEERS = 2048  # in one answer, and what `MAX_LOOKUP_BYTES` cuts off
+BURST_S = 5.0  # so many seconds' worth of requests may come at once
+COUNT_S = 1.0  # live leases are counted so often: the interval of announcing follows slowly anyway
+BACKLOG = 4096  # connections that wait to be accepted: a herd must not wait for TCP to try again
 
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
@@ -59,9 +68,6 @@ _HEADERS = {
     "Cache-Control": "no-store",
     "Server": "remote-modules",  # in place of the versions of Python and aiohttp
 }
-
-_encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder(SignedRecord)
 
 
 class TrackerServer:
@@ -77,7 +83,12 @@ class TrackerServer:
         self.port = config.port
         self._config = config
         self._clock = clock
-        self._table = LeaseTable(max_records=config.max_records)
+        self._storage = open_storage(config.storage, max_records=config.max_records, clock=clock)
+        self._announces = TokenBuckets(per_s=config.max_announces_per_s, burst=config.max_announces_per_s, max_keys=1)
+        self._sources = TokenBuckets(per_s=config.source_per_s, burst=BURST_S * config.source_per_s)
+        self._identities = TokenBuckets(per_s=config.identity_per_s, burst=BURST_S * config.identity_per_s)
+        self._num_peers = 0
+        self._counted_s = float("-inf")
         self._metrics = _Metrics()
         self._runner: web.AppRunner | None = None
 
@@ -92,7 +103,7 @@ class TrackerServer:
             self._build_app(), access_log=None, logger=_http_logger, auto_decompress=False, shutdown_timeout=1.0
         )
         await runner.setup()
-        site = web.TCPSite(runner, self._config.host, self._config.port)
+        site = web.TCPSite(runner, self._config.host, self._config.port, backlog=BACKLOG)
         try:
             await site.start()
         except OSError as exc:
@@ -108,16 +119,17 @@ class TrackerServer:
         logger.info("tracker listening url=%s", self.url)
 
     async def aclose(self) -> None:
-        """Stop listening and forget all leases; idempotent."""
+        """Stop listening; leases in memory are forgotten. Idempotent."""
         runner, self._runner = self._runner, None
         if runner is not None:
             await runner.cleanup()
+        await self._storage.aclose()
 
     def _build_app(self) -> web.Application:
         app = web.Application(client_max_size=self._config.max_body_bytes, middlewares=[self._finish])
-        app.router.add_post("/api/v1/announce", self._announce)
-        app.router.add_post("/api/v1/withdraw", self._withdraw)
-        app.router.add_get("/api/v1/peers", self._peers)
+        app.router.add_post(ANNOUNCE_PATH, self._announce)
+        app.router.add_post(WITHDRAW_PATH, self._withdraw)
+        app.router.add_get(PEERS_PATH, self._peers)
         app.router.add_get("/api/v1/state", self._state)
         app.router.add_get("/", self._page)
         app.router.add_get("/health", self._health)
@@ -131,66 +143,83 @@ class TrackerServer:
         """Turn every refusal into one line of JSON, count the request, add the headers."""
         response: web.StreamResponse
         try:
-            response = await handler(request)
+            source = source_key(request.remote or "")
+            wait_s = 0.0 if source is None else self._sources.take(source, self._clock())
+            if wait_s > 0:
+                limit = f"more than {self._config.source_per_s:g} requests a second from one address"
+                response = refuse_overload(limit, wait_s)
+            else:
+                response = await handler(request)
         except web.HTTPException as exc:  # raised by aiohttp itself: 404, 405, 413, bad requests
-            response = _refuse(exc.status, exc.reason.lower())
-        except (msgspec.DecodeError, RemoteProtocolError) as exc:
-            response = _refuse(400, str(exc))
-        except TableFullError as exc:
-            response = _refuse(503, str(exc))
-        except DiscoveryError as exc:
-            response = _refuse(409, str(exc))
+            response = refuse(exc.status, exc.reason.lower())
+        except (msgspec.DecodeError, RemoteProtocolError, DiscoveryError, asyncio.TimeoutError) as exc:
+            response = reply_to_error(exc)
         except ConnectionError:  # nobody is left to read it, but it is counted
-            response = _refuse(400, "connection was lost before the body was complete")
-        except asyncio.TimeoutError:
-            response = _refuse(408, f"body did not arrive within {BODY_TIMEOUT_S} s")
-            response.force_close()
+            response = refuse(400, "connection was lost before the body was complete")
         response.headers.update(_HEADERS)
         self._metrics.count(request, response.status)
         return response
 
     async def _announce(self, request: web.Request) -> web.Response:
-        signed, record = await self._read_record(request)
+        signed = await read_signed(request)
+        if (wait_s := self._announces.take("", self._clock())) > 0:
+            # By then the bucket is full again: a second's worth of peers may come, spread over the second after.
+            return refuse_overload("too many announcements at once", max(1.0, wait_s))
+        record = verify_record(signed)
         try:
             check_announced(record, request.remote or "")
         except DiscoveryError as exc:
-            return _refuse(400, str(exc))
-        self._table.announce(signed, record, self._clock(), self._config.lease_s)
-        logger.debug("< announce peer=%s span=%s sequence=%d", short_id(record.peer_id), record.span, record.sequence)
-        lease_s = self._config.lease_s
-        return _answer({"lease_s": lease_s, "reannounce_after_s": lease_s / ANNOUNCES_PER_LEASE})
+            return refuse(400, str(exc))
+        if (wait_s := self._identities.wait_s(record.peer_id, self._clock())) > 0:
+            limit = f"more than {self._config.identity_per_s:g} announcements a second of one peer"
+            return refuse_overload(limit, wait_s)
+        shortest_s = await self._shortest_interval()
+        lease_s = max(self._config.lease_s, ANNOUNCES_PER_LEASE * shortest_s)
+        await self._storage.announce(signed, record, lease_s)
+        self._identities.take(record.peer_id, self._clock())
+        logger.debug("< announce peer=%.6s span=%d:%d", record.peer_id, record.start, record.end)
+        return answer({"lease_s": lease_s, "reannounce_after_s": shortest_s})
+
+    async def _shortest_interval(self) -> float:
+        """Seconds that peers must let pass between announcements, by how many there are."""
+        now_s = self._clock()
+        if now_s - self._counted_s >= COUNT_S:
+            self._counted_s = now_s
+            self._num_peers = await self._storage.count()
+        return reannounce_after(
+            self._num_peers,
+            interval_s=self._config.lease_s / ANNOUNCES_PER_LEASE,
+            max_announces_per_s=self._config.max_announces_per_s,
+        )
 
     async def _withdraw(self, request: web.Request) -> web.Response:
-        _, record = await self._read_record(request)
-        self._table.withdraw(record, self._clock())
+        record = verify_record(await read_signed(request))
+        await self._storage.withdraw(record)
         logger.debug("< withdraw peer=%s", short_id(record.peer_id))
-        return _answer({})
+        return answer({})
 
     async def _peers(self, request: web.Request) -> web.Response:
-        leases = self._table.lookup(request.query.get("model_key"), self._clock())
-        return web.Response(body=_encode_sample(leases), content_type="application/json")
+        listing = await self._storage.lookup(request.query.get("model_key"), limit=MAX_LOOKUP_PEERS)
+        shuffled = random.sample(listing.leases, len(listing.leases))
+        return web.Response(body=encode_peers(shuffled, listing.now_s), content_type="application/json")
 
     async def _state(self, request: web.Request) -> web.Response:
-        now_s = self._clock()
-        return _answer(summarize(self._table.lookup(None, now_s), now_s))
+        return answer(await self._summary())
 
     async def _page(self, request: web.Request) -> web.Response:
-        now_s = self._clock()
-        page = render_page(summarize(self._table.lookup(None, now_s), now_s))
-        return web.Response(text=page, content_type="text/html")
+        return web.Response(text=render_page(await self._summary()), content_type="text/html")
+
+    async def _summary(self) -> SwarmState:
+        listing: Listing = await self._storage.lookup(None)
+        return summarize(listing.leases, listing.now_s)
 
     async def _health(self, request: web.Request) -> web.Response:
-        return _answer({"status": "ok"})
+        return answer({"status": "ok"})
 
     async def _show_metrics(self, request: web.Request) -> web.Response:
-        self._metrics.records.set(len(self._table.lookup(None, self._clock())))
+        self._metrics.records.set(await self._storage.count())
         text = prometheus_client.generate_latest(self._metrics.registry)
         return web.Response(body=text, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
-
-    async def _read_record(self, request: web.Request) -> tuple[SignedRecord, PeerRecord]:
-        body = await asyncio.wait_for(request.read(), BODY_TIMEOUT_S)
-        signed = _decoder.decode(body)
-        return signed, verify_record(signed)
 
 
 class _Metrics:
@@ -206,28 +235,29 @@ class _Metrics:
             registry=self.registry,
         )
 
+        self._children: dict[tuple[str, int], prometheus_client.Counter] = {}  # `labels` takes 4 us
+
     def count(self, request: web.Request, status: int) -> None:
         resource = request.match_info.route.resource
-        self._requests.labels(resource.canonical if resource else "other", str(status)).inc()
+        key = (resource.canonical if resource else "other", status)
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = self._requests.labels(key[0], str(status))
+        child.inc()
 
 
-def _answer(value: object) -> web.Response:
-    return web.Response(body=_encoder.encode(value), content_type="application/json")
+def open_storage(url: str, *, max_records: int, clock: Callable[[], float]) -> LeaseStorage:
+    """The storage that ``url`` names: ``"memory"``, or ``redis://``, ``rediss://`` or ``unix://`` of a Redis or Valkey.
 
+    No I/O.
 
-def _refuse(status: int, error: str) -> web.Response:
-    return web.Response(status=status, body=_encoder.encode({"error": error}), content_type="application/json")
-
-
-def _encode_sample(leases: list[Lease]) -> bytes:
-    """As many of the records, in random order, as fit into `MAX_LOOKUP_BYTES`."""
-    shuffled = random.sample(leases, len(leases))
-    encoded: list[bytes] = []
-    num_bytes = 0
-    for lease in shuffled:
-        text = _encoder.encode(lease.signed)
-        num_bytes += len(text) + 1
-        if num_bytes > MAX_LOOKUP_BYTES:
-            break
-        encoded.append(text)
-    return b'{"peers":[' + b",".join(encoded) + b"]}"
+    Raises:
+        ValueError: another text, or the package for it is not installed.
+    """
+    if url == "memory":
+        return MemoryStorage(max_records=max_records, clock=clock)
+    try:
+        from remote_modules.discovery.redis_storage import RedisStorage
+    except ImportError as exc:
+        raise ValueError(f"storage {url.partition(':')[0]} needs: pip install 'remote-modules[redis]'") from exc
+    return RedisStorage(url, max_records=max_records)

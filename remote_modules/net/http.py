@@ -10,7 +10,7 @@ import asyncio
 import secrets
 import ssl
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -119,6 +119,7 @@ class PeerSite:
         record: gives the record to show, when there is one.
         metrics: gives the text of ``/metrics``.
         accept: makes the server's side of a new connection, or None when there are too many.
+        routes: what else the port answers.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class PeerSite:
         record: Callable[[], SignedRecord | None],
         metrics: Callable[[], bytes],
         accept: Callable[[], Connection | None],
+        routes: Sequence[web.RouteDef] = (),
     ) -> None:
         self._host = host
         self._port = port
@@ -137,6 +139,7 @@ class PeerSite:
         self._record = record
         self._metrics = metrics
         self._accept = accept
+        self._routes = routes
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> int:
@@ -150,6 +153,7 @@ class PeerSite:
         app.router.add_get("/api/v1/record", self._show_record)
         app.router.add_get("/health", self._show_health)
         app.router.add_get("/metrics", self._show_metrics)
+        app.router.add_routes(self._routes)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._host, self._port, ssl_context=_server_context(self._certificate))

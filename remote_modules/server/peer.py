@@ -23,12 +23,15 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from remote_modules.config import ServerConfig
 from remote_modules.discovery.base import Discovery
+from remote_modules.discovery.exchange_site import ExchangeSite
+from remote_modules.discovery.known_peers import KnownPeers
 from remote_modules.discovery.merged import build_discovery
 from remote_modules.errors import DiscoveryError
 from remote_modules.identity import Certificate, Identity
 from remote_modules.net.addresses import dialable_host
 from remote_modules.net.http import PeerSite
 from remote_modules.peers import PeerRecord, PeerState, SignedRecord, short_id
+from remote_modules.plan.leases import DuplicateIdentityError
 from remote_modules.server.announcer import Announcer
 from remote_modules.server.capacity import free_bytes
 from remote_modules.server.executor import DeviceThread, Priority
@@ -69,7 +72,9 @@ class Peer:
         self._identity = identity
         self._progress = on_progress
         self._instance_id = secrets.token_hex(8)
-        self._discovery = _discovery_of(config)
+        self._known = KnownPeers.kept_in(config.peer_cache, own_peer_id=identity.peer_id)
+        self._discovery = _discovery_of(config, self._known)
+        self.failure: DuplicateIdentityError | None = None
         self._executor: DeviceThread | None = None
         self._handler: Handler | None = None
         self._site: PeerSite | None = None
@@ -125,9 +130,10 @@ class Peer:
             host=self.config.host,
             port=self.config.port,
             certificate=self._certificate,
-            record=lambda: self._announcer.signed if self._announcer is not None else None,
+            record=self._signed,
             metrics=self._metrics(),
             accept=lambda: self._handler.accept() if self._handler is not None else None,
+            routes=ExchangeSite(self._known, self._signed).routes() if self.config.peer_exchange else (),
         )
         port = await self._site.start()
         self.listening_address = f"{dialable_host(self.config.host)}:{port}"
@@ -140,8 +146,19 @@ class Peer:
             describe=self._describe,
             interval_s=self.config.announce_interval_s,
             first_sequence=int(time.time() * 1000),
+            on_replaced=self._give_way,
         )
         return self._announcer
+
+    def _signed(self) -> SignedRecord | None:
+        """What was announced last; a peer that gave way has none."""
+        return self._announcer.signed if self._announcer is not None and self.failure is None else None
+
+    def _give_way(self, reason: DuplicateIdentityError) -> None:
+        """A newer instance has our identity: clients that look for it must not find us. Whoever runs this stops it."""
+        self.failure = reason
+        if self._handler is not None:
+            self._handler.start_draining()
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new sessions and wait for the running ones to end or move."""
@@ -301,7 +318,7 @@ class _Nowhere:
         """Nothing is held."""
 
 
-def _discovery_of(config: ServerConfig) -> Discovery:
+def _discovery_of(config: ServerConfig, known: KnownPeers) -> Discovery:
     if not (config.trackers or config.mdns or config.peers):
         return _Nowhere()
     return build_discovery(
@@ -309,6 +326,7 @@ def _discovery_of(config: ServerConfig) -> Discovery:
         mdns=config.mdns,
         peers=config.peers,
         mdns_interfaces=_mdns_interfaces(config),
+        known=known if config.peer_exchange else None,
     )
 
 

@@ -63,6 +63,11 @@ class Server:
         """``host:port`` that it really listens on. Raises `RemoteModulesError` before `start`."""
         return self._running().listening_address
 
+    @property
+    def failure(self) -> RemoteModulesError | None:
+        """Why it serves no more though nobody stopped it: a newer server has its identity. `stop` it then."""
+        return self._peer.failure if self._peer is not None else None
+
     def start(self) -> None:
         """Load the span, listen, and announce; returns once the peer is online.
 

@@ -54,8 +54,9 @@ def _run_peer(options: dict[str, object], stop: threading.Event) -> None:
 
     for name in ("trackers", "peers", "announce_addresses"):
         options[name] = tuple(options.get(name) or ())  # type: ignore[arg-type]
-    if options.get("identity_path"):
-        options["identity_path"] = Path(str(options["identity_path"]))
+    for name in ("identity_path", "peer_cache"):
+        if options.get(name):
+            options[name] = Path(str(options[name]))
     server = Server(ServerConfig(**options))  # type: ignore[arg-type]  # checked by ServerConfig
     server.start()
     _say(
@@ -67,7 +68,10 @@ def _run_peer(options: dict[str, object], stop: threading.Event) -> None:
             "pid": os.getpid(),
         }
     )
-    stop.wait()
+    while not stop.wait(0.2):
+        if server.failure is not None:
+            server.stop()
+            raise RemoteModulesError(f"stopped: {server.failure}")
     server.drain()
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,6 +14,8 @@ import msgspec
 from aiohttp import web
 from records import make_record
 
+from remote_modules.discovery.exchange_site import ExchangeSite
+from remote_modules.discovery.known_peers import KnownPeers
 from remote_modules.discovery.record_fetch import RECORD_PATH
 from remote_modules.errors import DiscoveryError
 from remote_modules.identity import Identity
@@ -36,12 +39,18 @@ def forge(signed: SignedRecord, record: PeerRecord) -> SignedRecord:
 
 
 class RecordServer:
-    """What a peer's port answers to `RECORD_PATH`: ``signed``, or 404 while that is None."""
+    """What a peer's port answers: ``signed`` to `RECORD_PATH`, or 404 while that is None, and peers to `PEERS_PATH`.
 
-    def __init__(self) -> None:
+    Attributes:
+        known: the peers that it knows.
+    """
+
+    def __init__(self, *, lease_s: float = 90.0, clock: Callable[[], float] = time.monotonic) -> None:
         self.address = ""
         self.num_requests = 0
         self.signed: SignedRecord | None = None
+        self.known = KnownPeers(lease_s=lease_s, clock=clock)
+        self.site = ExchangeSite(self.known, lambda: self.signed)
 
     async def answer(self, request: web.Request) -> web.Response:
         self.num_requests += 1
@@ -51,9 +60,9 @@ class RecordServer:
 
 
 @asynccontextmanager
-async def record_server() -> AsyncIterator[RecordServer]:
-    server = RecordServer()
-    async with http_server({RECORD_PATH: server.answer}) as address:
+async def record_server(**settings: Any) -> AsyncIterator[RecordServer]:
+    server = RecordServer(**settings)
+    async with http_server({RECORD_PATH: server.answer}, server.site.routes()) as address:
         server.address = address
         yield server
 
@@ -61,11 +70,13 @@ async def record_server() -> AsyncIterator[RecordServer]:
 @asynccontextmanager
 async def http_server(
     routes: dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]],
+    more: Sequence[web.RouteDef] = (),
 ) -> AsyncIterator[str]:
     """An HTTP server on a free port of 127.0.0.1; yields its ``host:port``."""
     app = web.Application()
     for path, handler in routes.items():
         app.router.add_route("*", path, handler)
+    app.router.add_routes(more)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     try:

@@ -14,6 +14,8 @@ from records import make_record
 
 from remote_modules.config import TrackerConfig
 from remote_modules.discovery.base import Discovery
+from remote_modules.discovery.exchange import ExchangeDiscovery
+from remote_modules.discovery.known_peers import KnownPeers
 from remote_modules.discovery.mdns import MdnsDiscovery
 from remote_modules.discovery.merged import MergedDiscovery
 from remote_modules.discovery.static import StaticDiscovery
@@ -23,7 +25,9 @@ from remote_modules.errors import DiscoveryError
 from remote_modules.identity import Identity
 from remote_modules.peers import PeerRecord, PeerState
 
-KINDS = ("tracker", "mdns", "static", "merged")
+KINDS = ("tracker", "mdns", "static", "exchange", "merged")
+
+EXCHANGE_LEASE_S = 1.0  # what peers tell each other ends with the lease and not before
 
 
 class Peer:
@@ -64,7 +68,7 @@ class World:
 @asynccontextmanager
 async def make_world(kind: str) -> AsyncIterator[World]:
     async with AsyncExitStack() as stack:
-        servers = [await stack.enter_async_context(record_server()) for _ in range(2)]
+        servers = [await stack.enter_async_context(record_server(lease_s=EXCHANGE_LEASE_S)) for _ in range(2)]
         tracker = TrackerServer(TrackerConfig())
         await tracker.start()
         stack.push_async_callback(tracker.aclose)
@@ -74,6 +78,9 @@ async def make_world(kind: str) -> AsyncIterator[World]:
                 "tracker": lambda: TrackerClient(tracker.url),
                 "mdns": lambda: MdnsDiscovery(["127.0.0.1"]),
                 "static": lambda: StaticDiscovery([server.address for server in servers]),
+                "exchange": lambda: ExchangeDiscovery(
+                    KnownPeers(lease_s=EXCHANGE_LEASE_S), seeds=[server.address for server in servers]
+                ),
                 "merged": lambda: MergedDiscovery([sources["mdns"](), sources["tracker"]()]),
             }
             discovery = sources[kind]()

@@ -106,7 +106,7 @@ def run(scenario: Callable[[Bench], Awaitable[None]]) -> None:
     async def main() -> None:
         async with make_bench() as bench:
 
-            async def note(session: aiohttp.ClientSession, address: str) -> PeerRecord:
+            async def note(session: aiohttp.ClientSession, address: str, *, known: object) -> PeerRecord:
                 bench.dialled.append(address)
                 return await fetch_record(session, address)
 

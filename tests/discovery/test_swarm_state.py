@@ -6,14 +6,14 @@ from records import make_identity, make_record
 
 from remote_modules.discovery.swarm_state import MAX_MODELS, MAX_PEERS, summarize
 from remote_modules.peers import PeerRecord, PeerState
-from remote_modules.plan.leases import Lease
+from remote_modules.plan.leases import Lease, lease_of
 
 IDENTITY = make_identity(1)
 
 
 def lease(record: PeerRecord, announced_at_s: float = 0.0) -> Lease:
     signed = IDENTITY.sign_record(record)
-    return Lease(signed=signed, record=record, announced_at_s=announced_at_s, expires_at_s=90.0)
+    return lease_of(signed, record, announced_at_s, 90.0)
 
 
 def record(span: str = "0:4", state: PeerState = PeerState.ONLINE, **changes: object) -> PeerRecord:

@@ -11,9 +11,12 @@ from aiohttp import web
 from discovery_support import forge, http_server, make_signed
 from records import make_identity, make_record
 
-from remote_modules.discovery.tracker_client import TrackerClient
+from remote_modules.discovery.base import OverloadedError
+from remote_modules.discovery.known_peers import KnownPeers
+from remote_modules.discovery.tracker_client import MAX_REANNOUNCE_S, TrackerClient
 from remote_modules.errors import DiscoveryError
 from remote_modules.peers import SignedRecord
+from remote_modules.plan.leases import DuplicateIdentityError, StaleRecordError
 
 ALICE, BOB = make_identity(1), make_identity(2)
 
@@ -203,7 +206,7 @@ def test_invalid_records_are_dropped_with_one_warning(caplog: pytest.LogCaptureF
 
     with caplog.at_level(logging.WARNING):
         run(peers(forged, {"payload": "?"}, 7, good), scenario)
-    assert [entry.message.split(" tracker=")[0] for entry in caplog.records] == ["invalid record dropped"]
+    assert [entry.message.split(" from ")[0] for entry in caplog.records] == ["invalid record dropped"]
 
 
 def test_records_of_other_models_and_older_ones_are_left_out() -> None:
@@ -239,3 +242,89 @@ def test_model_key_is_quoted_in_the_request() -> None:
         assert tracker.asked == ["/api/v1/peers?model_key=a%26b%3Dc+d"]
 
     run(peers(), scenario)
+
+
+@pytest.mark.parametrize(
+    ("answer", "bounds"),
+    [
+        ({"lease_s": 90.0, "reannounce_after_s": 4.0}, (4.0, 30.0)),
+        ({"lease_s": 900.0, "reannounce_after_s": 300.0}, (300.0, 300.0)),
+        ({"lease_s": 90.0, "reannounce_after_s": 1e12}, (MAX_REANNOUNCE_S, MAX_REANNOUNCE_S)),
+        ({"lease_s": 9.0}, (0.0, 3.0)),
+        ({"lease_s": 90.0, "reannounce_after_s": -1.0}, None),
+        ({"lease_s": 0.0}, None),
+    ],
+)
+def test_interval_that_the_tracker_asks_for_is_returned(
+    answer: dict[str, float], bounds: tuple[float, float] | None
+) -> None:
+    async def scenario(client: TrackerClient, tracker: FakeTracker) -> None:
+        pace = await client.announce(make_signed(ALICE))
+        assert (None if pace is None else (pace.shortest_s, pace.longest_s)) == bounds
+
+    run(text(msgspec.json.encode(answer)), scenario)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(
+    ("header", "seconds"), [("7", 7.0), ("soon", None), ("-1", None), (None, None), ("9" * 400, None)]
+)
+@pytest.mark.parametrize("content_type", ["application/json", "text/html"])
+def test_overloaded_tracker_says_when_to_come_back(
+    status: int, header: str | None, seconds: float | None, content_type: str
+) -> None:
+    async def respond(request: web.Request) -> web.StreamResponse:
+        headers = {} if header is None else {"Retry-After": header}
+        return web.Response(status=status, body=b'{"error":"busy"}', content_type=content_type, headers=headers)
+
+    async def scenario(client: TrackerClient, tracker: FakeTracker) -> None:
+        for call in (client.announce(make_signed(ALICE)), client.lookup(None)):
+            with pytest.raises(OverloadedError, match=rf"refused: .* \(status {status}\)") as caught:
+                await call
+            assert caught.value.retry_after_s == seconds
+
+    run(respond, scenario)
+
+
+def refusal(newest: SignedRecord, *, is_duplicate: bool) -> Handler:
+    return text(msgspec.json.encode({"error": "no", "is_duplicate": is_duplicate, "newest": newest}), status=409)
+
+
+@pytest.mark.parametrize(("is_duplicate", "kind"), [(False, StaleRecordError), (True, DuplicateIdentityError)])
+def test_refusal_with_proof_is_typed(is_duplicate: bool, kind: type[StaleRecordError]) -> None:
+    newest = make_signed(ALICE, instance_id="second", sequence=9)
+
+    async def scenario(client: TrackerClient, tracker: FakeTracker) -> None:
+        with pytest.raises(kind, match=r"refused: no \(status 409\)") as caught:
+            await client.announce(make_signed(ALICE))
+        assert type(caught.value) is kind
+        assert caught.value.newest == newest
+
+    run(refusal(newest, is_duplicate=is_duplicate), scenario)
+
+
+@pytest.mark.parametrize(
+    "newest",
+    [make_signed(BOB, sequence=9), forge(make_signed(ALICE), make_record(ALICE, sequence=9))],
+    ids=["another-key", "forged"],
+)
+def test_tracker_cannot_stop_a_peer_without_proof(newest: SignedRecord) -> None:
+    async def scenario(client: TrackerClient, tracker: FakeTracker) -> None:
+        with pytest.raises(DiscoveryError, match="refused: no") as caught:
+            await client.announce(make_signed(ALICE))
+        assert not isinstance(caught.value, StaleRecordError)
+
+    run(refusal(newest, is_duplicate=True), scenario)
+
+
+def test_what_is_found_is_known_from_when_its_peer_was_known_to_live() -> None:
+    known = KnownPeers(clock=lambda: 100.0)
+    body = msgspec.json.encode({"peers": [make_signed(ALICE), make_signed(BOB)], "ages_s": [30.0, 95.0]})
+
+    async def scenario(client: TrackerClient, tracker: FakeTracker) -> None:
+        client._known = known
+        assert len(await client.lookup(None)) == 2
+        (lease,), now_s = known.leases(None)
+        assert (lease.signed, now_s - lease.announced_at_s, lease.via) == (make_signed(ALICE), 30.0, "127.0.0.1")
+
+    run(text(body), scenario)

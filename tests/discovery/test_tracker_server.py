@@ -11,7 +11,8 @@ from discovery_support import eventually, forge, make_signed
 from records import make_identity, make_record
 
 from remote_modules.config import TrackerConfig
-from remote_modules.discovery.tracker_server import MAX_LOOKUP_BYTES, TrackerServer
+from remote_modules.discovery.peers_answer import MAX_LOOKUP_BYTES
+from remote_modules.discovery.tracker_server import TrackerServer
 from remote_modules.errors import DiscoveryError
 from remote_modules.peers import PeerState, SignedRecord
 
@@ -58,10 +59,10 @@ def run(scenario: Callable[[Bench], Awaitable[None]], **config: Any) -> None:
 def test_announced_record_is_returned_as_it_was_signed() -> None:
     async def scenario(bench: Bench) -> None:
         signed = make_signed(ALICE)
-        assert await bench.announce(signed) == (200, {"lease_s": 90.0, "reannounce_after_s": 30.0})
+        assert await bench.announce(signed) == (200, {"lease_s": 90.0, "reannounce_after_s": 0.0})
         _, text = await bench.get("/api/v1/peers?model_key=tiny-key")
         assert msgspec.convert(msgspec.json.decode(text)["peers"], list[SignedRecord]) == [signed]
-        assert (await bench.get("/api/v1/peers?model_key=other"))[1] == '{"peers":[]}'
+        assert (await bench.get("/api/v1/peers?model_key=other"))[1] == '{"peers":[],"ages_s":[]}'
 
     run(scenario)
 
@@ -263,6 +264,110 @@ def test_lookup_in_a_huge_swarm_is_a_sample_that_clients_read() -> None:
     run(scenario)
 
 
+def test_refusal_of_a_stale_record_proves_it() -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.announce(make_signed(ALICE, sequence=5))
+        _, answer = await bench.announce(make_signed(ALICE, sequence=5))
+        assert "is_duplicate" not in answer
+        assert msgspec.convert(answer["newest"], SignedRecord) == make_signed(ALICE, sequence=5)
+        await bench.announce(make_signed(ALICE, instance_id="second"))
+        _, answer = await bench.announce(make_signed(ALICE, sequence=6))
+        assert answer["is_duplicate"] is True
+        assert msgspec.convert(answer["newest"], SignedRecord) == make_signed(ALICE, instance_id="second")
+
+    run(scenario)
+
+
+def test_lookup_tells_how_old_each_record_is() -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.announce(make_signed(ALICE))
+        bench.now_s = 12.5
+        assert msgspec.json.decode((await bench.get("/api/v1/peers"))[1])["ages_s"] == [12.5]
+
+    run(scenario)
+
+
+def test_interval_and_lease_are_stretched_by_the_number_of_peers() -> None:
+    async def scenario(bench: Bench) -> None:
+        for number in range(1, 21):
+            bench.now_s += 1.0
+            status, answer = await bench.announce(make_signed(make_identity(number)))
+            assert status == 200
+        # 19 peers were there: at half of one announcement a second, they need 38 s for a round.
+        assert answer == {"lease_s": 114.0, "reannounce_after_s": 38.0}
+        bench.now_s += 113.0
+        assert "tracker_records 1.0" in (await bench.get("/metrics"))[1]
+
+    run(scenario, max_announces_per_s=1.0, lease_s=90.0)
+
+
+def test_herd_is_told_to_come_back_and_all_are_taken_in_the_end() -> None:
+    async def scenario(bench: Bench) -> None:
+        waiting = {number: make_signed(make_identity(number)) for number in range(1, 31)}
+        rounds = 0
+        while waiting:
+            statuses = {number: (await bench.announce(signed))[0] for number, signed in waiting.items()}
+            assert set(statuses.values()) <= {200, 429}
+            assert list(statuses.values()).count(200) == min(10, len(waiting))
+            waiting = {number: signed for number, signed in waiting.items() if statuses[number] == 429}
+            rounds += 1
+            bench.now_s += 1.0
+        assert rounds == 3
+        assert await bench.num_peers() == 30
+
+    run(scenario, max_announces_per_s=10.0)
+
+
+def test_overload_says_when_to_come_back_in_header_and_text() -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.announce(make_signed(ALICE))
+        async with bench.session.post(
+            f"{bench.server.url}/api/v1/announce", data=msgspec.json.encode(make_signed(BOB))
+        ) as response:
+            assert response.status == 429
+            seconds = response.headers["Retry-After"]
+            assert seconds in ("1", "2")
+            assert msgspec.json.decode(await response.read()) == {
+                "error": f"too many announcements at once; try again in {seconds} s"
+            }
+
+    run(scenario, max_announces_per_s=1.0)
+
+
+def test_peer_that_announces_too_often_is_slowed_down_and_others_are_not() -> None:
+    async def scenario(bench: Bench) -> None:
+        statuses = [(await bench.announce(make_signed(ALICE, sequence=number)))[0] for number in range(1, 8)]
+        assert statuses == [200] * 5 + [429] * 2
+        assert (await bench.announce(make_signed(BOB)))[0] == 200
+        bench.now_s += 1.0
+        assert (await bench.announce(make_signed(ALICE, sequence=8)))[0] == 200
+
+    run(scenario, identity_per_s=1.0)
+
+
+def test_stranger_who_repeats_a_record_uses_up_nothing_of_its_peer() -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.announce(make_signed(ALICE, sequence=1))
+        for _ in range(20):
+            assert (await bench.announce(make_signed(ALICE, sequence=1)))[0] == 409
+        assert (await bench.announce(make_signed(ALICE, sequence=2)))[0] == 200
+
+    run(scenario, identity_per_s=1.0)
+
+
+def test_one_address_has_a_limit_and_this_machine_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(bench: Bench) -> None:
+        for _ in range(20):
+            assert (await bench.get("/health"))[0] == 200
+        monkeypatch.setattr("remote_modules.discovery.tracker_server.source_key", lambda host: "203.0.113.7")
+        statuses = [(await bench.get("/api/v1/peers"))[0] for _ in range(12)]
+        assert statuses == [200] * 10 + [429] * 2
+        bench.now_s += 0.5
+        assert (await bench.get("/api/v1/peers"))[0] == 200
+
+    run(scenario, source_per_s=2.0)
+
+
 def test_port_in_use_is_one_line_with_the_fix() -> None:
     async def scenario(bench: Bench) -> None:
         second = TrackerServer(TrackerConfig(port=bench.server.port))
@@ -308,7 +413,7 @@ def test_restart_on_the_same_port_starts_empty() -> None:
 def test_broken_client_is_answered_and_leaves_no_traceback(
     request_bytes: bytes, status: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("remote_modules.discovery.tracker_server.BODY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("remote_modules.discovery.tracker_replies.BODY_TIMEOUT_S", 0.1)
 
     async def scenario(bench: Bench) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", bench.server.port)

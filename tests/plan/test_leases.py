@@ -10,9 +10,12 @@ from remote_modules.peers import PeerRecord, PeerState
 from remote_modules.plan.leases import (
     CLOCKED_SEQUENCE,
     MAX_RETIRED,
+    DuplicateIdentityError,
     LeaseTable,
+    StaleRecordError,
     TableFullError,
     merge_records,
+    reannounce_after,
 )
 
 ALICE, BOB, CAROL = make_identity(1), make_identity(2), make_identity(3)
@@ -69,8 +72,9 @@ def test_renewal_extends_the_lease(table: LeaseTable) -> None:
 @pytest.mark.parametrize("sequence", [4, 5])
 def test_stale_sequence_is_refused_and_changes_nothing(table: LeaseTable, sequence: int) -> None:
     announce(table, alice(5), 0.0)
-    with pytest.raises(DiscoveryError, match=f"stale record: .* sequence {sequence}, already seen 5"):
+    with pytest.raises(StaleRecordError, match=f"stale record: .* sequence {sequence}, already seen 5") as caught:
         announce(table, alice(sequence), 60.0)
+    assert caught.value.newest == ALICE.sign_record(alice(5))
     assert seen(table, 89.0) == [("first", 5)]
     assert seen(table, 90.0) == []
 
@@ -91,8 +95,11 @@ def test_restarted_peer_replaces_its_dead_instance_though_it_counts_from_zero(ta
 def test_replaced_instance_that_goes_on_is_told_of_duplicate_identity(table: LeaseTable) -> None:
     announce(table, alice(1, "first"), 0.0)
     announce(table, alice(1, "second"), 1.0)
-    with pytest.raises(DiscoveryError, match="duplicate identity: .* 'first' was replaced by .* 'second'"):
+    with pytest.raises(
+        DuplicateIdentityError, match="duplicate identity: .* 'first' was replaced by .* 'second'"
+    ) as caught:
         announce(table, alice(2, "first"), 2.0)
+    assert caught.value.newest == ALICE.sign_record(alice(1, "second"))
     assert seen(table, 2.0) == [("second", 1)]
 
 
@@ -190,3 +197,86 @@ def test_merge_of_equal_sequences_keeps_the_first_source() -> None:
 
 def test_merge_of_nothing_is_nothing() -> None:
     assert merge_records([]) == []
+
+
+def test_peer_that_changes_its_model_is_found_under_the_new_one_only(table: LeaseTable) -> None:
+    announce(table, alice(1, model_key="a"))
+    announce(table, make_record(BOB, model_key="a"))
+    announce(table, alice(2, model_key="b"))
+    assert seen(table, model_key="a") == [("first", 1)]
+    assert seen(table, model_key="b") == [("first", 2)]
+
+
+def test_count_is_of_live_leases(table: LeaseTable) -> None:
+    announce(table, alice(), 0.0, lease_s=10.0)
+    announce(table, make_record(BOB), 0.0, lease_s=20.0)
+    assert [table.count(now_s) for now_s in (9.0, 10.0, 20.0)] == [2, 1, 0]
+    assert len(table) == 0
+
+
+def test_renewal_for_a_shorter_time_counts(table: LeaseTable) -> None:
+    announce(table, alice(1), 0.0, lease_s=90.0)
+    announce(table, alice(2), 0.0, lease_s=10.0)
+    assert table.count(10.0) == 0
+
+
+def test_peers_that_come_and_go_leave_nothing_behind(table: LeaseTable) -> None:
+    announce(table, make_record(BOB))
+    for sequence in range(1000):
+        announce(table, alice(2 * sequence))
+        table.withdraw(alice(2 * sequence + 1), 0.0)
+    assert len(table._expiries) < 70
+    assert seen(table, 89.0) == [("first", 1)]
+    assert seen(table, 90.0) == []
+    assert table._expiries == []
+
+
+# Hearsay: alice is said to have lived at some time; leases of 90 s.
+
+
+def hear(table: LeaseTable, record: PeerRecord, at_s: float, now_s: float = 100.0) -> bool:
+    identity = {who.peer_id: who for who in (ALICE, BOB, CAROL)}[record.peer_id]  # type: ignore[index]
+    return table.hear(identity.sign_record(record), record, at_s=at_s, now_s=now_s, lease_s=90.0, via="10.0.0.1")
+
+
+def test_heard_peer_lives_one_lease_from_when_it_was_known_to(table: LeaseTable) -> None:
+    assert hear(table, alice(), 40.0)
+    (lease,) = table.lookup(None, 129.9)
+    assert (lease.record, lease.announced_at_s, lease.expires_at_s, lease.via) == (alice(), 40.0, 130.0, "10.0.0.1")
+    assert table.lookup(None, 130.0) == []
+
+
+def test_hearsay_that_is_a_lease_old_is_not_taken(table: LeaseTable) -> None:
+    assert not hear(table, alice(), 10.0)
+    assert seen(table, 100.0) == []
+
+
+def test_same_record_heard_again_counts_from_the_latest_sign_of_life(table: LeaseTable) -> None:
+    assert hear(table, alice(), 40.0)
+    assert not hear(table, alice(), 60.0)
+    assert not hear(table, alice(), 50.0)
+    assert [lease.expires_at_s for lease in table.lookup(None, 100.0)] == [150.0]
+
+
+def test_newer_hearsay_replaces_and_older_is_ignored(table: LeaseTable) -> None:
+    assert hear(table, alice(5), 90.0)
+    assert not hear(table, alice(4), 99.0)
+    assert hear(table, alice(6), 80.0)
+    assert hear(table, alice(1, "second"), 85.0)
+    assert not hear(table, alice(7, "first"), 99.0)
+    assert seen(table, 100.0) == [("second", 1)]
+
+
+def test_full_table_hears_of_nobody_else(table: LeaseTable) -> None:
+    announce(table, make_record(BOB), 100.0)
+    announce(table, make_record(CAROL), 0.0, lease_s=100.0)
+    assert hear(table, alice(), 99.0)  # carol's lease has ended
+    assert not hear(table, make_record(CAROL), 99.0)
+    assert len(table.lookup(None, 100.0)) == 2
+
+
+@pytest.mark.parametrize(
+    ("num_peers", "seconds"), [(0, 0.0), (1000, 2.0), (15_000, 30.0), (30_000, 60.0), (150_000, 300.0), (10**9, 300.0)]
+)
+def test_interval_grows_with_the_number_of_peers_up_to_a_limit(num_peers: int, seconds: float) -> None:
+    assert reannounce_after(num_peers, interval_s=30.0, max_announces_per_s=1000.0) == seconds
