@@ -41,12 +41,8 @@ class ClientConfig:
     ban_s: float = 1.0  # first ban of a failed peer; doubles with each failure in a row
     max_ban_s: float = 60.0
     max_replay_tokens: int = 512  # tokens of one replay request (times batch rows)
-    exact_replay: bool = (
-        False  # feed a lost KV cache the same steps as at first: bitwise equal, one request each
-    )
-    keep_histories: str = (
-        "each_hop"  # or "first": least memory; a lost hop costs a replay of those before it too
-    )
+    exact_replay: bool = False  # feed a lost KV cache the same steps as at first: bitwise equal, one request each
+    keep_histories: str = "each_hop"  # or "first": least memory; a lost hop costs a replay of those before it too
     max_request_bytes: int = 256 * 1024 * 1024  # tensors of one request
     allow_mixed_dtypes: bool = False  # whether one route may join peers that compute in different dtypes
     mdns_interfaces: tuple[str, ...] = ()  # local IP addresses to ask on; empty means all

@@ -71,6 +71,11 @@ class ClientConnection(Connection):
         self._ticker: asyncio.TimerHandle | None = None
         self._ping_sent_s: float | None = None
 
+    @property
+    def knows_copies(self) -> bool:
+        """Whether the peer takes `CopyRequest` and `ReadRequest`."""
+        return self._protocol.their_minor >= messages.COPIES_SINCE_MINOR
+
     async def handshake(self, timeout_s: float) -> None:
         """Exchange hellos over the transport at hand.
 
@@ -95,7 +100,7 @@ class ClientConnection(Connection):
         self._next_id += 1
         return self._next_id
 
-    async def request(self, message: messages.Request, body: list[Buffer], *, timeout_s: float) -> Reply:
+    async def request(self, message: messages.AnyRequest, body: list[Buffer], *, timeout_s: float) -> Reply:
         """Send a request and wait for its output.
 
         Raises:
@@ -119,7 +124,7 @@ class ClientConnection(Connection):
                 self._cancel(message.request_id)
         return self._read_reply(event)
 
-    def _expire(self, answer: asyncio.Future[MessageReceived], message: messages.Request, timeout_s: float) -> None:
+    def _expire(self, answer: asyncio.Future[MessageReceived], message: messages.AnyRequest, timeout_s: float) -> None:
         if not answer.done():
             text = f"a {messages.kind_of(message)} of blocks {message.start}:{message.end} within {timeout_s:.1f} s"
             error = PeerTimeout(f"peer '{short_id(self.peer_id)}' did not answer {text}", peer_id=self.peer_id)

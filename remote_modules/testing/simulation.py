@@ -168,6 +168,7 @@ class SimulatedPeer:
             instance_id=self._instance_id,
             limits=HandlerLimits(max_batch_tokens=4096, max_body_bytes=1 << 26, max_connections=64),
             clock=clock,
+            dialer=MemoryDialer(self._swarm.network, self._swarm.config),
         )
         self.host.accept = self.handler.accept
         self._announcer = Announcer(

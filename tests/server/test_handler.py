@@ -12,7 +12,7 @@ from net.memory import MAX_BODY_BYTES, SERVER, RawEnd, client_connection, client
 
 from remote_modules.errors import PeerRefused, PeerUnreachable, RefusalReason
 from remote_modules.server.engine import Engine
-from remote_modules.server.handler import MAX_REQUESTS_PER_CONNECTION
+from remote_modules.server.served import MAX_REQUESTS_PER_CONNECTION
 from remote_modules.spans import Span
 from remote_modules.wire import messages
 from remote_modules.wire.framing import encode_frame
@@ -964,7 +964,7 @@ def test_other_version_is_rejected_naming_both(engine: Engine, major: int) -> No
     async def main(peer: Peer) -> None:
         end = peer.connect_silent()
         end.send(msgspec.structs.replace(client_hello(), major=major, minor=7))
-        text = f"peer speaks protocol {major}.7, we speak 1.1; update the older side"
+        text = f"peer speaks protocol {major}.7, we speak 1.2; update the older side"
         assert await end.message(messages.Reject) == messages.Reject(text)
         await asyncio.wait_for(end.closed.wait(), 1.0)
         assert peer.handler.num_connections == 0
