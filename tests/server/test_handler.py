@@ -638,7 +638,7 @@ def test_rows_that_a_step_has_only_in_between_count_too(engine: Engine) -> None:
 def test_failure_on_the_device_drops_the_session_and_its_bytes(
     engine: Engine, caplog: pytest.LogCaptureFixture, error: Exception, reason: RefusalReason, text: str
 ) -> None:
-    caplog.set_level(logging.CRITICAL, "remote_modules.server.handler")
+    caplog.set_level(logging.CRITICAL, "remote_modules.server.served")
     broken = BrokenEngine(engine.model)
 
     async def main(peer: Peer) -> None:
@@ -978,7 +978,7 @@ def test_hello_says_who_the_peer_is_and_what_it_takes(engine: Engine, minor: int
         end = peer.connect_silent()
         end.send(msgspec.structs.replace(client_hello(), minor=minor))
         hello = await end.message(messages.ServerHello)
-        assert (hello.major, hello.minor) == (1, 1)
+        assert (hello.major, hello.minor) == (1, 2)
         assert hello.public_key == SERVER.public_key
         assert (hello.instance_id, hello.software) == ("first", "test peer")
         assert hello.max_body_bytes == MAX_BODY_BYTES
