@@ -43,6 +43,9 @@ class ClientConfig:
     max_replay_tokens: int = 512  # tokens of one replay request (times batch rows)
     exact_replay: bool = False  # feed a lost KV cache the same steps as at first: bitwise equal, one request each
     keep_histories: str = "each_hop"  # or "first": least memory; a lost hop costs a replay of those before it too
+    history_memory_bytes: int = 4 * 1024**3  # what sessions keep to rebuild lost KV caches; beyond it goes to disk
+    history_dtype: str = "compute"  # as it came, or "int8": a quarter of float32, and replays that are a little off
+    history_folder: Path | None = None  # for the file beyond history_memory_bytes; None: the system's choice
     max_request_bytes: int = 256 * 1024 * 1024  # tensors of one request
     allow_mixed_dtypes: bool = False  # whether one route may join peers that compute in different dtypes
     mdns_interfaces: tuple[str, ...] = ()  # local IP addresses to ask on; empty means all
@@ -52,6 +55,7 @@ class ClientConfig:
             if isinstance(value := getattr(self, field.name), int | float) and not isinstance(value, bool):
                 _check_positive(field.name, value)
         _check_choice("keep_histories", self.keep_histories, ("each_hop", "first"))
+        _check_choice("history_dtype", self.history_dtype, ("compute", "int8"))
         if self.max_ban_s < self.ban_s:
             raise ValueError(f"max_ban_s must be at least ban_s, got {self.max_ban_s} and {self.ban_s}")
 

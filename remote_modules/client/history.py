@@ -1,41 +1,61 @@
-"""What a session has fed to its hops, so that a lost KV cache can be built again.
+"""What went into one block boundary, so that a lost KV cache can be built again.
 
-`History` holds what went into one block boundary, `OwnerHistory` what all hops share (positions, masks, side inputs).
-Both follow the cache's operations, so that rollback, beam reorder and repeat apply to them as to the peers' caches.
+A history follows the cache's operations, so that rollback, beam reorder and repeat apply to it as to the peers' caches.
 The position of a session is the length of its history: it is kept nowhere else.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from remote_modules.client.call import CallArguments, Named, mask_tensors
-from remote_modules.errors import UnsupportedCallError
-from remote_modules.model.tensors import TensorSpec, concat, num_bytes, owner_spec, select_rows, slice_tokens
+from remote_modules.client.call import Named
+from remote_modules.client.history_store import HistoryStore, StoredTensors
+from remote_modules.model.tensors import TensorSpec, concat, select_rows, slice_tokens
 
-__all__ = ["History", "OwnerHistory", "StepInputs"]
+__all__ = ["History"]
 
-Specs = Mapping[str, TensorSpec]
+SEAL_TOKENS = 64  # of the newest chunks: then they are joined, and may leave memory
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Tokens of one or several steps, as they were when they came.
+
+    Attributes:
+        mark: batch selections of the history that were made before.
+    """
+
+    tensors: Named | StoredTensors
+    num_tokens: int
+    mark: int
+
+    def read(self) -> Named:
+        return self.tensors.read() if isinstance(self.tensors, StoredTensors) else self.tensors
 
 
 class History:
     """Named tensors that have one entry for each token, as a list of chunks.
 
-    A batch selection (beam reorder) is only noted: it costs one index vector per step, and is folded into the chunks
-    when the history is read.
+    A batch selection (beam reorder) is only noted: it costs one index vector, and is done when the tokens are read.
 
     Args:
+        specs: of each tensor.
+        store: keeps the chunks that are sealed.
         start: tokens that came before the first, of which only keys and values are known.
     """
 
-    def __init__(self, specs: Specs, start: int = 0) -> None:
+    def __init__(self, specs: Mapping[str, TensorSpec], store: HistoryStore, start: int = 0) -> None:
         self.specs = dict(specs)
         self.start = start
-        self._items: list[_Chunk | _Selection] = []
+        self._store = store
+        self._sealed: list[_Chunk] = []
+        self._newest: list[_Chunk] = []
+        self._selections: list[torch.Tensor] = []
         self._length = 0
 
     def __len__(self) -> int:
@@ -44,308 +64,87 @@ class History:
     def append(self, tensors: Named, num_tokens: int) -> None:
         """Add what a step brought."""
         if num_tokens:
-            self._items.append(_Chunk(dict(tensors), num_tokens))
+            self._newest.append(_Chunk(dict(tensors), num_tokens, len(self._selections)))
             self._length += num_tokens
+            if sum(chunk.num_tokens for chunk in self._newest) >= SEAL_TOKENS:
+                self._seal()
+
+    def _seal(self) -> None:
+        num_tokens = sum(chunk.num_tokens for chunk in self._newest)
+        whole = self._join(self._newest, 0, num_tokens)
+        self._newest = []
+        self._merge_selections()
+        self._sealed.append(_Chunk(self._store.keep(whole), num_tokens, len(self._selections)))
+
+    def _merge_selections(self) -> None:
+        """Make one of those between two chunks."""
+        marks = sorted({chunk.mark for chunk in self._sealed})
+        merged: list[torch.Tensor] = []
+        moved = {}
+        for begin, end in itertools.pairwise([*marks, len(self._selections)]):
+            moved[begin] = len(merged)
+            if begin < end:
+                merged.append(functools.reduce(torch.Tensor.__getitem__, self._selections[begin:end]))
+        self._sealed = [replace(chunk, mark=moved[chunk.mark]) for chunk in self._sealed]
+        self._selections = merged
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens."""
         self.start = min(self.start, length)
         length -= self.start
         while self._length > length:
-            last = self._items[-1]
-            if isinstance(last, _Selection):
-                self._fold()
-                continue
-            self._items.pop()
+            last = (self._newest or self._sealed).pop()
             self._length -= last.num_tokens
             if self._length < length:
                 kept = length - self._length
-                self.append({n: slice_tokens(t, self.specs[n], 0, kept) for n, t in last.tensors.items()}, kept)
+                tensors = {name: slice_tokens(t, self.specs[name], 0, kept) for name, t in last.read().items()}
+                self._newest.append(_Chunk(tensors, kept, last.mark))
+                self._length = length
         if self._length == 0:
-            self._items.clear()
+            self._selections.clear()
 
     def select(self, indices: torch.Tensor) -> None:
         """Batch rows become those at ``indices`` ``[B']``."""
-        if self._items:
-            self._items.append(_Selection(indices))
+        if self._length:
+            self._selections.append(indices)
 
     def read(self) -> Named:
         """All of it; must not be empty."""
-        self._fold()
-        (whole,) = self._items
-        assert isinstance(whole, _Chunk)
-        return whole.tensors
+        return self.slice(self.start, len(self))
 
     def slice(self, start: int, end: int) -> Named:
         """Tokens ``[start, end)``; must not be empty."""
-        start, end = start - self.start, end - self.start
-        return {name: slice_tokens(tensor, self.specs[name], start, end) for name, tensor in self.read().items()}
+        return self._join((*self._sealed, *self._newest), start - self.start, end - self.start)
+
+    def num_rows(self, name: str) -> int:
+        """Batch rows of the tensor ``name`` now; there must be tokens."""
+        if self._selections and (self._newest or self._sealed)[-1].mark < len(self._selections):
+            return len(self._selections[-1])
+        batch = self.specs[name].batch
+        assert batch is not None
+        return (self._newest or self._sealed)[-1].read()[name].shape[batch]
 
     def copy(self) -> History:
-        copied = History(self.specs, self.start)
-        copied._items, copied._length = list(self._items), self._length
+        """Shares the chunks, which never change."""
+        copied = History(self.specs, self._store, self.start)
+        copied._sealed, copied._newest = list(self._sealed), list(self._newest)
+        copied._selections, copied._length = list(self._selections), self._length
         return copied
 
-    def num_bytes(self) -> int:
-        return sum(num_bytes(item.tensors) for item in self._items if isinstance(item, _Chunk))
-
-    def _fold(self) -> None:
-        if len(self._items) < 2:
-            return
-        rows: torch.Tensor | None = None
-        chunks: list[Named] = []
-        for item in reversed(self._items):
-            if isinstance(item, _Selection):
-                rows = item.indices if rows is None else item.indices[rows]
-            elif rows is None:
-                chunks.append(item.tensors)
-            else:
-                chunks.append({n: select_rows(t, self.specs[n], rows) for n, t in item.tensors.items()})
-        chunks.reverse()
-        whole = {name: concat([chunk[name] for chunk in chunks], self.specs[name]) for name in chunks[0]}
-        self._items = [_Chunk(whole, self._length)]
-
-
-@dataclass(slots=True)
-class _Chunk:
-    tensors: Named
-    num_tokens: int
-
-
-@dataclass(slots=True)
-class _Selection:
-    indices: torch.Tensor
-
-
-@dataclass(slots=True)
-class _Step:
-    """One step as it was made, and its masks of more than two dimensions, by name."""
-
-    num_tokens: int
-    masks: Named
-
-
-class OwnerHistory:
-    """Owner's and side inputs of all tokens so far.
-
-    Args:
-        start: as in `History`.
-    """
-
-    def __init__(self, start: int = 0) -> None:
-        self.start = start
-        self.timed = History({}, start)
-        self.positions: History | None = None  # None until some step gives positions
-        self.attention_mask: torch.Tensor | None = None  # [B, P], as given by the caller
-        self.steps: list[_Step] = []
-
-    def begin(
-        self, position: int, call: CallArguments, side_specs: Specs, *, masks_may_end: bool = False
-    ) -> StepInputs:
-        """The inputs of a step at ``position``; self is unchanged.
-
-        Args:
-            masks_may_end: whether a step after others with a mask may come without one: its tokens are no padding.
-
-        Raises:
-            UnsupportedCallError: positions or mask do not fit the tokens, or what was given in earlier steps is
-                missing now, or the reverse.
-        """
-        timed = call.timed()
-        if position > self.start and timed.keys() != self.timed.specs.keys():
-            names = ", ".join(sorted(timed.keys() ^ self.timed.specs.keys()))
-            raise UnsupportedCallError(f"'{names}' must be given in every step of a KV cache, or in none")
-        specs = {name: side_specs.get(name) or owner_spec(t, call.num_tokens) for name, t in timed.items()}
-        columns = position + call.num_tokens
-        masks = {name: _cut(name, mask, columns) for name, mask in mask_tensors(call.attention_mask).items()}
-        plain = None
-        if "attention_mask" in masks and masks["attention_mask"].dim() == 2:
-            plain = masks.pop("attention_mask")
-        if plain is None and self.attention_mask is not None and position:
-            if masks or not masks_may_end:
-                text = "attention_mask was given in earlier steps of this cache; give it in every step"
-                raise UnsupportedCallError(text)
-            new = self.attention_mask.new_ones(len(self.attention_mask), call.num_tokens)
-            plain = torch.cat([self.attention_mask, new], dim=1)
-        _check_positions(call)
-        return StepInputs(self, position, call, timed, specs, plain, masks)
-
-    def commit(self, step: StepInputs) -> None:
-        """The step is done."""
-        num_tokens = step.call.num_tokens
-        self.timed.specs.update(step.specs)
-        self.timed.append(step.timed, num_tokens)
-        given = step.call.position_ids
-        if given is not None and self.positions is None:
-            self.positions = History({"position_ids": owner_spec(given, num_tokens)}, self.start)
-            old = step.position - self.start
-            self.positions.append({"position_ids": _counted(self.start, old, given)}, old)
-        elif self.positions is not None:
-            given = step.position_ids()
-        if self.positions is not None and given is not None:
-            self.positions.append({"position_ids": given}, num_tokens)
-        self.attention_mask = step.attention_mask
-        self.steps.append(_Step(num_tokens, step.masks))
-
-    @property
-    def has_step_masks(self) -> bool:
-        """Whether some step had a mask of its own, so that only the same steps give the same cache."""
-        return any(step.masks for step in self.steps)
-
-    def step_ends(self, *, after: int) -> list[int]:
-        """Positions beyond ``after`` at which a step ended."""
-        ends = itertools.accumulate((step.num_tokens for step in self.steps), initial=self.start)
-        return [end for end in ends if end > after]
-
-    def crop(self, length: int) -> None:
-        self.start = min(self.start, length)
-        self.timed.crop(length)
-        if self.positions is not None:
-            self.positions.crop(length)
-        if self.attention_mask is not None:
-            self.attention_mask = self.attention_mask[:, :length] if length else None
-        excess = self.start + sum(step.num_tokens for step in self.steps) - length
-        while excess > 0:
-            last = self.steps.pop()
-            kept = max(0, last.num_tokens - excess)
-            excess -= last.num_tokens
-            if kept:
-                self.steps.append(_Step(kept, {n: _cropped(mask, kept, length) for n, mask in last.masks.items()}))
-        if length == 0:
-            self.timed, self.positions = History({}), None
-
-    def select(self, indices: torch.Tensor) -> None:
-        self.timed.select(indices)
-        if self.positions is not None:
-            self.positions.select(indices)
-        if self.attention_mask is not None:
-            self.attention_mask = self.attention_mask[indices]
-        for step in self.steps:
-            step.masks = {n: mask if len(mask) < 2 else mask[indices] for n, mask in step.masks.items()}
-
-    def copy(self) -> OwnerHistory:
-        copied = OwnerHistory(self.start)
-        copied.timed = self.timed.copy()
-        copied.positions = None if self.positions is None else self.positions.copy()
-        copied.attention_mask = self.attention_mask
-        copied.steps = [_Step(step.num_tokens, dict(step.masks)) for step in self.steps]
-        return copied
-
-
-def _cut(name: str, mask: torch.Tensor, columns: int) -> torch.Tensor:
-    if mask.dim() > 2:  # static caches ask for masks of their whole room
-        return mask[..., :columns]
-    if mask.dim() == 2 and mask.shape[-1] != columns:
-        raise UnsupportedCallError(f"{name} must have {columns} columns, got {mask.shape[-1]}")
-    return mask
-
-
-def _cropped(mask: torch.Tensor, num_tokens: int, columns: int) -> torch.Tensor:
-    return mask[..., :num_tokens, :columns] if mask.dim() > 2 else mask[..., :columns]
-
-
-def _check_positions(call: CallArguments) -> None:
-    position_ids = call.position_ids
-    if position_ids is None:
-        return
-    if position_ids.dim() not in (2, 3) or position_ids.shape[-1] != call.num_tokens:
-        n, got = call.num_tokens, list(position_ids.shape)
-        raise UnsupportedCallError(f"position_ids must be [B, {n}] or [1, {n}], got {got}")
-
-
-def _counted(start: int, num_tokens: int, like: torch.Tensor) -> torch.Tensor:
-    """Positions that follow the tokens, shaped as ``like`` ``[..., T]`` with one row for all."""
-    counted = torch.arange(start, start + num_tokens, dtype=torch.int64)
-    return counted.expand(*like.shape[:-2], 1, num_tokens)
-
-
-@dataclass(slots=True)
-class StepInputs:
-    """One step under way: what it brings, on top of what went before."""
-
-    old: OwnerHistory
-    position: int
-    call: CallArguments
-    timed: Named
-    specs: dict[str, TensorSpec]
-    attention_mask: torch.Tensor | None
-    masks: Named = field(default_factory=dict)
-
-    def position_ids(self) -> torch.Tensor:
-        """Of the new tokens, in a session where positions are given."""
-        given = self.call.position_ids
-        if given is not None:
-            return given
-        assert self.old.positions is not None
-        like = self.old.positions.read()["position_ids"]
-        return _counted(self.position, self.call.num_tokens, like)
-
-    def chunks(self, behind: int, max_tokens: int, *, is_exact: bool, is_apart: bool) -> Sequence[tuple[int, int]]:
-        """Token ranges of the requests that feed ``behind`` old tokens and the new ones.
-
-        Args:
-            max_tokens: of one request that merges several steps.
-            is_exact: only the same steps give the same cache.
-            is_apart: the new tokens make a request of their own.
-        """
-        start, end = self.position - behind, self.position + self.call.num_tokens
-        if behind == 0:
-            return [(start, end)]
-        if is_exact or self.masks or self.old.has_step_masks:
-            ends = [*self.old.step_ends(after=start), end]
-        elif is_apart:
-            ends = [*_ends(start, self.position, max_tokens), end]
-        else:
-            ends = _ends(start, end, max_tokens)
-        return list(zip([start, *ends[:-1]], ends, strict=True))
-
-    def may_begin_at(self, position: int) -> bool:
-        """Whether a peer that holds so many old tokens can be fed the others."""
-        return not self.old.has_step_masks or position in (self.old.start, *self.old.step_ends(after=self.old.start))
-
-    def tensors(self, start: int, end: int, side_names: Collection[str]) -> Named:
-        """What the hop that takes ``side_names`` needs for tokens ``[start, end)``, but for the plain mask."""
-        tensors = {n: t for n, t in self._range(start, end).items() if n in side_names or not n.startswith("side.")}
-        if self.call.position_ids is not None or self.old.positions is not None:
-            tensors["position_ids"] = self._positions(start, end)
-        tensors.update(self.call.constant())
-        tensors.update(self._masks(start))
-        return tensors
-
-    def _range(self, start: int, end: int) -> Named:
-        if start >= self.position or not self.timed:
-            return self.timed
-        old = self.old.timed.slice(start, min(end, self.position))
-        if end <= self.position:
-            return old
-        new_end = end - self.position
-        new = {name: slice_tokens(tensor, self.specs[name], 0, new_end) for name, tensor in self.timed.items()}
-        return {name: concat([old[name], new[name]], self.specs[name]) for name in new}
-
-    def _positions(self, start: int, end: int) -> torch.Tensor:
-        if start >= self.position:
-            return self.position_ids()
-        if self.old.positions is not None:
-            old = self.old.positions.slice(start, min(end, self.position))["position_ids"]
-        else:
-            assert self.call.position_ids is not None
-            old = _counted(start, min(end, self.position) - start, self.call.position_ids)
-        if end <= self.position:
-            return old
-        new = self.position_ids()[..., : end - self.position]
-        return concat([old, new], owner_spec(new, new.shape[-1]))
-
-    def _masks(self, start: int) -> Named:
-        if start >= self.position:
-            return self.masks
-        reached = self.old.start
-        for step in self.old.steps:
-            if reached == start and step.masks:
-                return step.masks
-            reached += step.num_tokens
-        return {}
-
-
-def _ends(start: int, end: int, most: int) -> list[int]:
-    """Where pieces of at most ``most`` tokens end."""
-    return [min(piece + most, end) for piece in range(start, end, most)]
+    def _join(self, chunks: Sequence[_Chunk], start: int, end: int) -> Named:
+        """Tokens ``[start, end)`` of ``chunks``, with the rows as they are now."""
+        rows = list(itertools.accumulate(reversed(self._selections), lambda later, earlier: earlier[later]))[::-1]
+        parts = []
+        for chunk in chunks:
+            first, last = max(start, 0), min(end, chunk.num_tokens)
+            if first < last:
+                tensors = chunk.read()
+                if (first, last) != (0, chunk.num_tokens):
+                    tensors = {n: slice_tokens(t, self.specs[n], first, last) for n, t in tensors.items()}
+                if chunk.mark < len(rows):
+                    tensors = {n: select_rows(t, self.specs[n], rows[chunk.mark]) for n, t in tensors.items()}
+                parts.append(tensors)
+            start, end = start - chunk.num_tokens, end - chunk.num_tokens
+        if len(parts) == 1:
+            return parts[0]
+        return {name: concat([part[name] for part in parts], self.specs[name]) for name in parts[0]}

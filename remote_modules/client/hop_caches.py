@@ -87,7 +87,7 @@ class HopCaches:
         return self.histories[self.blocks.start]
 
     def new_history(self) -> History:
-        return History(self.swarm.stack.carried, length_of(self.past))
+        return History(self.swarm.stack.carried, self.swarm.histories, length_of(self.past))
 
     def keeps_history(self, start: int) -> bool:
         """Whether the inputs of hops that begin at block ``start`` are kept."""
@@ -125,9 +125,7 @@ class HopCaches:
     def num_rows(self) -> int:
         """Rows of the tokens so far, of which there must be some."""
         rows = next((len(tensor) for tensor in self.past.values()), 0)
-        batch = self.swarm.stack.hidden.batch
-        assert batch is not None
-        return rows or self.first_history.read()["hidden_states"].shape[batch]
+        return rows or self.first_history.num_rows("hidden_states")
 
     def fork(self) -> HopCaches:
         """Equal history, no caches yet."""

@@ -14,8 +14,8 @@ import torch
 
 from remote_modules.client.call import CallArguments, Named
 from remote_modules.client.chain import Chain, demand_of
-from remote_modules.client.history import OwnerHistory, StepInputs
 from remote_modules.client.hop_caches import HopCaches
+from remote_modules.client.owner_history import OwnerHistory, StepInputs
 from remote_modules.client.step import Step
 from remote_modules.client.swarm import Swarm
 from remote_modules.errors import SessionError
@@ -39,7 +39,7 @@ class SessionState:
         self.masks_may_end = False  # see `OwnerHistory.begin`
         self.caches = HopCaches(swarm, blocks)
         self._submit = submit
-        self._owner = OwnerHistory()
+        self._owner = OwnerHistory(swarm.histories)
         self._lock = threading.Lock()
 
     @property
@@ -54,7 +54,7 @@ class SessionState:
     def begin_with(self, past: Named) -> None:
         """Let an unused session begin with these keys and values (`model.past`)."""
         self.caches.begin_with(past)
-        self._owner = OwnerHistory(length_of(past))
+        self._owner = OwnerHistory(self.swarm.histories, length_of(past))
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens."""

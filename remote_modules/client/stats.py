@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from remote_modules.client.history_store import HistoryStore
 from remote_modules.peers import short_id
 from remote_modules.plan.routing import Hop
 
@@ -39,6 +40,7 @@ class ClientStats:
         replayed_tokens: tokens (per sequence) sent again to rebuild lost KV caches, summed over hops.
         stall_seconds: time between failures and the answer that ended them, summed.
         bytes_sent, bytes_received: on all connections.
+        history_bytes, history_disk_bytes: kept now to rebuild lost KV caches, in memory and on disk.
         route: hops of the latest pass.
         waterfall: the last steps, each with the timing of its hops in order.
     """
@@ -50,6 +52,8 @@ class ClientStats:
     stall_seconds: float
     bytes_sent: int
     bytes_received: int
+    history_bytes: int
+    history_disk_bytes: int
     route: tuple[Hop, ...]
     waterfall: tuple[tuple[HopTiming, ...], ...]
 
@@ -69,6 +73,7 @@ class StatsRecorder:
     stall_s: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0
+    histories: HistoryStore | None = None
     route: tuple[Hop, ...] = ()
     waterfall: deque[tuple[HopTiming, ...]] = field(default_factory=lambda: deque(maxlen=WATERFALL_STEPS))
 
@@ -87,6 +92,8 @@ class StatsRecorder:
             stall_seconds=self.stall_s,
             bytes_sent=self.bytes_sent,
             bytes_received=self.bytes_received,
+            history_bytes=self.histories.bytes_in_memory if self.histories is not None else 0,
+            history_disk_bytes=self.histories.bytes_on_disk if self.histories is not None else 0,
             route=self.route,
             waterfall=tuple(self.waterfall),
         )

@@ -13,8 +13,8 @@ import torch
 
 from remote_modules.client.call import Named
 from remote_modules.client.chain import Chain, Work
-from remote_modules.client.history import StepInputs
 from remote_modules.client.hop_caches import HopCaches, PeerCache
+from remote_modules.client.owner_history import StepInputs
 from remote_modules.model.past import length_of, select_layers
 from remote_modules.model.tensors import concat, slice_tokens
 from remote_modules.net.client_connection import ClientConnection

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from random import Random
 from weakref import WeakKeyDictionary
 
+from remote_modules.client.history_store import HistoryStore
 from remote_modules.client.stats import StatsRecorder
 from remote_modules.config import ClientConfig
 from remote_modules.discovery.base import Discovery
@@ -64,6 +65,10 @@ class Swarm:
         self.num_blocks = stack.num_blocks
         self.bans = BanTable(ban_s=config.ban_s, max_ban_s=config.max_ban_s)
         self.estimator = WorkEstimator(min_timeout_s=config.min_request_timeout_s)
+        self.histories = HistoryStore(
+            memory_bytes=config.history_memory_bytes, dtype=config.history_dtype, folder=config.history_folder
+        )
+        stats.histories = self.histories
         self._discovery = discovery
         self._dialer = dialer
         self._model_key = model_key
@@ -183,6 +188,7 @@ class Swarm:
                 connection.abort()
         await self._dialer.aclose()
         await self._discovery.aclose()
+        self.histories.close()
 
     def _check_open(self) -> None:
         if self._is_closed:

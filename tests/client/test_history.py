@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import re
+import itertools
 from random import Random
-from typing import Any
 
 import pytest
 import torch
 
-from remote_modules.client.call import CallArguments, Mask
-from remote_modules.client.history import History, OwnerHistory, StepInputs
-from remote_modules.errors import UnsupportedCallError
+from remote_modules.client.history import SEAL_TOKENS, History
+from remote_modules.client.history_store import HistoryStore
 from remote_modules.model.tensors import TensorSpec
 
 WIDTH = 3
@@ -19,8 +17,9 @@ def hidden(rows: int, num_tokens: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(rows, num_tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-def history_of(*chunks: torch.Tensor) -> History:
-    history = History({"hidden_states": TensorSpec(("B", "T", "1H"))})
+def history_of(*chunks: torch.Tensor, memory_bytes: int = 2**40) -> History:
+    store = HistoryStore(memory_bytes=memory_bytes)
+    history = History({"hidden_states": TensorSpec(("B", "T", "1H"))}, store)
     for chunk in chunks:
         add(history, chunk)
     return history
@@ -38,13 +37,8 @@ def indices(*rows: int) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
-# -------------------------------------------------------------------------------- inputs of one boundary
-
-
 def test_new_history_is_empty() -> None:
-    history = history_of()
-    assert len(history) == 0
-    assert history.num_bytes() == 0
+    assert len(history_of()) == 0
 
 
 def test_appended_steps_are_read_in_order() -> None:
@@ -74,7 +68,7 @@ def test_history_cropped_to_nothing_takes_another_batch_size() -> None:
     history = history_of(hidden(2, 3))
     history.select(indices(1, 0))
     history.crop(0)
-    assert (len(history), history.num_bytes()) == (0, 0)
+    assert len(history) == 0
     add(history, hidden(1, 2))
     assert torch.equal(read(history), hidden(1, 2))
 
@@ -106,23 +100,41 @@ def test_copy_goes_its_own_way() -> None:
     assert torch.equal(read(copy), torch.cat([hidden(2, 3)[[1, 0]], hidden(2, 1, seed=1)], dim=1))
 
 
-def test_selections_cost_no_copy_until_read() -> None:
-    history = history_of(hidden(2, 100))
-    for _ in range(50):
-        history.select(indices(1, 0))
-    assert history.num_bytes() == 2 * 100 * WIDTH * 4
-    assert torch.equal(read(history), hidden(2, 100))
+def test_rows_are_those_of_now() -> None:
+    history = history_of(hidden(2, 3))
+    assert history.num_rows("hidden_states") == 2
+    history.select(indices(1, 0, 1))
+    assert history.num_rows("hidden_states") == 3
+    add(history, hidden(3, 1))
+    assert history.num_rows("hidden_states") == 3
+
+
+def test_tokens_are_sealed_in_order_and_a_range_reads_no_more_than_it_needs() -> None:
+    """Beam search over many chunks: the rows of each are those that all later selections come to."""
+    steps = 5 * SEAL_TOKENS // 2
+    history = history_of(memory_bytes=1)
+    twin = torch.empty(2, 0, WIDTH)
+    for number in range(steps):
+        new = hidden(2, 1, seed=number)
+        add(history, new)
+        rows = [number % 2, (number // 3) % 2]
+        history.select(indices(*rows))
+        twin = torch.cat([twin, new], dim=1)[rows]
+    assert torch.equal(read(history), twin)
+    for start, end in itertools.pairwise([0, 1, SEAL_TOKENS - 1, SEAL_TOKENS + 1, 2 * SEAL_TOKENS, steps]):
+        assert torch.equal(history.slice(start, end)["hidden_states"], twin[:, start:end])
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_random_operations_agree_with_a_plain_tensor(seed: int) -> None:
+@pytest.mark.parametrize("memory_bytes", [1, 2**40], ids=["on-disk", "in-memory"])
+def test_random_operations_agree_with_a_plain_tensor(seed: int, memory_bytes: int) -> None:
     rng = Random(seed)
-    history = history_of()
+    history = history_of(memory_bytes=memory_bytes)
     twin = torch.empty(2, 0, WIDTH)
-    for number in range(30):
+    for number in range(40):
         match rng.choice(["append", "append", "crop", "select", "read", "copy"]):
             case "append":
-                new = hidden(len(twin), rng.randint(1, 3), seed=number)
+                new = hidden(len(twin), rng.choice([1, 2, 3, 70]), seed=number)
                 add(history, new)
                 twin = torch.cat([twin, new], dim=1)
             case "crop":
@@ -140,237 +152,3 @@ def test_random_operations_agree_with_a_plain_tensor(seed: int) -> None:
             assert torch.equal(read(history), twin)
     if len(history):
         assert torch.equal(read(history), twin)
-
-
-# -------------------------------------------------------------------------------- positions and mask
-
-
-def call_of(num_tokens: int, *, rows: int = 1, **fields: Any) -> CallArguments:
-    return CallArguments(rows=rows, num_tokens=num_tokens, **fields)
-
-
-def begun(
-    owner: OwnerHistory,
-    num_tokens: int,
-    positions: torch.Tensor | None = None,
-    mask: Mask | None = None,
-    specs: dict[str, TensorSpec] | None = None,
-    **fields: Any,
-) -> StepInputs:
-    position = sum(step.num_tokens for step in owner.steps)
-    call = call_of(num_tokens, position_ids=positions, attention_mask=mask, **fields)
-    return owner.begin(position, call, specs or {})
-
-
-def extended(owner: OwnerHistory, num_tokens: int, *args: Any, **fields: Any) -> OwnerHistory:
-    owner.commit(begun(owner, num_tokens, *args, **fields))
-    return owner
-
-
-def positions_of(owner: OwnerHistory) -> list[list[int]] | None:
-    found = owner.positions
-    values: list[list[int]] | None = None if found is None else found.read()["position_ids"].tolist()
-    return values
-
-
-def mask_of(owner: OwnerHistory) -> list[list[int]] | None:
-    return None if owner.attention_mask is None else owner.attention_mask.tolist()
-
-
-def test_nothing_given_nothing_is_kept() -> None:
-    owner = extended(OwnerHistory(), 3)
-    assert (owner.positions, owner.attention_mask) == (None, None)
-    assert begun(owner, 1).tensors(3, 4, ()) == {}
-
-
-def test_positions_given_late_follow_the_usual_ones() -> None:
-    owner = extended(extended(OwnerHistory(), 2), 2, torch.tensor([[7, 8], [9, 10]]))
-    assert positions_of(owner) == [[0, 1, 7, 8], [0, 1, 9, 10]]
-
-
-def test_positions_no_longer_given_follow_the_token_count() -> None:
-    owner = extended(extended(OwnerHistory(), 2, torch.tensor([[5, 6]])), 2)
-    assert positions_of(owner) == [[5, 6, 2, 3]]
-
-
-def test_positions_of_several_kinds_are_kept_apart() -> None:
-    first = torch.arange(12).view(3, 2, 2)  # [kinds, B, T]
-    owner = extended(extended(OwnerHistory(), 2, first), 1)
-    assert positions_of(owner) == torch.cat([first, torch.full((3, 2, 1), 2)], dim=-1).tolist()
-    owner.select(indices(1))
-    assert positions_of(owner) == torch.cat([first[:, 1:], torch.full((3, 1, 1), 2)], dim=-1).tolist()
-
-
-def test_step_leaves_the_inputs_before_it_unchanged() -> None:
-    owner = extended(OwnerHistory(), 1, torch.tensor([[4]]), torch.ones(1, 1))
-    begun(owner, 1, torch.tensor([[5]]), torch.ones(1, 2))
-    assert positions_of(owner) == [[4]]
-    assert mask_of(owner) == [[1]]
-    assert len(owner.steps) == 1
-
-
-@pytest.mark.parametrize("columns", [1, 2, 4])
-def test_mask_without_a_column_for_each_token_is_refused(columns: int) -> None:
-    owner = extended(OwnerHistory(), 2)
-    with pytest.raises(UnsupportedCallError, match=rf"^attention_mask must have 3 columns, got {columns}$"):
-        begun(owner, 1, None, torch.ones(1, columns))
-
-
-@pytest.mark.parametrize("shape", [(2,), (1, 1), (2, 3), (1, 1, 1, 2)], ids=str)
-def test_positions_that_are_not_one_for_each_token_are_refused(shape: tuple[int, ...]) -> None:
-    positions = torch.zeros(shape, dtype=torch.int64)
-    text = f"position_ids must be [B, 2] or [1, 2], got {list(shape)}"
-    with pytest.raises(UnsupportedCallError, match=f"^{re.escape(text)}$"):
-        begun(OwnerHistory(), 2, positions)
-
-
-def test_mask_missing_after_it_was_given_is_refused() -> None:
-    owner = extended(OwnerHistory(), 2, None, torch.ones(1, 2))
-    with pytest.raises(UnsupportedCallError, match="give it in every step$"):
-        begun(owner, 1)
-
-
-def test_side_input_missing_after_it_was_given_is_refused() -> None:
-    owner = extended(OwnerHistory(), 2, tensors={"token_type_ids": torch.zeros(1, 2, dtype=torch.int64)})
-    with pytest.raises(UnsupportedCallError, match=r"^'owner\.token_type_ids' must be given in every step"):
-        begun(owner, 1)
-
-
-def test_whole_mask_of_the_last_step_is_kept() -> None:
-    mask = torch.tensor([[0, 1, 1]])
-    owner = extended(extended(OwnerHistory(), 2), 1, None, mask)
-    assert owner.attention_mask is mask
-
-
-@pytest.mark.parametrize("length", [1, 2])
-def test_crop_cuts_columns(length: int) -> None:
-    owner = extended(OwnerHistory(), 3, torch.tensor([[4, 5, 6]]), torch.tensor([[0, 1, 1]]))
-    owner.crop(length)
-    assert positions_of(owner) == [[4, 5, 6][:length]]
-    assert mask_of(owner) == [[0, 1, 1][:length]]
-    assert [step.num_tokens for step in owner.steps] == [length]
-
-
-def test_crop_to_nothing_forgets_that_anything_was_given() -> None:
-    given = {"token_type_ids": torch.zeros(1, 3, dtype=torch.int64)}
-    owner = extended(OwnerHistory(), 3, torch.tensor([[4, 5, 6]]), torch.tensor([[0, 1, 1]]), tensors=given)
-    owner.crop(0)
-    assert (owner.positions, owner.attention_mask, owner.steps) == (None, None, [])
-    assert begun(owner, 1).tensors(0, 1, ()) == {}
-    OwnerHistory().crop(0)
-
-
-def test_select_takes_rows_but_keeps_positions_that_all_share() -> None:
-    mask = torch.tensor([[0, 1], [1, 1]])
-    shared = extended(OwnerHistory(), 2, torch.tensor([[4, 5]]), mask)
-    shared.select(indices(1, 1, 0))
-    assert positions_of(shared) == [[4, 5]]
-    assert mask_of(shared) == [[1, 1], [1, 1], [0, 1]]
-    single = extended(OwnerHistory(), 2, torch.tensor([[4, 5], [6, 7]]))
-    single.select(indices(1, 0))
-    assert positions_of(single) == [[6, 7], [4, 5]]
-    assert single.attention_mask is None
-
-
-def test_copy_of_owner_inputs_goes_its_own_way() -> None:
-    owner = extended(OwnerHistory(), 2, torch.tensor([[4, 5]]), torch.ones(1, 2))
-    copy = owner.copy()
-    owner.crop(0)
-    assert positions_of(copy) == [[4, 5]]
-    assert mask_of(copy) == [[1, 1]]
-    assert [step.num_tokens for step in copy.steps] == [2]
-
-
-# -------------------------------------------------------------------------------- what a request brings
-
-
-SIDES = {"side.a": TensorSpec(("B", "T", "?")), "side.b": TensorSpec(("B", "T"), is_float=False)}
-
-
-def sides_of(rows: int, num_tokens: int, seed: int) -> dict[str, torch.Tensor]:
-    return {"side.a": hidden(rows, num_tokens, seed), "side.b": torch.arange(seed, seed + num_tokens).expand(rows, -1)}
-
-
-def test_request_brings_the_side_inputs_of_its_hop_for_its_tokens() -> None:
-    first, second = sides_of(1, 3, seed=1), sides_of(1, 2, seed=7)
-    owner = extended(OwnerHistory(), 3, sides=first, specs=SIDES)
-    step = begun(owner, 2, sides=second, specs=SIDES)
-    assert step.tensors(3, 5, {"side.b"}).keys() == {"side.b"}
-    assert torch.equal(step.tensors(3, 5, SIDES)["side.a"], second["side.a"])
-    assert torch.equal(step.tensors(0, 2, SIDES)["side.a"], first["side.a"][:, :2])
-    both = step.tensors(1, 4, SIDES)
-    assert torch.equal(both["side.a"], torch.cat([first["side.a"][:, 1:], second["side.a"][:, :1]], dim=1))
-    assert both["side.b"].tolist() == [[2, 3, 7]]
-
-
-def test_request_brings_tensors_of_the_owner_for_its_tokens_and_constants_whole() -> None:
-    constant = torch.rand(2, 5)
-    types = torch.tensor([[0, 1, 1]])
-    owner = extended(OwnerHistory(), 3, tensors={"token_type_ids": types, "table": constant})
-    step = begun(owner, 1, tensors={"token_type_ids": torch.tensor([[4]]), "table": constant})
-    tensors = step.tensors(1, 4, ())
-    assert tensors["owner.token_type_ids"].tolist() == [[1, 1, 4]]
-    assert tensors["owner.table"] is constant
-
-
-def test_request_across_old_and_new_tokens_brings_positions_of_both() -> None:
-    owner = extended(OwnerHistory(), 2, torch.tensor([[5, 6]]))
-    assert begun(owner, 2, torch.tensor([[8, 9]])).tensors(1, 3, ())["position_ids"].tolist() == [[6, 8]]
-    assert begun(owner, 2).tensors(0, 4, ())["position_ids"].tolist() == [[5, 6, 2, 3]]
-    late = begun(extended(OwnerHistory(), 2), 1, torch.tensor([[9]]))
-    assert late.tensors(0, 3, ())["position_ids"].tolist() == [[0, 1, 9]]
-
-
-@pytest.mark.parametrize(
-    ("behind", "flags", "chunks"),
-    [
-        (0, (False, False), [(5, 7)]),
-        (5, (False, False), [(0, 4), (4, 7)]),
-        (5, (False, True), [(0, 4), (4, 5), (5, 7)]),
-        (5, (True, False), [(0, 3), (3, 4), (4, 5), (5, 7)]),
-    ],
-    ids=["nothing-behind", "merged", "new-ones-apart", "same-steps"],
-)
-def test_replay_is_divided_as_its_exactness_asks(
-    behind: int, flags: tuple[bool, bool], chunks: list[tuple[int, int]]
-) -> None:
-    owner = OwnerHistory()
-    for num_tokens in (3, 1, 1):
-        extended(owner, num_tokens)
-    step = begun(owner, 2)
-    assert step.chunks(behind, 4, is_exact=flags[0], is_apart=flags[1]) == chunks
-
-
-def test_masks_of_their_own_make_the_same_steps_again() -> None:
-    prefill, decode = torch.rand(2, 1, 3, 3), torch.rand(2, 1, 1, 4)
-    owner = extended(OwnerHistory(), 3, None, prefill)
-    assert owner.has_step_masks
-    step = begun(owner, 1, None, decode)
-    assert step.chunks(3, 100, is_exact=False, is_apart=False) == [(0, 3), (3, 4)]
-    assert torch.equal(step.tensors(0, 3, ())["attention_mask"], prefill)
-    assert torch.equal(step.tensors(3, 4, ())["attention_mask"], decode)
-
-
-def test_masks_of_their_own_are_cut_and_selected_with_the_tokens() -> None:
-    prefill, decode = torch.rand(2, 1, 3, 3), torch.rand(2, 1, 1, 4)
-    owner = extended(extended(OwnerHistory(), 3, None, prefill), 1, None, decode)
-    owner.select(indices(1, 0))
-    owner.crop(2)
-    (step,) = owner.steps
-    assert step.num_tokens == 2
-    assert torch.equal(step.masks["attention_mask"], prefill[[1, 0]][:, :, :2, :2])
-
-
-def test_masks_by_layer_type_are_kept_by_name_and_none_stays_none() -> None:
-    full = torch.rand(2, 1, 2, 2)
-    owner = extended(OwnerHistory(), 2, None, {"full_attention": full, "sliding_attention": None})
-    owner.select(indices(1, 1, 0))
-    (step,) = owner.steps
-    assert torch.equal(step.masks["attention_mask.full_attention"], full[[1, 1, 0]])
-    assert step.masks["attention_mask.sliding_attention"].numel() == 0
-
-
-def test_mask_of_a_static_cache_is_cut_to_the_tokens_there_are() -> None:
-    whole = torch.rand(1, 1, 2, 16)
-    step = begun(OwnerHistory(), 2, None, whole)
-    assert torch.equal(step.masks["attention_mask"], whole[..., :2])

@@ -31,6 +31,8 @@ def test_new_recorder_shows_zeros() -> None:
         stall_seconds=0.0,
         bytes_sent=0,
         bytes_received=0,
+        history_bytes=0,
+        history_disk_bytes=0,
         route=(),
         waterfall=(),
     )

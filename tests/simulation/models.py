@@ -8,7 +8,7 @@ import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from remote_modules.client.sequential import RemoteSequential
 from remote_modules.client.stats import ClientStats
+from remote_modules.config import ClientConfig
 from remote_modules.model.probe import probe_stack
 from remote_modules.model.shrink import tiny_config, tiny_model
 from remote_modules.model.stack import StackSpec
@@ -151,17 +152,15 @@ class Stage:
 
 
 @contextmanager
-def opened(model_type: str, *, same_steps: bool = False) -> Iterator[Stage]:
+def opened(model_type: str, **settings: Any) -> Iterator[Stage]:
     """A fresh swarm.
 
     Args:
-        same_steps: rebuild lost caches by the very steps that made them: equal to the last bit, at more requests.
+        settings: of the client.
     """
     family = family_of(model_type)
-    with InlineSwarm(family.folder, family.spans * SPARES) as swarm:
+    with InlineSwarm(family.folder, family.spans * SPARES, config=ClientConfig(**settings)) as swarm:
         model: Any = swarm.load()
         model.generation_config.eos_token_id = None
         layers = next(module for module in model.modules() if isinstance(module, RemoteSequential))
-        handle = layers._handle.swarm
-        handle.stack = replace(handle.stack, replays_steps=handle.stack.replays_steps or same_steps)
         yield Stage(family, swarm, model, layers)

@@ -191,7 +191,7 @@ def rollbacks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize(("mode", "family"), CASES, ids=lambda value: str(value))
 def test_undisturbed_run_is_the_local_one(mode: str, family: str) -> None:
-    with opened(family, same_steps=mode == "forked") as stage:  # a fork is a rebuilt cache, too
+    with opened(family, exact_replay=mode == "forked") as stage:  # a fork is a rebuilt cache, too
         run = MODES[mode][0]
         found, expected = run(stage.model), run(stage.family.local)
         if (mode, family) in UNEVEN:
@@ -220,7 +220,7 @@ def test_loss_of_a_peer_changes_nothing(mode: str, family: str, kill: str, rollb
 @pytest.mark.parametrize(("mode", "family"), SAME_STEPS, ids=lambda value: str(value))
 def test_cache_rebuilt_by_the_same_steps_is_equal_to_the_last_bit(mode: str, family: str) -> None:
     kill = "spare-too"
-    with opened(family, same_steps=True) as stage:
+    with opened(family, exact_replay=True) as stage:
         run = MODES[mode][0]
         with stage.killing(KILLS[kill]):
             found = run(stage.model)
