@@ -6,6 +6,7 @@ While answers are awaited, a peer that says nothing is pinged, and given up when
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -57,6 +58,7 @@ class ClientConnection(Connection):
         super().__init__(protocol, on_message=self._receive, on_lost=self._lose)
         self.peer_id = peer_id
         self.is_draining = False
+        self.on_draining: Callable[[], object] | None = None
         self.load = 0
         self.rtt_s: float | None = None
         self._loop = asyncio.get_running_loop()
@@ -167,6 +169,8 @@ class ClientConnection(Connection):
                 self._hear_pong(load)
             case messages.Draining():
                 self.is_draining = True
+                if self.on_draining is not None:
+                    self.on_draining()
 
     def _check_hello(self, hello: messages.ServerHello) -> None:
         proven = verify_hello(

@@ -132,7 +132,7 @@ class Copies:
         blocks = Span(request.start, request.end)
         is_new = session is None
         if session is None:
-            session = self._open(request, blocks, may_open)
+            session = self._open(request, blocks, may_open or request.source is None)
         elif session.span != blocks:
             refuse(f"the session was opened for blocks {session.span}, got {blocks}")
         try:

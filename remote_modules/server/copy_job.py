@@ -133,11 +133,18 @@ class CopyJob:
         session = self.session
         return CacheMeta(session.cache.length, session.rows, session.version, self.num_bytes)
 
+    def _check_open(self) -> None:
+        """A closed session must reserve nothing."""
+        if self.session.is_closed:
+            refuse("the session was closed meanwhile", RefusalReason.SESSION_LOST)
+
     async def _follow(self, version: int) -> None:
         """Do the cache operations that the source has seen, and the session has not."""
+        self._check_open()
         session, request = self.session, self.request
         num_seen = version - request.version
-        if not 0 <= num_seen <= len(request.ops):
+        takes_any = session.cache.length == 0 and request.position is None  # what it reads has seen them
+        if num_seen < 0 or (num_seen > len(request.ops) and not takes_any):
             known = f"{request.version} to {request.version + len(request.ops)}"
             refuse(f"the source has seen {version} cache operations, expected {known}", RefusalReason.SESSION_LOST)
         if session.cache.length == 0:
@@ -168,6 +175,7 @@ class CopyJob:
     async def _fetch(self, meta: CacheMeta, shared: Named) -> None:
         """Take what the session lacks."""
         session, cache = self.session, self.session.cache
+        self._check_open()
         first, last = cache.length, meta.position if self.request.position is None else self.request.position
         if first > last or meta.rows < 1 or (first and session.rows != meta.rows):
             text = f"the session holds {session.rows} x {first} tokens, its source {meta.rows} x {last}"
@@ -180,8 +188,7 @@ class CopyJob:
         await self.device.run(lambda: taken.add(shared, None, 0, last))
         for blocks, start, end in self._parts(form, meta.rows, first, last):
             await self._take(taken, blocks, start, end, meta.version)
-        if session.is_closed:
-            refuse("the session was closed meanwhile", RefusalReason.SESSION_LOST)
+        self._check_open()
         await self.device.run(taken.finish)
 
     async def _take(self, taken: CacheImport, blocks: Span, start: int, end: int, version: int) -> None:

@@ -265,6 +265,9 @@ class Handler:
         adapter: Adapter | None,
     ) -> Reply:
         call, num_tokens = request.call, request.call.num_tokens
+        if request.version not in (None, session.version):
+            text = f"the session has seen {session.version} cache operations, the step expects {request.version}"
+            refuse(text, RefusalReason.SESSION_LOST)
         position, rows, most_rows = check_ops(
             request,
             tensors.indices,

@@ -198,6 +198,7 @@ class StepRequest(_Base, frozen=True, tag="step"):
         mask_is_whole: see ``tensors``.
         create: whether an unknown session is to be opened.
         num_outputs: answer only the last so many tokens; None for all.
+        version: cache operations that the session must have seen before ``ops``, else ``session_lost``; None for any.
     """
 
     request_id: Id
@@ -213,6 +214,7 @@ class StepRequest(_Base, frozen=True, tag="step"):
     mask_is_whole: bool = False
     create: bool = False
     num_outputs: Count | None = None
+    version: Count | None = None
 
 
 class ForwardRequest(_Base, frozen=True, tag="forward"):

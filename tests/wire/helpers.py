@@ -33,7 +33,7 @@ EXAMPLES: tuple[Message, ...] = (
     CLIENT_HELLO,
     SERVER_HELLO,
     messages.Reject("too many connections"),
-    messages.StepRequest(1, "s" * 16, 2, 0, 4, 3, OPS, HIDDEN, 1.5, CALL, True, True, 1),
+    messages.StepRequest(1, "s" * 16, 2, 0, 4, 3, OPS, HIDDEN, 1.5, CALL, True, True, 1, 2),
     messages.ForwardRequest(2, 0, 4, HIDDEN, 1.5, CALL),
     messages.BackwardRequest(3, 0, 4, HIDDEN, 1.5, CALL),
     messages.CopyRequest(4, "s" * 16, 0, 4, 1, OPS, INDICES, 1.5, "t" * 16, SOURCE, True, 9),
