@@ -42,6 +42,11 @@ class ClientStats:
         hedges: times that a second peer was asked because the first was slow.
         hedges_won: times that the second one was first.
         waiting_for: blocks that nobody holds and that a pass waits for now, in order.
+        handed_over_tokens: tokens (per sequence) of KV caches that went from peer to peer for a change of the route,
+            summed over hops.
+        copied_bytes: of KV caches that peers copied for us: for changes of the route, for buddies and for forks.
+        promotions: times that a hop failed and its buddy took over.
+        forks: KV caches that were copied for a fork.
         stall_seconds: time between failures and the answer that ended them, summed.
         bytes_sent, bytes_received: on all connections.
         history_bytes, history_disk_bytes: kept now to rebuild lost KV caches, in memory and on disk.
@@ -53,6 +58,10 @@ class ClientStats:
     failovers: int
     reroutes: int
     replayed_tokens: int
+    handed_over_tokens: int
+    copied_bytes: int
+    promotions: int
+    forks: int
     stall_seconds: float
     hedges: int
     hedges_won: int
@@ -77,6 +86,10 @@ class StatsRecorder:
     failovers: int = 0
     reroutes: int = 0
     replayed_tokens: int = 0
+    handed_over_tokens: int = 0
+    copied_bytes: int = 0
+    promotions: int = 0
+    forks: int = 0
     stall_s: float = 0.0
     hedges: int = 0
     hedges_won: int = 0
@@ -99,6 +112,10 @@ class StatsRecorder:
             failovers=self.failovers,
             reroutes=self.reroutes,
             replayed_tokens=self.replayed_tokens,
+            handed_over_tokens=self.handed_over_tokens,
+            copied_bytes=self.copied_bytes,
+            promotions=self.promotions,
+            forks=self.forks,
             stall_seconds=self.stall_s,
             hedges=self.hedges,
             hedges_won=self.hedges_won,

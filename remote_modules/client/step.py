@@ -58,8 +58,11 @@ class Step(Work):
     async def do_hop(self, hop: Hop, chain: Chain) -> None:
         if self._step_back():
             return
-        connection = await chain.connect(hop, "step", self.demand)
         cache = self.session.caches.setdefault(hop.span, PeerCache())
+        if cache.position:  # a peer that is leaving serves what it has until that is elsewhere (`client.copies`)
+            connection = await chain.swarm.connect(hop.peer_id, "step")
+        else:
+            connection = await chain.connect(hop, "step", self.demand)
         if cache.replaces:
             connection.send(messages.CloseSession(cache.replaces))
             cache.replaces = ""
@@ -77,6 +80,11 @@ class Step(Work):
 
     async def replace_hop(self, hop: Hop, hops: tuple[Hop, ...], chain: Chain) -> None:
         self._free(hop)
+        buddy = self.session.promote(hop.span)
+        if buddy is not None:
+            hops = (buddy.hop,)
+            self.session.caches[hop.span] = buddy.cache
+            chain.swarm.stats.promotions += 1
         self.hops[:1] = hops
         self.session.hops = [*self.done, *self.hops]
 
@@ -217,7 +225,7 @@ class Step(Work):
         entry = self._entry(hop, start, end)
         shared = self._step.tensors(start, end, self._stack.side_specs(hop.span))
         tensors = {**entry, **indices, **shared, **past}
-        mask, is_whole = self._mask(start, end, bool(ops) or cache.position == 0)
+        mask, is_whole = self._mask(start, end, bool(ops) or cache.position == 0 or cache.is_copy)
         if mask is not None and not any(name.startswith("attention_mask") for name in shared):
             tensors["attention_mask"] = mask
         call = self._step.call
@@ -239,6 +247,7 @@ class Step(Work):
             mask_is_whole=is_whole,
             create=cache.step_id == 0,
             num_outputs=None if num_outputs == num_tokens else num_outputs,
+            version=cache.version if cache.is_copy else None,
         )
         kind = "decode" if num_tokens == 1 else "prefill"
         try:
@@ -250,7 +259,8 @@ class Step(Work):
             self.session.free(hop, cache)
             raise
         self.recorded.update(recorded)
-        cache.position, cache.step_id = end, cache.step_id + 1
+        cache.position, cache.step_id, cache.is_copy = end, cache.step_id + 1, False
+        cache.version += len(ops)
         cache.pending.clear()
         return output
 

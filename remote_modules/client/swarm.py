@@ -6,8 +6,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from random import Random
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, WeakSet
 
 from remote_modules.client.history_store import HistoryStore
 from remote_modules.client.router import Router
@@ -23,11 +23,18 @@ from remote_modules.plan.compatibility import is_allowed, matching
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
 
-__all__ = ["Swarm"]
+__all__ = ["Swarm", "Watcher"]
 
 logger = logging.getLogger(__name__)
 
 FRESH_S = 0.05  # a view of this age was looked up for the very route that is asked for
+
+
+class Watcher(Protocol):
+    """Wants to know when a peer leaves."""
+
+    def peer_is_leaving(self, peer_id: PeerId) -> None:
+        """It said so; on the loop."""
 
 
 class Swarm:
@@ -83,6 +90,7 @@ class Swarm:
         self._adapters: WeakKeyDictionary[ClientConnection, set[str]] = WeakKeyDictionary()
         self._tasks: set[asyncio.Task[None]] = set()  # that find out whether peers are alive
         self._is_closed = False
+        self.watchers: WeakSet[Watcher] = WeakSet()
 
     def record(self, peer_id: PeerId) -> PeerRecord:
         """The latest record of a peer on a route.
@@ -167,6 +175,10 @@ class Swarm:
         connection = self.open_connection(peer_id, lane)
         if connection is not None:
             self._start_task(self._check(connection, self.router.instance_of(peer_id)))
+
+    def leaving_peers(self) -> set[PeerId]:
+        """Those that we are connected to and that said that they are leaving."""
+        return {key[0] for key, link in self._connections.items() if link.is_open and link.is_draining}
 
     def adapters_sent(self, connection: ClientConnection) -> set[str]:
         """Digests of the adapters that the peer got over this connection."""
@@ -298,7 +310,14 @@ class Swarm:
     async def _dial(self, key: tuple[PeerId, str]) -> ClientConnection:
         connection = await self._dialer.dial(self.record(key[0]))
         self._connections[key] = connection
+        connection.on_draining = lambda: self._tell_watchers(key[0])
+        if connection.is_draining:
+            self._tell_watchers(key[0])
         return connection
+
+    def _tell_watchers(self, peer_id: PeerId) -> None:
+        for watcher in list(self.watchers):
+            watcher.peer_is_leaving(peer_id)
 
     def _dialled(self, key: tuple[PeerId, str], task: asyncio.Task[ClientConnection]) -> None:
         self._dialling.pop(key, None)

@@ -21,7 +21,7 @@ import msgspec
 import torch
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
-from remote_modules.config import ServerConfig
+from remote_modules.config import ClientConfig, ServerConfig
 from remote_modules.discovery.base import Discovery
 from remote_modules.discovery.exchange_site import ExchangeSite
 from remote_modules.discovery.known_peers import KnownPeers
@@ -29,7 +29,7 @@ from remote_modules.discovery.merged import build_discovery
 from remote_modules.errors import DiscoveryError
 from remote_modules.identity import Certificate, Identity
 from remote_modules.net.addresses import dialable_host
-from remote_modules.net.http import PeerSite
+from remote_modules.net.http import HttpDialer, PeerSite
 from remote_modules.peers import PeerRecord, PeerState, SignedRecord, short_id
 from remote_modules.plan.leases import DuplicateIdentityError
 from remote_modules.server.announcer import Announcer
@@ -82,6 +82,7 @@ class Peer:
         self._certificate: Certificate | None = None
         self._sweeper: asyncio.Task[None] | None = None
         self._supervisor: DeviceSupervisor | None = None
+        self._dialer = HttpDialer(ClientConfig(), software=f"remote-modules {package_version()}")
 
     async def start(self) -> None:
         """Listen first (a port in use must not cost a load), announce as joining, load, measure, go online."""
@@ -193,6 +194,7 @@ class Peer:
             await self._supervisor.stop()
         if self._handler is not None:
             self._handler.abort()
+        await self._dialer.aclose()
         if self._site is not None:
             await self._site.aclose()
         if self._executor is not None:
@@ -236,6 +238,7 @@ class Peer:
             clock=time.monotonic,
             certificate_sha256=self._certificate.sha256 if self._certificate else "",
             software=f"remote-modules {package_version()}",
+            dialer=self._dialer,
         )
 
     def _describe(self) -> PeerRecord:
@@ -280,7 +283,7 @@ class Peer:
         for name, (text, read) in gauges.items():
             Gauge(name, text, registry=registry).set_function(partial(self._read, read))
         requests = Gauge("remote_modules_requests", "Requests taken since start.", ["kind"], registry=registry)
-        for kind in ("step", "forward", "backward"):
+        for kind in ("step", "forward", "backward", "copy", "read"):
             requests.labels(kind).set_function(partial(self._read, partial(_num_requests, kind)))
         return lambda: generate_latest(registry)
 

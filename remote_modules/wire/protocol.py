@@ -5,7 +5,7 @@
     CLIENT                              SERVER
     start   -- ClientHello -->          greeted
     greeted <-- ServerHello --          open        (or Reject, then closed)
-    open    -- Step, Forward, Backward, Cancel, CloseSession, Ping, Pong -->
+    open    -- Step, Forward, Backward, Copy, Read, Cancel, CloseSession, Ping, Pong -->
     open    <-- Output, Refused, Ping, Pong, Draining --
     any     -- end of stream -->        closed
 
@@ -55,6 +55,8 @@ _CLIENT_SENDS = (
     messages.StepRequest,
     messages.ForwardRequest,
     messages.BackwardRequest,
+    messages.CopyRequest,
+    messages.ReadRequest,
     messages.Cancel,
     messages.CloseSession,
     messages.Ping,
