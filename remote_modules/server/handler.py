@@ -316,7 +316,7 @@ class Handler:
         return reply
 
     async def _run(
-        self, request: Request, connection_id: int, priority: Priority, work: Callable[[], dict[str, torch.Tensor]]
+        self, request: AnyRequest, connection_id: int, priority: Priority, work: Callable[[], dict[str, torch.Tensor]]
     ) -> Timed[dict[str, torch.Tensor]]:
         try:
             return await self.executor.run(priority, work, client=connection_id, timeout_s=request.timeout_s)
