@@ -168,7 +168,7 @@ class Router:
         """
         self.estimator.observe(hop.peer_id, kind, work=work, took_s=took_s)
         sample = Sample(
-            is_decode=kind == "decode",
+            kind=kind,
             work=work,
             num_bytes=num_bytes,
             total_s=took_s,

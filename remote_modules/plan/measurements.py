@@ -30,6 +30,7 @@ class Sample:
     """One answered request.
 
     Attributes:
+        kind: ``"decode"``, ``"prefill"``, ``"forward"`` or ``"backward"``.
         work: tokens (of all rows) times blocks.
         num_bytes: of request and answer.
         total_s: from sending to the answer, by our clock.
@@ -37,7 +38,7 @@ class Sample:
         load, free_kv_tokens: of the peer, when it answered.
     """
 
-    is_decode: bool
+    kind: str
     work: float
     num_bytes: int
     total_s: float
@@ -103,7 +104,8 @@ class Measurements:
             peer.add("rtt", wire_s, now_s)
         else:
             peer.add("byte", (wire_s - (peer.now("rtt", now_s) or rtt_s or 0.0)) / sample.num_bytes, now_s)
-        peer.add("decode" if sample.is_decode else "prefill", compute_s / max(1.0, sample.work), now_s)
+        if sample.kind != "backward":  # which is slower than what routes are chosen by
+            peer.add("decode" if sample.kind == "decode" else "prefill", compute_s / max(1.0, sample.work), now_s)
         peer.load, peer.free_kv_tokens, peer.answered_s = sample.load, sample.free_kv_tokens, now_s
 
     def observe_lag(self, peer_id: PeerId, waited_s: float, *, now_s: float) -> None:

@@ -206,6 +206,15 @@ def test_timeout_follows_what_was_observed_where_others_can_stand_in() -> None:
     assert lone.router.timeout_s(hop, "decode", 8.0, 0) == 30.0  # giving up would only make it begin anew
 
 
+def test_longest_timeout_and_retries_are_settings() -> None:
+    client = Client(record(1), max_request_timeout_s=5.0, retry_ratio=0.5)
+    assert client.router.timeout_s(Hop(peer_of(1), ALL), "decode", 8.0, 0) == 5.0
+    assert sum(client.router.budget.take(now_s=0.0) for _ in range(100)) == 16
+    for _ in range(10):
+        client.router.budget.earn()
+    assert sum(client.router.budget.take(now_s=0.0) for _ in range(100)) == 5
+
+
 def test_patience_has_a_least_time() -> None:
     client = Client(record(1), min_hedge_s=0.2)
     for _ in range(50):

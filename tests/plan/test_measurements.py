@@ -19,7 +19,7 @@ RECORD = make_record(
 
 def sample(**changes: Any) -> Sample:
     fields: dict[str, Any] = {
-        "is_decode": True,
+        "kind": "decode",
         "work": 4.0,
         "num_bytes": 1000,
         "total_s": 0.1,
@@ -66,10 +66,17 @@ def test_answer_overrides_what_is_announced() -> None:
     assert found.bandwidth_bytes_per_s is None
 
 
-def test_prefill_tells_of_the_prefill_speed() -> None:
-    found = candidate(measured(sample(is_decode=False, work=400.0)))
+@pytest.mark.parametrize("kind", ["prefill", "forward"])
+def test_prefill_tells_of_the_prefill_speed(kind: str) -> None:
+    found = candidate(measured(sample(kind=kind, work=400.0)))
     assert found.decode_tokens_per_s == 100.0
     assert found.prefill_tokens_per_s == pytest.approx(400.0 / 0.03)
+
+
+def test_backward_tells_of_the_link_alone() -> None:
+    found = candidate(measured(sample(kind="backward", work=400.0)))
+    assert (found.decode_tokens_per_s, found.prefill_tokens_per_s) == (100.0, 1000.0)
+    assert found.rtt_s == pytest.approx(0.05)
 
 
 def test_large_request_tells_of_the_bandwidth_not_of_the_round_trip() -> None:
