@@ -48,6 +48,7 @@ class Rule:
         turn_s: how long the next in rank waits for the one before it.
         heal_turn_s: the same while a block is held by nobody.
         check_interval_s: mean time between two checks.
+        gap_interval_s: mean time between two looks for blocks that nobody holds.
         max_joining: nobody moves for balance while more servers than that are joining.
         num_groups: groups of servers that are tried in an election; 0: single moves only.
     """
@@ -57,12 +58,17 @@ class Rule:
     turn_s: float = 120.0
     heal_turn_s: float = 10.0
     check_interval_s: float = 60.0
+    gap_interval_s: float = 5.0
     max_joining: int = 0
     num_groups: int = 40
 
     def next_check_s(self, rng: Random) -> float:
         """Time to the next check, so drawn that servers do not check in step."""
         return self.check_interval_s * rng.uniform(0.5, 1.5)
+
+    def next_look_s(self, rng: Random) -> float:
+        """The same to the next look for gaps."""
+        return self.gap_interval_s * rng.uniform(0.5, 1.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ __all__ = [
     "elect",
     "gaps",
     "members_of",
+    "should_yield",
     "view_seed",
 ]
 
@@ -116,6 +117,23 @@ def decide_move(
     if proposal.gain * (rule.horizon_s - reload_s) <= proposal.loss * reload_s:
         return Stay(f"{reload_s:.0f} s of reload cost more than is gained in {rule.horizon_s:.0f} s")
     return Move(proposal.span, proposal.gain, f"raises the level by {proposal.gain:.1%}")
+
+
+def should_yield(members: Sequence[Member], me: PeerId, old: Span) -> bool:
+    """Whether to take back a claim, when a fresh view shows that others moved at the same time.
+
+    Args:
+        members: with ``me`` as it announced its claim: joining, at its new span.
+        old: the span that ``me`` holds yet.
+
+    Returns:
+        Whether ``me`` would leave a block without a holder, or a peer with a lower id loads all that ``me`` would.
+    """
+    claim = next((member.span for member in members if member.peer_id == me), old)
+    others = [member for member in members if member.peer_id != me and member.state is not PeerState.DRAINING]
+    leaves_bare = any(block not in claim and all(block not in other.span for other in others) for block in old)
+    rivals = [other for other in others if other.state is PeerState.JOINING and other.peer_id < me]
+    return leaves_bare or any(rival.span.covers(claim) for rival in rivals)
 
 
 class Turns:

@@ -30,7 +30,7 @@ KICK_SIZES = (3, 4, 5)  # servers that are taken out
 WORSE, WORSE_SHARE = 0.003, 0.3  # some kicks may lower the level by so much of the bound
 MAX_TURNS = 2  # of all servers at each sharpness, to begin with
 SMALL = 8  # servers, for which all spans may be tried
-VISITS_PER_KICK = 30  # take as long
+VISITS_PER_KICK = 100  # of the search through all spans
 GOOD_ENOUGH = 0.995  # of the bound: no search goes on from there
 
 

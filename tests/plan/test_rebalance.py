@@ -16,6 +16,7 @@ from remote_modules.plan.rebalance import (
     Turns,
     decide_move,
     elect,
+    should_yield,
     view_seed,
 )
 from remote_modules.plan.throughput import Capacity, Layout
@@ -121,9 +122,36 @@ def test_turns_count_from_when_a_peer_became_the_first() -> None:
     assert turns.waited_s([], 50.0) == 10.0
 
 
+def claimed(me: Member, *others: Member) -> list[Member]:
+    return [replace(me, span=Span(4, 8), state=PeerState.JOINING), *others]
+
+
+@pytest.mark.parametrize(
+    ("others", "yields"),
+    [
+        ([MEMBERS[2]], False),
+        ([], True),  # the last holder of 0:4
+        ([replace(MEMBERS[2], state=PeerState.DRAINING)], True),
+        ([replace(MEMBERS[2], span=Span(0, 3))], True),
+        ([replace(MEMBERS[2], state=PeerState.JOINING)], False),
+        ([MEMBERS[2], replace(MEMBERS[0], span=Span(4, 8), state=PeerState.JOINING)], True),  # 'a' goes before 'b'
+        ([MEMBERS[2], replace(MEMBERS[3], span=Span(4, 8), state=PeerState.JOINING)], False),
+        ([MEMBERS[2], replace(MEMBERS[0], span=Span(4, 7), state=PeerState.JOINING)], False),
+    ],
+    ids=["spare", "last", "others drain", "others hold less", "others join", "lower id", "higher id", "smaller claim"],
+)
+def test_claim_is_taken_back_if_others_moved_at_the_same_time(others: list[Member], yields: bool) -> None:
+    assert should_yield(claimed(MEMBERS[1], *others), B, Span(0, 4)) is yields
+
+
+def test_claim_that_nobody_sees_is_no_move() -> None:
+    assert not should_yield([MEMBERS[2]], B, Span(0, 4))
+
+
 def test_checks_are_spread() -> None:
     rule = Rule(check_interval_s=60.0)
     times = [rule.next_check_s(Random(seed)) for seed in range(50)]
+    assert all(2.5 <= rule.next_look_s(Random(seed)) <= 7.5 for seed in range(50))
     assert all(30.0 <= time_s <= 90.0 for time_s in times)
     assert max(times) - min(times) > 30.0
 

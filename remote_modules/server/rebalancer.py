@@ -1,0 +1,160 @@
+"""The loop in which a server looks whether it should hold other blocks, and moves.
+
+It looks for gaps every few seconds and for a better balance every minute or so; `plan.rebalance` decides. A move is
+claimed first: announced, and then the swarm is looked up once more, so that of two that moved at the same time one
+takes its claim back before anything is unloaded. Nothing here touches the model: that is the `MovingServer`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from random import Random
+from typing import Protocol
+
+from remote_modules.errors import DiscoveryError, RemoteModulesError
+from remote_modules.peers import PeerId, PeerRecord
+from remote_modules.plan.rebalance import (
+    Member,
+    Move,
+    MoveCost,
+    Rule,
+    Turns,
+    decide_move,
+    elect,
+    gaps,
+    members_of,
+    should_yield,
+    view_seed,
+)
+from remote_modules.plan.throughput import Layout
+from remote_modules.spans import Span
+
+__all__ = ["MovingServer", "Rebalancer"]
+
+logger = logging.getLogger(__name__)
+
+
+class MovingServer(Protocol):
+    """What the loop asks of the server."""
+
+    @property
+    def span(self) -> Span:
+        """What it holds."""
+        ...
+
+    def move_cost(self) -> MoveCost:
+        """What a move would cost it now."""
+        ...
+
+    async def claim(self, span: Span) -> None:
+        """Announce itself as joining with ``span``; sessions go on."""
+        ...
+
+    async def release(self) -> None:
+        """Take the claim back: announce itself as online with what it holds."""
+        ...
+
+    async def move(self, span: Span) -> None:
+        """Hand sessions over, load ``span``, and announce itself as online with it."""
+        ...
+
+
+class Rebalancer:
+    """Runs until cancelled.
+
+    Args:
+        layout: with the sizes of blocks only if all servers announce the same room; usually without.
+        lookup: the records of all servers of the model, this one's own among them.
+        token_bytes: of one token between blocks.
+        rule: the same for all servers of the model.
+        rng: spreads the checks.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        server: MovingServer,
+        me: PeerId,
+        layout: Layout,
+        *,
+        lookup: Callable[[], Awaitable[Sequence[PeerRecord]]],
+        token_bytes: int,
+        rule: Rule,
+        rng: Random,
+        clock: Callable[[], float],
+    ) -> None:
+        self._server = server
+        self._me = me
+        self._layout = layout
+        self._lookup = lookup
+        self._token_bytes = token_bytes
+        self._rule = rule
+        self._rng = rng
+        self._clock = clock
+        self._turns = Turns()
+        self.num_moves = 0
+        self.num_yields = 0
+
+    async def run(self) -> None:
+        """Look, decide and move, for ever. Failures are logged, and tried again at the next check."""
+        next_check_s = self._clock() + self._rule.next_check_s(self._rng)
+        while True:
+            await asyncio.sleep(self._rule.next_look_s(self._rng))
+            is_due = self._clock() >= next_check_s
+            if is_due:
+                next_check_s = self._clock() + self._rule.next_check_s(self._rng)
+            try:
+                await self.check(for_balance=is_due)
+            except (RemoteModulesError, OSError) as exc:
+                level = logging.INFO if isinstance(exc, DiscoveryError) else logging.WARNING
+                logger.log(level, "not rebalanced: %s", exc)
+
+    async def check(self, *, for_balance: bool) -> Span | None:
+        """One check; where the server moved, if it did.
+
+        Args:
+            for_balance: whether to look for more than gaps.
+
+        Raises:
+            DiscoveryError: the swarm cannot be looked up.
+            RemoteModulesError, OSError: the move failed; the claim is taken back.
+        """
+        members = await self._members()
+        if not (for_balance or gaps(self._layout, members)):
+            return None
+        proposals = elect(self._layout, members, rule=self._rule, rng=Random(view_seed(members)))
+        decision = decide_move(
+            members,
+            self._me,
+            proposals,
+            rule=self._rule,
+            cost=self._server.move_cost(),
+            waited_s=self._turns.waited_s(proposals, self._clock()),
+        )
+        if not isinstance(decision, Move):
+            logger.debug("stays span=%s: %s", self._server.span, decision.reason)
+            return None
+        return await self._move(decision)
+
+    async def _move(self, decision: Move) -> Span | None:
+        old = self._server.span
+        await self._server.claim(decision.span)
+        is_moved = False
+        try:
+            if should_yield(await self._members(), self._me, old):
+                self.num_yields += 1
+                logger.info("stays span=%s: others moved at the same time", old)
+                return None
+            logger.info("moves span=%s to=%s: it %s", old, decision.span, decision.reason)
+            await self._server.move(decision.span)
+            is_moved = True
+            self.num_moves += 1
+            return decision.span
+        finally:
+            if not is_moved:
+                await self._server.release()
+
+    async def _members(self) -> tuple[Member, ...]:
+        return members_of(await self._lookup(), token_bytes=self._token_bytes)
