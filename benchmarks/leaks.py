@@ -191,7 +191,9 @@ def quiet(peer: Any, layers: RemoteSequential, num_connections: int) -> tuple[di
         time.sleep(0.5)
 
 
-def verdict(side: str, start: dict[str, int], middle: dict[str, int], end: dict[str, int], half: int) -> dict[str, Any]:
+def verdict(side: str, snapshots: list[dict[str, int]], half: int) -> dict[str, Any]:
+    """What grew from the first of three snapshots to the last, and whether that is within the bars."""
+    start, middle, end = snapshots
     growth = end["rss_bytes"] - start["rss_bytes"]
     slope = (end["rss_bytes"] - middle["rss_bytes"]) / half
     exact = {name: [start[name], end[name]] for name in EXACT if name in start}
@@ -214,7 +216,12 @@ def main() -> None:
     num_sessions = 600 if arguments.quick else arguments.sessions
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    limits = {"session_idle_s": 2.0, "orphan_session_s": 1.0, "max_batch_tokens": MAX_BATCH_TOKENS, "num_threads": 1}
+    limits: dict[str, Any] = {
+        "session_idle_s": 2.0,
+        "orphan_session_s": 1.0,
+        "max_batch_tokens": MAX_BATCH_TOKENS,
+        "num_threads": 1,
+    }
     with LocalSwarm(built_in_path(), spans=["0:8"], mode="process", **limits) as swarm:
         layers = RemoteSequential.from_swarm(
             built_in_path(), trackers=swarm.trackers, mdns=False, config=ClientConfig(pass_deadline_s=30.0)
@@ -230,12 +237,14 @@ def main() -> None:
             snapshots.append(quiet(peer, layers, 1))
             print(f"{count} sessions, {time.monotonic() - began_s:.0f} s", file=sys.stderr, flush=True)
         lines = [
-            verdict(side, *(snapshot[index] for snapshot in snapshots), num_sessions - num_sessions // 2)
+            verdict(side, [snapshot[index] for snapshot in snapshots], num_sessions - num_sessions // 2)
             for index, side in enumerate(("peer", "client"))
         ]
         layers.close()
     for line in lines:
-        print(json.dumps({"benchmark": "leaks", "num_sessions": num_sessions, **line, "ways": driver.counts}), flush=True)
+        print(
+            json.dumps({"benchmark": "leaks", "num_sessions": num_sessions, **line, "ways": driver.counts}), flush=True
+        )
     if not all(line["met"] for line in lines):
         raise SystemExit("a bar is missed")
 
