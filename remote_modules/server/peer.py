@@ -279,6 +279,8 @@ class Peer:
             "remote_modules_kv_bytes": ("Reserved KV cache.", lambda handler: handler.sessions.budget.used_bytes),
             "remote_modules_load": ("Requests queued or running.", lambda handler: handler.executor.load),
             "remote_modules_connections": ("Open connections.", lambda handler: handler.num_connections),
+            "remote_modules_tasks": ("Tasks on the event loop.", lambda _: len(asyncio.all_tasks())),
+            "remote_modules_device_restarts": ("Times that the device came back.", lambda _: self._num_restarts()),
         }
         for name, (text, read) in gauges.items():
             Gauge(name, text, registry=registry).set_function(partial(self._read, read))
@@ -286,6 +288,9 @@ class Peer:
         for kind in ("step", "forward", "backward", "copy", "read"):
             requests.labels(kind).set_function(partial(self._read, partial(_num_requests, kind)))
         return lambda: generate_latest(registry)
+
+    def _num_restarts(self) -> int:
+        return self._supervisor.num_restarts if self._supervisor is not None else 0
 
     def _read(self, read: Callable[[Handler], float]) -> float:
         return read(self._handler) if self._handler is not None else 0.0
