@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from records import make_identity, make_record
-from redis_support import RedisServer
 
 from remote_modules.config import TrackerConfig
 from remote_modules.discovery.base import OverloadedError, Pace
@@ -18,6 +17,8 @@ from remote_modules.errors import DiscoveryError
 from remote_modules.peers import PeerRecord, PeerState
 from remote_modules.plan.leases import StaleRecordError
 from remote_modules.server.announcer import Announcer
+
+from .redis_support import RedisServer
 
 ALICE, BOB = make_identity(1), make_identity(2)
 
