@@ -36,8 +36,10 @@ class Bench:
             self.clients.append(TrackerClient(server.url))
 
     async def close(self) -> None:
-        for closing in (*self.clients, self.a, self.b):
-            await closing.aclose()
+        for client in self.clients:
+            await client.aclose()
+        for server in (self.a, self.b):
+            await server.aclose()
 
 
 def run(url: str, scenario: Callable[[Bench, TrackerClient, TrackerClient], Awaitable[None]]) -> None:
