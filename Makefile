@@ -41,7 +41,7 @@ test-oldest: $(OLDEST_READY)
 
 test-redis: $(READY)
 	@command -v redis-server >/dev/null || command -v valkey-server >/dev/null || { echo "redis-server is missing; on Debian: apt install redis-server" >&2; exit 1; }
-	$(BIN)/python -m pytest tests/redis $(ARGS)
+	$(BIN)/python -m pytest tests/replicas $(ARGS)
 
 # On its own: the laboratory's hosts are namespaces of this one machine, and two at a time would share its clock.
 test-wan: $(READY)

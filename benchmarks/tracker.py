@@ -336,6 +336,12 @@ class Crowd:
         own.close()
 
 
+def allow_many_connections() -> None:
+    """Each peer of a herd has one of its own."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def run_crowd(port: int, num_peers: int, *, sequence: int, spread_s: float, num_links: int, lead_s: float) -> Tally:
     """``num_peers`` announce from `NUM_CLIENTS` processes."""
     begin_unix_s = time.time() + lead_s
@@ -443,11 +449,12 @@ def main() -> None:
     parser.add_argument("--serve", choices=("tracker", "open", "echo", "verify"), help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    allow_many_connections()
     if args.serve:
         serve(args.serve, args.port)
     scale = 10 if args.quick else 1
     lead_s = 4.0 if args.quick else 10.0  # starting the client processes and signing for all their peers
-    scenarios = {
+    scenarios: dict[str, Callable[[], dict[str, object]]] = {
         "memory": lambda: measure_memory(100_000 // scale, 10),
         "throughput": lambda: measure_throughput(10_000 // scale, 5 if args.quick else 9),
         "herd": lambda: measure_herd(10_000 // scale, lead_s),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,11 +187,23 @@ def test_server_listens_on_loopback_unless_told() -> None:
     assert ServerConfig(model="tiny").is_local
 
 
+def test_peer_cache_and_exchange_are_switched_by_their_fields(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("REMOTE_MODULES_PEER_CACHE", str(tmp_path))
+    for default, changed in (
+        (ClientConfig(), ClientConfig(peer_cache=None, peer_exchange=False)),
+        (ServerConfig(model="tiny"), ServerConfig(model="tiny", peer_cache=None, peer_exchange=False)),
+    ):
+        assert (default.peer_cache, default.peer_exchange) == (tmp_path, True)
+        assert (changed.peer_cache, changed.peer_exchange) == (None, False)
+
+
 # TrackerConfig.
 
 
 @pytest.mark.parametrize("value", NOT_POSITIVE)
-@pytest.mark.parametrize("name", ["lease_s", "max_records", "max_body_bytes"])
+@pytest.mark.parametrize(
+    "name", ["lease_s", "max_records", "max_body_bytes", "max_announces_per_s", "source_per_s", "identity_per_s"]
+)
 def test_tracker_number_that_is_not_positive_is_refused(name: str, value: float) -> None:
     assert refused_message(TrackerConfig, **{name: value}) == f"{name} must be positive and finite, got {value!r}"
 

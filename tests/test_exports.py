@@ -32,7 +32,7 @@ MIRRORED = ("wire", "plan", "discovery", "net", "model", "client", "server")
 TESTED_BY = {
     "client": "tests/swarm",  # needs peers: whole swarms over sockets there, and under virtual time in tests/simulation
     "discovery.base": "tests/discovery/test_conformance.py",  # an interface: every implementation runs the suite
-    "discovery.redis_storage": "tests/redis/test_redis_storage.py",
+    "discovery.redis_storage": "tests/replicas/test_redis_storage.py",
     "discovery.storage": "tests/discovery/test_storage_contract.py",
     "discovery.tracker_replies": "tests/discovery/test_tracker_server.py",
     "discovery.http_json": "tests/discovery/test_tracker_client.py",

@@ -30,9 +30,10 @@ class Tracker:
 
         Raises:
             DiscoveryError: the port is in use.
+            ValueError: the storage is of no kind that is known, or its package is not installed.
         """
-        self._io = LoopThread("remote-modules-tracker")
         self._server = TrackerServer(self.config)
+        self._io = LoopThread("remote-modules-tracker")
         try:
             self._io.run(self._server.start())
         except BaseException:

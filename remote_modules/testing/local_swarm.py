@@ -59,7 +59,7 @@ class LocalSwarm:
         self._mode = mode
         self._wants_tracker = tracker
         self._links = links
-        self._options = {"mdns": False, "announce_interval_s": 1.0, **server_options}
+        self._options = {"mdns": False, "peer_cache": None, "announce_interval_s": 1.0, **server_options}
         self._folder = tempfile.TemporaryDirectory(prefix="remote-modules-swarm-")
 
     @property

@@ -17,6 +17,7 @@ def unchanged_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No settings from outside, a known width, and logging as it was."""
     for name in [name for name in os.environ if name.startswith("REMOTE_MODULES_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("REMOTE_MODULES_PEER_CACHE", "off")
     monkeypatch.setenv("COLUMNS", "100")
     for console in (output.out, output.err):  # a console may have taken its width from the environment already
         monkeypatch.setattr(console, "width", 100)

@@ -16,6 +16,10 @@ def test_port_in_use_is_one_line() -> None:
         assert f"port {port} on 127.0.0.1 is in use" in invoke("tracker", "--port", str(port)).error
 
 
+def test_unknown_storage_is_one_line() -> None:
+    assert "storage must be 'memory' or a redis://" in invoke("tracker", "--port", "0", "--storage", "disk").error
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
 def test_tracker_runs_until_a_signal(number: signal.Signals, code: int) -> None:
     with running("tracker", "--port", "0", "--json") as process:

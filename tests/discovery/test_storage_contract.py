@@ -1,4 +1,4 @@
-"""The contract of storages on the memory of one process; tests/redis runs it on a Redis."""
+"""The contract of storages on the memory of one process; tests/replicas runs it on a Redis."""
 
 from __future__ import annotations
 

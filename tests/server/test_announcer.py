@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 
 import msgspec
 import pytest
@@ -288,9 +289,9 @@ def test_all_of_many_peers_are_listed_again_within_an_interval_and_not_all_at_on
             one = Announcer(
                 tracker,
                 identity,
-                describe=lambda record=record: record,
+                describe=partial(msgspec.structs.replace, record),
                 interval_s=30.0,
-                first_sequence=2**41,  # type: ignore[misc]
+                first_sequence=2**41,
             )
             await one.set_state(PeerState.ONLINE)
             one.start()

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from records import make_identity, make_record
-from redis_support import RedisServer
 
 from remote_modules.config import TrackerConfig
 from remote_modules.discovery.base import OverloadedError, Pace
@@ -18,6 +17,8 @@ from remote_modules.errors import DiscoveryError
 from remote_modules.peers import PeerRecord, PeerState
 from remote_modules.plan.leases import StaleRecordError
 from remote_modules.server.announcer import Announcer
+
+from .redis_support import RedisServer
 
 ALICE, BOB = make_identity(1), make_identity(2)
 
@@ -35,8 +36,10 @@ class Bench:
             self.clients.append(TrackerClient(server.url))
 
     async def close(self) -> None:
-        for closing in (*self.clients, self.a, self.b):
-            await closing.aclose()
+        for client in self.clients:
+            await client.aclose()
+        for server in (self.a, self.b):
+            await server.aclose()
 
 
 def run(url: str, scenario: Callable[[Bench, TrackerClient, TrackerClient], Awaitable[None]]) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 from records import make_identity, make_record
-from redis_support import RedisServer
 from storage_contract import StorageContract, StorageWorld
 
 from remote_modules.discovery.redis_storage import RedisStorage
 from remote_modules.discovery.storage import LeaseStorage, StorageDownError
 from remote_modules.discovery.tracker_server import open_storage
 from remote_modules.plan.leases import StaleRecordError
+
+from .redis_support import RedisServer
 
 ALICE, BOB = make_identity(1), make_identity(2)
 

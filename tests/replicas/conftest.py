@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from redis_support import RedisServer
+
+from .redis_support import RedisServer
 
 
 @pytest.fixture(scope="session")
