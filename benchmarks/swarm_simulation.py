@@ -52,11 +52,12 @@ ALL_STRATEGIES = (
     "3 full, gain 20 %",
     "3 full, stops to fetch",
     "3 full, prompt",
+    "3 full, prompt, short leases",
 )
 AT_JOIN, FULL = ALL_STRATEGIES[1:3]
-PROMPT = ALL_STRATEGIES[-1]
+PROMPT, SHORT_LEASES = ALL_STRATEGIES[-2:]
 PROMPT_RULE = Rule(check_interval_s=15.0, turn_s=30.0, max_joining=1000)  # joining peers keep nobody from moving
-COMPARED = (ALL_STRATEGIES[0], AT_JOIN, FULL, PROMPT)
+COMPARED = (AT_JOIN, FULL, PROMPT, SHORT_LEASES)
 SECTIONS = ("churn", "gaps", "scale", "routing")
 
 
@@ -65,7 +66,7 @@ def make_strategy(name: str, seed: int) -> Strategy:
         return RandomSpans()
     if name == AT_JOIN:
         return BalanceAtJoin()
-    if name == PROMPT:
+    if name in (PROMPT, SHORT_LEASES):
         return BalanceAlways(PROMPT_RULE, Random(2000 + seed))
     min_gain = {"3 full, gain 1 %": 0.01, "3 full, gain 20 %": 0.2}.get(name, Rule().min_gain)
     return BalanceAlways(Rule(min_gain=min_gain), Random(2000 + seed))
@@ -73,6 +74,8 @@ def make_strategy(name: str, seed: int) -> Strategy:
 
 def simulate(conditions: Conditions, strategy: str, seed: int, hours: float) -> tuple[Report, SwarmSimulation]:
     conditions = dataclasses.replace(conditions, fetches_ahead=strategy != "3 full, stops to fetch")
+    if strategy == SHORT_LEASES:
+        conditions = dataclasses.replace(conditions, lease_s=45.0, announce_interval_s=15.0)
     swarm = SwarmSimulation(
         conditions, make_strategy(strategy, seed), world=Random(seed), decisions=Random(1000 + seed)
     )
@@ -288,9 +291,9 @@ def plans(*, is_quick: bool) -> tuple[list[Churn], int, list[Scale], int]:
         return [Churn(20, 2.0, ALL_STRATEGIES, 1, 0.5)], 8, [Scale(100, 0.1, 300.0, 0.0)], 5
     churns = [
         Churn(20, 2.0, COMPARED, 2, 2.0),
-        Churn(50, 2.0, COMPARED, 2, 1.5),
-        Churn(100, 2.0, ALL_STRATEGIES, 1, 1.5),
-        Churn(100, 8.0, COMPARED, 1, 1.5),
+        Churn(50, 2.0, COMPARED, 2, 1.0),
+        Churn(100, 2.0, ALL_STRATEGIES, 2, 1.0),
+        Churn(100, 8.0, COMPARED, 2, 1.0),
     ]
     scales = [
         Scale(100, 1.0, 1800.0, 0.0),
