@@ -1,6 +1,6 @@
 """Simulated swarms of 10^2 to 10^5 peers under churn: throughput against the bound, moves, gaps, tracker load.
 
-    python benchmarks/swarm_simulation.py [--quick] [--write] [--only churn gaps scale routing]
+    python benchmarks/swarm_simulation.py [--quick] [--write] [--only churn gaps scale routing] [--seeds N]
 
 Prints JSON on stdout and the same as Markdown tables on stderr. With --write the tables replace those of
 docs/simulation.md and the plots go to docs/plots/ (needs the extra `plots`). Virtual time, fixed seeds: all but the
@@ -51,12 +51,15 @@ ALL_STRATEGIES = (
     "3 full, gain 1 %",
     "3 full, gain 20 %",
     "3 full, stops to fetch",
+    "3 full, unheld",
     "3 full, prompt",
+    "3 full, prompt, short leases",
 )
 AT_JOIN, FULL = ALL_STRATEGIES[1:3]
-PROMPT = ALL_STRATEGIES[-1]
-PROMPT_RULE = Rule(check_interval_s=15.0, turn_s=30.0, max_joining=1000)  # joining peers keep nobody from moving
-COMPARED = (ALL_STRATEGIES[0], AT_JOIN, FULL, PROMPT)
+UNHELD, PROMPT, SHORT_LEASES = ALL_STRATEGIES[-3:]
+UNHELD_RULE = Rule(max_joining=1_000_000)  # joining peers keep nobody from moving
+PROMPT_RULE = Rule(max_joining=1_000_000, check_interval_s=15.0, turn_s=30.0)
+COMPARED = (AT_JOIN, FULL, PROMPT, SHORT_LEASES)
 SECTIONS = ("churn", "gaps", "scale", "routing")
 
 
@@ -65,14 +68,18 @@ def make_strategy(name: str, seed: int) -> Strategy:
         return RandomSpans()
     if name == AT_JOIN:
         return BalanceAtJoin()
-    if name == PROMPT:
+    if name in (PROMPT, SHORT_LEASES):
         return BalanceAlways(PROMPT_RULE, Random(2000 + seed))
+    if name == UNHELD:
+        return BalanceAlways(UNHELD_RULE, Random(2000 + seed))
     min_gain = {"3 full, gain 1 %": 0.01, "3 full, gain 20 %": 0.2}.get(name, Rule().min_gain)
     return BalanceAlways(Rule(min_gain=min_gain), Random(2000 + seed))
 
 
 def simulate(conditions: Conditions, strategy: str, seed: int, hours: float) -> tuple[Report, SwarmSimulation]:
     conditions = dataclasses.replace(conditions, fetches_ahead=strategy != "3 full, stops to fetch")
+    if strategy == SHORT_LEASES:
+        conditions = dataclasses.replace(conditions, lease_s=45.0, announce_interval_s=15.0)
     swarm = SwarmSimulation(
         conditions, make_strategy(strategy, seed), world=Random(seed), decisions=Random(1000 + seed)
     )
@@ -81,22 +88,21 @@ def simulate(conditions: Conditions, strategy: str, seed: int, hours: float) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Churn:
-    """Swarms that every strategy meets: how many peers, how long they stay, what is watched."""
+    """Swarms that every strategy meets: how many peers, how long they stay, how long they are watched."""
 
     num_peers: int
     life_hours: float
     strategies: tuple[str, ...]
-    num_seeds: int
     hours: float
 
 
-def measure_churn(churn: Churn) -> tuple[list[dict[str, Any]], dict[str, list[Sample]]]:
+def measure_churn(churn: Churn, num_seeds: int) -> tuple[list[dict[str, Any]], dict[str, list[Sample]]]:
     """A row for each strategy, of means over the seeds; and the samples of the first seed, by strategy."""
     conditions = Conditions(num_peers=churn.num_peers, mean_life_s=HOUR_S * churn.life_hours)
     rows, samples = [], {}
     for strategy in churn.strategies:
         print(f"churn: {churn.num_peers} peers, {strategy}", file=sys.stderr)
-        reports = [simulate(conditions, strategy, seed, churn.hours)[0] for seed in range(churn.num_seeds)]
+        reports = [simulate(conditions, strategy, seed, churn.hours)[0] for seed in range(num_seeds)]
         samples[strategy] = reports[0].samples
         shares = sorted(sample.share for report in reports for sample in report.samples)
         planned = [sample.announced / sample.bound for report in reports for sample in report.samples if sample.bound]
@@ -170,11 +176,12 @@ def recovery_s(swarm: SwarmSimulation) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """A run for size: how many peers, how long, and how old the view of one that checks may be."""
+    """A run for size: how many peers, how long, the intervals of announcing, and how old a view may be."""
 
     num_peers: int
     hours: float
     warm_up_s: float
+    announce_interval_s: float
     view_age_s: float
 
 
@@ -184,15 +191,19 @@ def measure_scale(scale: Scale) -> dict[str, Any]:
         num_peers=scale.num_peers,
         warm_up_s=scale.warm_up_s,
         ramp_s=scale.warm_up_s / 2,
+        announce_interval_s=scale.announce_interval_s,
+        lease_s=3 * scale.announce_interval_s,
         view_age_s=scale.view_age_s,
     )
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began_s, began_cpu_s = time.perf_counter(), time.process_time()
-    report, swarm = simulate(conditions, FULL, 1, scale.hours)
+    report, swarm = simulate(conditions, UNHELD, 1, scale.hours)
     wall_s, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "peers": scale.num_peers,
+        "view s": scale.view_age_s,
+        "announce s": scale.announce_interval_s,
         "virtual min": 60 * scale.hours + scale.warm_up_s / 60,
         "share of bound": report.mean_share,
         "moves/h": report.per_hour(report.num_moves),
@@ -285,30 +296,32 @@ def write_document(tables: dict[str, str]) -> None:
 
 def plans(*, is_quick: bool) -> tuple[list[Churn], int, list[Scale], int]:
     if is_quick:
-        return [Churn(20, 2.0, ALL_STRATEGIES, 1, 0.5)], 8, [Scale(100, 0.1, 300.0, 0.0)], 5
+        return [Churn(20, 2.0, ALL_STRATEGIES, 0.5)], 8, [Scale(100, 0.1, 300.0, 30.0, 0.0)], 5
     churns = [
-        Churn(20, 2.0, COMPARED, 2, 2.0),
-        Churn(50, 2.0, COMPARED, 2, 1.5),
-        Churn(100, 2.0, ALL_STRATEGIES, 1, 1.5),
-        Churn(100, 8.0, COMPARED, 1, 1.5),
+        Churn(20, 2.0, COMPARED, 2.0),
+        Churn(50, 2.0, COMPARED, 1.0),
+        Churn(100, 2.0, ALL_STRATEGIES, 1.0),
+        Churn(100, 8.0, COMPARED, 1.0),
     ]
     scales = [
-        Scale(100, 1.0, 1800.0, 0.0),
-        Scale(1_000, 0.5, 1800.0, 60.0),
-        Scale(10_000, 0.25, 900.0, 60.0),
-        Scale(100_000, 0.25, 900.0, 60.0),
+        Scale(100, 0.5, 1800.0, 30.0, 0.0),
+        Scale(1_000, 0.25, 900.0, 30.0, 60.0),
+        Scale(10_000, 0.25, 600.0, 30.0, 60.0),
+        Scale(100_000, 0.2, 600.0, 120.0, 300.0),
     ]
     return churns, 20, scales, 50
 
 
-def measure(only: Sequence[str], *, is_quick: bool) -> tuple[dict[str, Any], list[dict[str, list[Sample]]]]:
+def measure(
+    only: Sequence[str], *, num_seeds: int, is_quick: bool
+) -> tuple[dict[str, Any], list[dict[str, list[Sample]]]]:
     churns, num_kills, scales, num_routes = plans(is_quick=is_quick)
     results: dict[str, Any] = {}
     curves = []
     if "churn" in only:
         results["churn"] = []
         for churn in churns:
-            rows, samples = measure_churn(churn)
+            rows, samples = measure_churn(churn, num_seeds)
             results["churn"] += rows
             curves.append(samples)
     if "gaps" in only:
@@ -325,12 +338,13 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small swarms and short times: seconds, not an hour")
     parser.add_argument("--write", action="store_true", help="write docs/simulation.md and docs/plots")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="parts to measure")
+    parser.add_argument("--seeds", type=int, default=2, help="swarms of each kind under churn")
     parser.add_argument("--scale", help=argparse.SUPPRESS)  # one run for size, as JSON
     options = parser.parse_args(None if arguments is None else [*arguments])
     if options.scale:
         print(json.dumps(measure_scale(Scale(**json.loads(options.scale)))))
         return
-    results, curves = measure(options.only, is_quick=options.quick)
+    results, curves = measure(options.only, num_seeds=options.seeds, is_quick=options.quick)
     tables = {name: markdown(rows) for name, rows in results.items()}
     for name, table in tables.items():
         print(f"\n{name}\n\n{table}", file=sys.stderr)

@@ -44,7 +44,7 @@ STILL = replace(
 )
 
 
-RULE = Rule(check_interval_s=10.0, turn_s=20.0, max_joining=5, num_groups=4)
+RULE = Rule(check_interval_s=20.0, turn_s=40.0, max_joining=5, num_groups=0)
 
 
 class Ordered(RandomSpans):
@@ -83,8 +83,8 @@ def test_tables_equal_what_is_there_at_every_moment(strategy: Strategy) -> None:
     swarm = simulate(strategy)
     everyone: dict[str, Peer] = {}
     most_ghosts = 0
-    for tick in range(400):
-        swarm.events.run_until(3.0 * tick)
+    for tick in range(150):
+        swarm.events.run_until(6.0 * tick)
         now_s = swarm.events.now_s
         everyone |= swarm.peers
         leases = swarm.leases.lookup(None, now_s)
@@ -108,7 +108,7 @@ def test_tables_equal_what_is_there_at_every_moment(strategy: Strategy) -> None:
 
 
 def run(seed: int) -> Report:
-    return simulate(BalanceAlways(RULE, Random(0)), seed).run(900.0)
+    return simulate(BalanceAlways(RULE, Random(0)), seed).run(300.0)
 
 
 def test_same_seed_gives_the_same_report_and_another_seed_another() -> None:
@@ -244,9 +244,9 @@ def test_mover_serves_while_it_fetches_and_then_decides_anew() -> None:
     swarm.run(0.2)  # fetched 6..10; 3..9 needs no more
     assert (peer.phase, peer.span) == (Phase.LOADING, Span(3, 9))
     swarm.run(2.8)
-    assert peer.phase is Phase.LOADING
+    assert swarm.serving.num_holders.tolist() == [1] * 12
     swarm.run(0.2)
-    assert peer.phase is Phase.SERVING
+    assert swarm.serving.num_holders.tolist() == [1] * 3 + [2] * 6 + [1] * 3
     assert swarm.report.num_moves == 1
     assert swarm.report.loading_s == 6 * 5.5 + 6 * 0.5
 
@@ -316,7 +316,6 @@ def test_full_balancing_moves_and_beats_balancing_at_the_join() -> None:
     assert at_join.num_moves == 0
     assert always.num_moves > 10
     assert always.mean_share > at_join.mean_share + 0.03
-    assert always.gap_s < at_join.gap_s
 
 
 def test_client_that_sees_a_dead_peer_gets_a_stale_route_and_one_without_peers_none() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from remote_modules.peers import PeerId
 from remote_modules.plan.election import Member, Proposal, Rule, elect, view_seed
 from remote_modules.plan.placement import best_span
 from remote_modules.plan.rebalance import Move, decide_move
@@ -33,7 +34,7 @@ class View:
     conditions: Conditions
     layout: Layout
     announced: Coverage
-    members: Mapping[str, Member]
+    members: Mapping[PeerId, Member]
     version: int
     now_s: float
 
@@ -87,7 +88,7 @@ class BalanceAlways(BalanceAtJoin):
         self._rng = rng
         self._members: Sequence[Member] = ()
         self._proposals: tuple[Proposal, ...] = ()
-        self._spans: dict[str, Span] = {}  # of those who are proposed, when they were
+        self._spans: dict[PeerId, Span] = {}  # of those who are proposed, when they were
         self._version = -1
         self._elected_at_s = -math.inf
 

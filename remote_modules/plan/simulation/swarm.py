@@ -58,7 +58,7 @@ class SwarmSimulation:
         self.events = EventQueue()
         self.leases = LeaseTable(max_records=MAX_RECORDS)
         self.peers: dict[str, Peer] = {}
-        self.members: dict[str, Member] = {}
+        self.members: dict[PeerId, Member] = {}
         self.serving = Coverage(conditions.num_blocks)
         self.announced = Coverage(conditions.num_blocks)
         self.report = Report()
