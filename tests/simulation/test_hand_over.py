@@ -104,6 +104,7 @@ def test_fork_goes_on_as_a_fork_of_the_local_cache(family: str) -> None:
 CRASH = {"first-hop": Kill(hop=0, call=3, moment_s=0.0), "last-hop": Kill(hop=1, call=3, moment_s=COMPUTING_S)}
 # A step cannot be made again once a rollback or a beam took rows that it computed together with others.
 MADE_AGAIN = [(mode, family) for mode, family in CASES if (mode, family) in SAME_STEPS and family not in NOT_COPIED]
+MADE_AGAIN = [case for case in MADE_AGAIN if case[0] != "forked"]  # a fork that is just made has no buddy yet
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,9 @@ def test_buddy_takes_over_when_a_peer_is_lost(mode: str, family: str, when: str)
             assert_equal(found, expected)
         else:
             assert_close(found, expected, ROUNDING.get(family, 1e-4))
-        if family not in NOT_COPIED:
+        if mode == "forked":
+            assert 1 <= stage.stats.promotions <= stage.stats.failovers
+        elif family not in NOT_COPIED:
             assert stage.stats.failovers == stage.stats.promotions == 1
             assert stage.stats.replayed_tokens <= 8  # those since the buddy was last brought up to date
         del found
