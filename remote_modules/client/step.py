@@ -25,6 +25,8 @@ from remote_modules.wire import messages
 
 __all__ = ["Step"]
 
+MAX_TAIL_STEPS = 64
+
 
 class Step(Work):
     """One step under way.
@@ -165,7 +167,7 @@ class Step(Work):
         chunks = self._step.chunks(
             behind,
             max(1, chain.swarm.config.max_replay_tokens // max(1, call.rows)),
-            is_exact=self._stack.replays_steps or chain.swarm.config.exact_replay,
+            is_exact=self._stack.replays_steps or chain.swarm.config.exact_replay or self._is_short(behind),
             is_apart=bool(call.record),
         )
         old: list[Named] = []
@@ -179,6 +181,12 @@ class Step(Work):
             if wanted > num_old:
                 new.append(self._cut(outputs, num_old, None) if num_old else outputs)
         return self._joined(old), self._joined(new)
+
+    def _is_short(self, behind: int) -> bool:
+        """Whether a copy lacks a few last steps only: made again one by one, they give the very same cache."""
+        if not 0 < behind < self._position - self._start:
+            return False
+        return len(self._step.old.step_ends(after=self._position - behind)) <= MAX_TAIL_STEPS
 
     def _cut(self, tensors: Named, start: int, end: int | None) -> Named:
         specs = self._stack.carried

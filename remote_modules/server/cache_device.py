@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
 from remote_modules.errors import PeerRefused, RefusalReason, UnsupportedCallError
-from remote_modules.model.kv import SpanCache
 from remote_modules.model.kv_state import CacheForm
 from remote_modules.server.checks import refuse
-from remote_modules.server.engine import Engine, apply_op
+from remote_modules.server.engine import Engine
 from remote_modules.server.executor import Executor, Priority
 from remote_modules.spans import Span
-from remote_modules.wire.messages import CacheOp
 
 __all__ = ["CacheDevice"]
 
@@ -58,12 +56,3 @@ class CacheDevice:
     async def form(self, blocks: Span) -> CacheForm:
         """What caches of ``blocks`` consist of."""
         return await self.run(lambda: self.engine.cache_form(blocks))
-
-    async def apply(self, cache: SpanCache, ops: Sequence[CacheOp], indices: Mapping[str, torch.Tensor]) -> None:
-        """Change ``cache`` as ``ops`` say, which were checked."""
-
-        def run() -> None:
-            for op in ops:
-                apply_op(cache, op, indices)
-
-        await self.run(run)

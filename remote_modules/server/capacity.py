@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from remote_modules.plan.placement import choose_span
 from remote_modules.plan.throughput import Capacity, Layout
 from remote_modules.spans import Span
 
-__all__ = ["choose_blocks", "free_bytes", "parameter_bytes"]
+__all__ = ["choose_blocks", "free_bytes", "free_unused", "parameter_bytes"]
 
 WORKSPACE_BYTES = 512 * 1024 * 1024  # activations and allocator slack, where they are not measured
 KV_TOKENS = 8192  # room that a peer keeps when it chooses how many blocks to hold
@@ -50,6 +51,13 @@ def _allowed_bytes(cgroup: Path) -> int:
     except OSError:
         return 2**62
     return 2**62 if limit == "max" else max(0, int(limit) - int(used))
+
+
+def free_unused() -> None:
+    """Give back the memory of a span that is held no more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def parameter_bytes(block: nn.Module, dtype: torch.dtype) -> int:

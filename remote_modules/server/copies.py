@@ -119,13 +119,18 @@ class Copies:
             refuse(f"{self._num_copies} sessions are being copied", RefusalReason.BUSY)
         self._num_copies += 1
         limit_s = min(max(request.timeout_s, MIN_COPY_S), MAX_COPY_S)
+        task = asyncio.get_running_loop().create_task(self._copy(request, indices, connection_id, may_open))
         try:
-            return await asyncio.wait_for(self._copy(request, indices, connection_id, may_open), limit_s)
-        except asyncio.TimeoutError as exc:
-            text = f"the session was not copied within {limit_s:.1f} s"
-            raise PeerRefused(text, peer_id="", reason=RefusalReason.BUSY) from exc
+            await asyncio.wait({task}, timeout=limit_s)
         finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})  # it holds a session and a connection
+            failed = not task.cancelled() and task.exception()  # seen, even when nobody awaits it any more
             self._num_copies -= 1
+        if task.cancelled() and not failed:
+            refuse(f"the session was not copied within {limit_s:.1f} s", RefusalReason.BUSY)
+        return task.result()
 
     async def _copy(self, request: CopyRequest, indices: Named, connection_id: int, may_open: bool) -> CacheMeta:
         session = self._sessions.get(request.session_id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import torch
@@ -18,9 +19,10 @@ from remote_modules.model.kv_state import CacheForm, CacheImport
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.server.cache_device import CacheDevice
 from remote_modules.server.checks import check_ops, refuse
+from remote_modules.server.engine import apply_op
 from remote_modules.server.sessions import Session, SessionTable
 from remote_modules.spans import Span
-from remote_modules.wire.messages import CacheMeta, CopyRequest, ReadRequest
+from remote_modules.wire.messages import CacheMeta, CacheOps, CopyRequest, ReadRequest
 
 __all__ = ["CopyJob", "LocalSource", "RemoteSource", "Source"]
 
@@ -119,13 +121,12 @@ class CopyJob:
         """What the session holds then.
 
         Raises:
-            PeerRefused: it cannot be done; the session is as before, with some of the cache operations done at most.
+            PeerRefused: it cannot be done; the session holds what it held, or is closed.
         """
         for number in range(1, MAX_TRIES + 1):
             meta, shared = await self.source.read(None, 0, self.request.position, None)
             try:
-                await self._follow(meta.version)
-                await self._fetch(meta, shared)
+                await self._fetch(meta, shared, self._ops_until(meta.version))
                 break
             except _Moved as exc:
                 if number == MAX_TRIES:
@@ -133,14 +134,8 @@ class CopyJob:
         session = self.session
         return CacheMeta(session.cache.length, session.rows, session.version, self.num_bytes)
 
-    def _check_open(self) -> None:
-        """A closed session must reserve nothing."""
-        if self.session.is_closed:
-            refuse("the session was closed meanwhile", RefusalReason.SESSION_LOST)
-
-    async def _follow(self, version: int) -> None:
-        """Do the cache operations that the source has seen, and the session has not."""
-        self._check_open()
+    def _ops_until(self, version: int) -> CacheOps:
+        """The cache operations that the source has seen, and the session has not."""
         session, request = self.session, self.request
         num_seen = version - request.version
         takes_any = session.cache.length == 0 and request.position is None  # what it reads has seen them
@@ -148,50 +143,56 @@ class CopyJob:
             known = f"{request.version} to {request.version + len(request.ops)}"
             refuse(f"the source has seen {version} cache operations, expected {known}", RefusalReason.SESSION_LOST)
         if session.cache.length == 0:
-            session.version = version
-            return
+            return ()
         num_done = session.version - request.version
         if not 0 <= num_done <= num_seen:
             text = f"the session has seen {session.version} cache operations, its source {version}"
             refuse(text, RefusalReason.SESSION_LOST)
-        ops = request.ops[num_done:num_seen]
-        if not ops:
-            return
-        _, rows, most_rows = check_ops(
-            msgspec.structs.replace(request, ops=ops),
+        return request.ops[num_done:num_seen]
+
+    async def _fetch(self, meta: CacheMeta, shared: Named, ops: CacheOps) -> None:
+        """Do ``ops``, and take what the session lacks then. One that holds something changes at the end, at once."""
+        session, cache = self.session, self.session.cache
+        first, rows, most_rows = check_ops(
+            msgspec.structs.replace(self.request, ops=ops),
             self.indices,
-            position=session.cache.length,
+            position=cache.length,
             rows=session.rows,
             can_go_back=self.device.engine.model.stack.is_croppable,
         )
-        self.sessions.reserve(session, rows=max(rows, most_rows), tokens=session.cache.length)
+        last = meta.position if self.request.position is None else self.request.position
+        if first > last or meta.rows < 1 or (first and rows != meta.rows):
+            text = f"the session holds {rows} x {first} tokens, its source {meta.rows} x {last}"
+            refuse(text, RefusalReason.SESSION_LOST)
+        self._reserve(max(meta.rows, most_rows, session.rows), last)
+        form = await self.device.form(session.span)
+        taken = CacheImport(form, cache, meta.rows, last)
+        parts: list[tuple[Named, Span | None, int, int]] = [(shared, None, 0, last)] if first < last else []
+        for blocks, start, end in self._parts(form, meta.rows, first, last):
+            tensors = await self._read(blocks, start, end, meta.version)
+            if cache.length:
+                parts.append((tensors, blocks, start, end))
+            else:
+                await self.device.run(partial(taken.add, tensors, blocks, start, end))
+        self._check_open()
         try:
-            await self.device.apply(session.cache, ops, self.indices)
+            await self.device.run(lambda: self._finish(ops, parts, taken))
         except BaseException:
             self.sessions.close(session.session_id)  # its cache may be half changed
             raise
-        session.rows, session.version = rows, version
+        session.version = meta.version
+        if not session.is_closed:
+            self._reserve(meta.rows, last)
 
-    async def _fetch(self, meta: CacheMeta, shared: Named) -> None:
-        """Take what the session lacks."""
-        session, cache = self.session, self.session.cache
-        self._check_open()
-        first, last = cache.length, meta.position if self.request.position is None else self.request.position
-        if first > last or meta.rows < 1 or (first and session.rows != meta.rows):
-            text = f"the session holds {session.rows} x {first} tokens, its source {meta.rows} x {last}"
-            refuse(text, RefusalReason.SESSION_LOST)
-        if first == last:
-            return
-        self.sessions.reserve(session, rows=meta.rows, tokens=last)
-        form = await self.device.form(session.span)
-        taken = CacheImport(form, cache, meta.rows, last)
-        await self.device.run(lambda: taken.add(shared, None, 0, last))
-        for blocks, start, end in self._parts(form, meta.rows, first, last):
-            await self._take(taken, blocks, start, end, meta.version)
-        self._check_open()
-        await self.device.run(taken.finish)
+    def _finish(self, ops: CacheOps, parts: list[tuple[Named, Span | None, int, int]], taken: CacheImport) -> None:
+        for op in ops:
+            apply_op(self.session.cache, op, self.indices)
+        for tensors, blocks, start, end in parts:
+            taken.add(tensors, blocks, start, end)
+        if parts:
+            taken.finish()
 
-    async def _take(self, taken: CacheImport, blocks: Span, start: int, end: int, version: int) -> None:
+    async def _read(self, blocks: Span, start: int, end: int, version: int) -> Named:
         try:
             _, tensors = await self.source.read(blocks, start, end, version)
         except PeerRefused as exc:
@@ -199,7 +200,16 @@ class CopyJob:
                 raise _Moved(str(exc)) from exc
             raise
         self.num_bytes += sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
-        await self.device.run(lambda: taken.add(tensors, blocks, start, end))
+        return tensors
+
+    def _reserve(self, rows: int, num_tokens: int) -> None:
+        self._check_open()
+        self.sessions.reserve(self.session, rows=rows, tokens=num_tokens)
+
+    def _check_open(self) -> None:
+        """A closed session must reserve nothing."""
+        if self.session.is_closed:
+            refuse("the session was closed meanwhile", RefusalReason.SESSION_LOST)
 
     def _parts(self, form: CacheForm, rows: int, first: int, last: int) -> Iterator[tuple[Span, int, int]]:
         """Blocks and tokens of each part: as many blocks as fit; one alone in several pieces, if all of it grows."""
@@ -209,6 +219,8 @@ class CopyJob:
             return self.sessions.budget.needed_bytes(blocks, rows=rows, capacity=last - first)
 
         start = self.session.span.start
+        if first == last:
+            return
         for block in self.session.span:
             if block > start and size_of(Span(start, block + 1)) > most:
                 yield Span(start, block), first, last

@@ -132,6 +132,11 @@ class Handler:
         for served in self._served.values():
             served.say_draining()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing would be lost by an end: no session, no request, no answer on its way."""
+        return not len(self.sessions) and not any(served.is_busy for served in self._served.values())
+
     def abort(self) -> None:
         """Drop every connection and session."""
         for served in list(self._served.values()):

@@ -19,12 +19,14 @@ from remote_modules.model.replay import SpanModel
 from remote_modules.model.stack import meta_skeleton
 from remote_modules.peers import PeerRecord
 from remote_modules.plan.throughput import Capacity, Layout
-from remote_modules.server.capacity import KV_TOKENS, WORKSPACE_BYTES, choose_blocks, free_bytes, parameter_bytes
+from remote_modules.server.capacity import KV_TOKENS, WORKSPACE_BYTES, choose_blocks, free_bytes, free_unused, parameter_bytes
 from remote_modules.server.engine import Engine, Speeds
 from remote_modules.server.sessions import KVCost
 from remote_modules.spans import Span
 
 __all__ = ["LoadPlan", "LoadedSpan"]
+
+SPARE_FACTOR = 1.5  # workspace of a load
 
 
 class LoadedSpan:
@@ -71,9 +73,7 @@ class LoadPlan:
         )
         plan = cls(config, checkpoint)
         if config.blocks is not None:
-            span = Span.parse(config.blocks)
-            check_span(span, plan.num_blocks, config.model)
-            plan._stack.check_cuts(span)
+            plan.check(Span.parse(config.blocks))
         elif config.num_blocks is None:
             plan.probe()
         return plan
@@ -93,8 +93,7 @@ class LoadPlan:
         self._speeds = loaded.speeds
         self._workspace_bytes = loaded.engine.workspace_bytes(self._config.max_batch_tokens)
         del loaded
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_unused()
 
     def choose(self, records: list[PeerRecord]) -> Span:
         """The span that the swarm of ``records`` needs most.
@@ -108,14 +107,17 @@ class LoadPlan:
 
     def layout(self, kv_tokens: int = KV_TOKENS) -> Layout:
         """The model's blocks with what each needs: weights, and the KV cache of ``kv_tokens`` tokens."""
+        kv_bytes = kv_tokens * self._kv_token_bytes() if self._config.kv_budget_bytes is None else 0
+        sizes = [num_bytes + kv_bytes for num_bytes in self._weight_bytes()]
+        return Layout.of(self.num_blocks, self._stack.cuts, sizes)
+
+    def _weight_bytes(self) -> list[int]:
+        """Of each block, as it is held."""
         quantization = self._config.quantization
         blocks = self._stack.blocks(self._skeleton)
         if quantization == "none":
-            weights = [parameter_bytes(block, self.dtype) for block in blocks]
-        else:
-            weights = [quantized_bytes(block, self.dtype, quantization) for block in blocks]
-        kv_bytes = kv_tokens * self._kv_token_bytes() if self._config.kv_budget_bytes is None else 0
-        return Layout.of(self.num_blocks, self._stack.cuts, [num_bytes + kv_bytes for num_bytes in weights])
+            return [parameter_bytes(block, self.dtype) for block in blocks]
+        return [quantized_bytes(block, self.dtype, quantization) for block in blocks]
 
     def capacity(self) -> Capacity:
         """Of this machine, now. The speed is 0 without `probe`."""
@@ -149,6 +151,16 @@ class LoadPlan:
         heads = getattr(text, "num_key_value_heads", None) or query_heads
         head_size = getattr(text, "head_dim", None) or text.hidden_size // query_heads
         return int(2 * heads * head_size * self.dtype.itemsize)
+
+    def check(self, span: Span) -> None:
+        """Raise `ValueError` or `UnsupportedCallError` for a span that the model does not have, or not apart."""
+        check_span(span, self.num_blocks, self._config.model)
+        self._stack.check_cuts(span)
+
+    def fits_beside(self, span: Span) -> bool:
+        """Whether ``span`` can be loaded while what is held stays in memory."""
+        needed = sum(self._weight_bytes()[span.start : span.end])
+        return needed * SPARE_FACTOR < free_bytes(self._device)
 
     def load(self, span: Span) -> LoadedSpan:
         quantization = self._config.quantization

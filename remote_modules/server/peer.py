@@ -3,6 +3,8 @@
 ::
 
     listening -> joining (loading, measuring) -> online -> draining -> stopped
+                                    ^                          |
+                                    +---------- move ----------+
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ from remote_modules.discovery.base import Discovery
 from remote_modules.discovery.exchange_site import ExchangeSite
 from remote_modules.discovery.known_peers import KnownPeers
 from remote_modules.discovery.merged import build_discovery
-from remote_modules.errors import DiscoveryError
+from remote_modules.errors import DiscoveryError, RemoteModulesError
 from remote_modules.identity import Certificate, Identity
 from remote_modules.net.addresses import dialable_host
 from remote_modules.net.http import HttpDialer, PeerSite
 from remote_modules.peers import PeerRecord, PeerState, SignedRecord, short_id
 from remote_modules.plan.leases import DuplicateIdentityError
 from remote_modules.server.announcer import Announcer
-from remote_modules.server.capacity import free_bytes
+from remote_modules.server.capacity import free_bytes, free_unused
 from remote_modules.server.executor import DeviceThread, Priority
 from remote_modules.server.handler import Handler, HandlerLimits
 from remote_modules.server.load_plan import LoadedSpan, LoadPlan
@@ -48,6 +50,7 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 SWEEP_S = 1.0
+DRAIN_POLL_S = 0.05
 MAX_BODY_BYTES = 256 * 1024 * 1024
 PLACEMENT_LOOKUP_S = 3.0
 
@@ -82,7 +85,13 @@ class Peer:
         self._certificate: Certificate | None = None
         self._sweeper: asyncio.Task[None] | None = None
         self._supervisor: DeviceSupervisor | None = None
+        self._moving = asyncio.Lock()
         self._dialer = HttpDialer(ClientConfig(), software=f"remote-modules {package_version()}")
+
+    @property
+    def span(self) -> Span:
+        """Blocks held, or being loaded."""
+        return self._span
 
     async def start(self) -> None:
         """Listen first (a port in use must not cost a load), announce as joining, load, measure, go online."""
@@ -102,21 +111,23 @@ class Peer:
         await self._on_device(self.loaded.measure)
         self._handler = self._new_handler(self.loaded)
         await announcer.set_state(PeerState.ONLINE)
-        self._supervise(self._handler, announcer, self.loaded.model.device)
-        self._sweeper = asyncio.get_running_loop().create_task(self._sweep(self._handler))
+        self._supervise(announcer, self.loaded.model.device)
+        self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
         self._progress("online", 1.0)
         name = short_id(self._identity.peer_id)
         logger.info("online peer=%s span=%s address=%s", name, self._span, self.addresses[0])
 
-    def _supervise(self, handler: Handler, announcer: Announcer, device: torch.device) -> None:
+    def _supervise(self, announcer: Announcer, device: torch.device) -> None:
         assert self._executor is not None
 
         async def drop_all() -> None:
-            handler.sessions.close_all()
+            if self._handler is not None:  # None while it moves
+                self._handler.sessions.close_all()
             await announcer.set_state(PeerState.JOINING)
 
         async def return_online() -> None:
-            await announcer.set_state(PeerState.DRAINING if handler.is_draining else PeerState.ONLINE)
+            if self._handler is not None:
+                await announcer.set_state(PeerState.DRAINING if self._handler.is_draining else PeerState.ONLINE)
 
         self._supervisor = DeviceSupervisor(
             self._executor,
@@ -163,15 +174,62 @@ class Peer:
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new sessions and wait for the running ones to end or move."""
-        assert self._handler is not None
+        handler = self._running_handler()
         assert self._announcer is not None
-        logger.info("draining sessions=%d", len(self._handler.sessions))
-        self._handler.start_draining()
+        logger.info("draining sessions=%d", len(handler.sessions))
+        handler.start_draining()
         await self._announcer.set_state(PeerState.DRAINING)
         deadline_s = time.monotonic() + timeout_s
-        handler = self._handler
-        while time.monotonic() < deadline_s and (len(handler.sessions) or handler.executor.load):  # noqa: ASYNC110 - two sources
-            await asyncio.sleep(0.05)
+        while time.monotonic() < deadline_s and not handler.is_idle:  # noqa: ASYNC110 - several sources
+            await asyncio.sleep(DRAIN_POLL_S)
+        logger.info("drained sessions_left=%d", len(handler.sessions))
+
+    async def move(self, span: Span) -> None:
+        """Hold other blocks under the same identity: drain, load ``span``, go online as a new instance.
+
+        Clients take their sessions elsewhere meanwhile, for at most `ServerConfig.drain_s`; later ones are replayed.
+        Both spans are in memory for a moment if there is room; else the old one is freed first.
+
+        Raises:
+            RemoteModulesError, ValueError, RuntimeError: ``span`` cannot be loaded; the old one is served again.
+        """
+        if span == self._span:
+            return
+        self._plan.check(span)
+        old_span = self._span
+        async with self._moving:
+            await self.drain(self.config.drain_s)
+            try:
+                await self._serve(span)
+            except (RemoteModulesError, ValueError, RuntimeError, OSError):
+                logger.warning("blocks %s are not held, going back to %s", span, old_span)
+                await self._serve(old_span)
+                raise
+        logger.info("moved from=%s to=%s", old_span, span)
+
+    async def _serve(self, span: Span) -> None:
+        """Load ``span`` in the place of what is held, and go online with it."""
+        assert self._announcer is not None
+        is_beside = await self._on_device(lambda: self._plan.fits_beside(span))
+        handler, self._handler = self._handler, None
+        if handler is not None:
+            handler.abort()
+            handler = None
+        self._span, self._instance_id = span, secrets.token_hex(8)
+        await self._announcer.set_state(PeerState.JOINING)
+        if not is_beside:
+            del self.loaded
+            await self._on_device(free_unused)
+        loaded = await self._on_device(lambda: self._plan.load(span))
+        await self._on_device(loaded.measure)
+        self.loaded = loaded
+        await self._on_device(free_unused)
+        self._handler = self._new_handler(loaded)
+        await self._announcer.set_state(PeerState.ONLINE)
+
+    def _running_handler(self) -> Handler:
+        assert self._handler is not None, "the peer is not online"
+        return self._handler
 
     async def stop(self) -> None:
         if self._sweeper is not None:
@@ -295,10 +353,11 @@ class Peer:
     def _read(self, read: Callable[[Handler], float]) -> float:
         return read(self._handler) if self._handler is not None else 0.0
 
-    async def _sweep(self, handler: Handler) -> None:
+    async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
-            handler.expire_sessions()
+            if self._handler is not None:  # None while it moves
+                self._handler.expire_sessions()
 
 
 def _is_fatal(exc: Exception) -> bool:

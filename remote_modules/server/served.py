@@ -36,6 +36,11 @@ class Served:
         self.connection = Connection(protocol, on_message=self._receive, on_lost=self._lose, max_unsent_bytes=most)
         self._hello_timer = asyncio.get_running_loop().call_later(HELLO_TIMEOUT_S, self.connection.abort)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is under way, or an answer has not left yet."""
+        return bool(self._tasks) or (self.connection.is_open and self.connection.has_unsent)
+
     def say_draining(self) -> None:
         if self._is_open and self.connection.is_open:
             self.connection.send(messages.Draining())
