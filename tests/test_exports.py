@@ -40,6 +40,7 @@ TESTED_BY = {
     "server.load_plan": "tests/server/test_server.py",
     "server.peer": "tests/server/test_server.py",
     "server.served": "tests/server/test_handler.py",
+    "wire.parts": "tests/wire/test_messages.py",
     "server.tracker": "tests/server/test_server.py",
 }
 

@@ -28,6 +28,10 @@ def test_new_recorder_shows_zeros() -> None:
         failovers=0,
         reroutes=0,
         replayed_tokens=0,
+        handed_over_tokens=0,
+        copied_bytes=0,
+        promotions=0,
+        forks=0,
         stall_seconds=0.0,
         bytes_sent=0,
         bytes_received=0,
@@ -52,9 +56,10 @@ def test_finished_passes_are_counted_and_the_last_route_is_shown() -> None:
 
 def test_snapshot_carries_every_counter() -> None:
     recorder = StatsRecorder(failovers=1, reroutes=2, replayed_tokens=3, stall_s=4.5, bytes_sent=5, bytes_received=6)
+    recorder.handed_over_tokens, recorder.copied_bytes, recorder.promotions, recorder.forks = 7, 8, 9, 10
     recorder.finish((), [])
-    counters = dataclasses.astuple(recorder.snapshot())[:7]
-    assert counters == (1, 1, 2, 3, 4.5, 5, 6)
+    counters = dataclasses.astuple(recorder.snapshot())[:11]
+    assert counters == (1, 1, 2, 3, 7, 8, 9, 10, 4.5, 5, 6)
 
 
 def test_snapshot_does_not_follow_later_passes() -> None:
