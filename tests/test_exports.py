@@ -38,8 +38,12 @@ TESTED_BY = {
     "discovery.http_json": "tests/discovery/test_tracker_client.py",
     "net.client_connection": "tests/net/test_connection.py",  # one side is tested with the other
     "server.arguments": "tests/server/test_named_tensors.py",
+    "server.cache_device": "tests/server/test_copies.py",
+    "server.copy_job": "tests/server/test_copies.py",
     "server.load_plan": "tests/server/test_server.py",
     "server.peer": "tests/server/test_server.py",
+    "server.served": "tests/server/test_handler.py",
+    "wire.parts": "tests/wire/test_messages.py",
     "server.tracker": "tests/server/test_server.py",
 }
 

@@ -12,7 +12,8 @@ from remote_modules.model.past import select_layers
 from remote_modules.model.stack import StackSpec
 from remote_modules.model.tensors import owner_spec
 from remote_modules.spans import Span
-from remote_modules.wire.messages import CallMeta, Option, RecordKind
+from remote_modules.wire.messages import CallMeta, Option
+from remote_modules.wire.parts import RecordKind
 
 if TYPE_CHECKING:
     from remote_modules.client.adapters import CallAdapter, HopAdapter

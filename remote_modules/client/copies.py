@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 from remote_modules.client.hop_caches import Copy, HopCaches, PeerCache
@@ -43,6 +44,7 @@ class CacheCopies:
         self._demand: Demand | None = None
         self._leaving: dict[PeerId, asyncio.Task[None]] = {}
         self._seeking: dict[Span, asyncio.Task[None]] = {}  # a buddy
+        self._tasks: set[asyncio.Task[None]] = set()
         self._forks: set[asyncio.Task[None]] = set()
         self._looked_s = float("-inf")
 
@@ -68,10 +70,12 @@ class CacheCopies:
         while self._forks:
             await asyncio.wait(self._forks)
 
-    def close(self) -> None:
-        """Stop what is under way."""
-        for task in [*self._leaving.values(), *self._seeking.values()]:
+    def close(self) -> list[asyncio.Task[None]]:
+        """Stop what is under way: tasks that end soon."""
+        tasks = [*self._tasks, *self._forks]
+        for task in tasks:
             task.cancel()
+        return tasks
 
     # forks
 
@@ -102,7 +106,7 @@ class CacheCopies:
     def peer_is_leaving(self, peer_id: PeerId) -> None:
         """Begin to move what the session has there."""
         if peer_id not in self._leaving and any(hop.peer_id == peer_id for hop in self.caches.hops):
-            task = self._start(self._leave(peer_id))
+            task = self._start(lambda: self._leave(peer_id))
             self._leaving[peer_id] = task
             task.add_done_callback(lambda _: self._leaving.pop(peer_id, None))
 
@@ -193,13 +197,13 @@ class CacheCopies:
                 self._drop_buddy(buddy)
                 buddy = None
             if buddy is None:
-                task = self._start(self._seek(hop, cache))
+                task = self._start(partial(self._seek, hop, cache))
                 self._seeking[hop.span] = task
                 task.add_done_callback(lambda _, span=hop.span: self._seeking.pop(span, None))  # type: ignore[misc]
             elif buddy.task is None or buddy.task.done():
                 num_new = cache.position - buddy.cache.position
                 if buddy.num_failures or num_new >= self._swarm.config.replicate_tokens:
-                    buddy.task = self._start(self._sync(buddy, hop.peer_id))
+                    buddy.task = self._start(partial(self._sync, buddy, hop.peer_id))
 
     async def _seek(self, hop: Hop, cache: PeerCache) -> None:
         """Find a buddy and begin to copy."""
@@ -208,7 +212,7 @@ class CacheCopies:
             with self.caches.mutex:
                 buddy = Copy(other, cache.twin(), cache.session_id)
                 self.caches.buddies[hop.span] = buddy
-            buddy.task = self._start(self._sync(buddy, hop.peer_id))
+            buddy.task = self._start(partial(self._sync, buddy, hop.peer_id))
 
     async def _sync(self, buddy: Copy, source_peer: PeerId) -> None:
         try:
@@ -305,13 +309,16 @@ class CacheCopies:
         text = f"peer '{short_id(peer_id)}' made no copy: {text}"
         return PeerRefused(text, peer_id=peer_id, reason=RefusalReason.SESSION_LOST)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        return asyncio.get_running_loop().create_task(self._guarded(work))
+    def _start(self, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(self._guarded(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Nobody awaits the work: what stops it is only logged."""
         try:
-            await work
+            await work()
         except (PeerError, NoRouteError, SessionError) as exc:
             logger.info("caches stay where they are: %s", exc)
 

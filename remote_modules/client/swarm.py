@@ -36,6 +36,9 @@ class Watcher(Protocol):
     def peer_is_leaving(self, peer_id: PeerId) -> None:
         """It said so; on the loop."""
 
+    def close(self) -> list[asyncio.Task[None]]:
+        """Stop, since connections are closed now: tasks that end soon."""
+
 
 class Swarm:
     """Records and connections of one client; `router` chooses among the peers.
@@ -197,6 +200,7 @@ class Swarm:
         pending = [task for task in (self._lookup, *self._dialling.values(), *self._tasks) if task is not None]
         for task in pending:
             task.cancel()
+        pending += [task for watcher in list(self.watchers) for task in watcher.close()]
         await asyncio.gather(*pending, return_exceptions=True)
         connections, self._connections = self._connections, {}
         for connection in connections.values():

@@ -22,7 +22,8 @@ from remote_modules.server.checks import check_ops, refuse
 from remote_modules.server.engine import apply_op
 from remote_modules.server.sessions import Session, SessionTable
 from remote_modules.spans import Span
-from remote_modules.wire.messages import CacheMeta, CacheOps, CopyRequest, ReadRequest
+from remote_modules.wire.messages import CacheMeta, CopyRequest, ReadRequest
+from remote_modules.wire.parts import CacheOps
 
 __all__ = ["CopyJob", "LocalSource", "RemoteSource", "Source"]
 

@@ -19,7 +19,14 @@ from remote_modules.model.replay import SpanModel
 from remote_modules.model.stack import meta_skeleton
 from remote_modules.peers import PeerRecord
 from remote_modules.plan.throughput import Capacity, Layout
-from remote_modules.server.capacity import KV_TOKENS, WORKSPACE_BYTES, choose_blocks, free_bytes, free_unused, parameter_bytes
+from remote_modules.server.capacity import (
+    KV_TOKENS,
+    WORKSPACE_BYTES,
+    choose_blocks,
+    free_bytes,
+    free_unused,
+    parameter_bytes,
+)
 from remote_modules.server.engine import Engine, Speeds
 from remote_modules.server.sessions import KVCost
 from remote_modules.spans import Span

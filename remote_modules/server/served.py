@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import Protocol as Interface
 
 from remote_modules.errors import PeerRefused, ProtocolError, RefusalReason, RemoteProtocolError
 from remote_modules.net.connection import Connection
+from remote_modules.server.executor import Executor
+from remote_modules.server.sessions import SessionTable
 from remote_modules.wire import messages
+from remote_modules.wire.framing import Buffer
 from remote_modules.wire.messages import AnyRequest, Refused
-from remote_modules.wire.protocol import MessageReceived
-
-if TYPE_CHECKING:
-    from remote_modules.server.handler import Handler
+from remote_modules.wire.protocol import MessageReceived, Protocol
 
 __all__ = ["HELLO_TIMEOUT_S", "MAX_REQUESTS_PER_CONNECTION", "Served"]
 
@@ -23,10 +23,28 @@ MAX_REQUESTS_PER_CONNECTION = 64
 HELLO_TIMEOUT_S = 10.0  # a connection that says nothing holds no slot for longer
 
 
+class Answering(Interface):
+    """What is behind a peer's connections."""
+
+    executor: Executor
+    sessions: SessionTable
+    is_draining: bool
+
+    def hello(self, hello: messages.ClientHello) -> messages.ServerHello | messages.Reject: ...
+
+    def new_protocol(self) -> Protocol: ...
+
+    def forget(self, connection_id: int) -> None: ...
+
+    async def answer(
+        self, request: AnyRequest, body: bytearray, connection_id: int
+    ) -> tuple[messages.Output, list[Buffer]]: ...
+
+
 class Served:
     """A connection and its requests; `Handler.answer` does them."""
 
-    def __init__(self, handler: Handler, connection_id: int) -> None:
+    def __init__(self, handler: Answering, connection_id: int) -> None:
         self.connection_id = connection_id
         self._handler = handler
         self._tasks: dict[int, asyncio.Task[None]] = {}

@@ -13,7 +13,7 @@ import torch
 
 from remote_modules.errors import LocalProtocolError, RemoteProtocolError
 from remote_modules.wire.framing import Buffer
-from remote_modules.wire.messages import MAX_DIMENSIONS, TensorMeta
+from remote_modules.wire.parts import MAX_DIMENSIONS, TensorMeta
 
 __all__ = ["DTYPES", "decode_tensors", "encode_tensors"]
 

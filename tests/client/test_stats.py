@@ -26,6 +26,10 @@ def test_new_recorder_shows_zeros() -> None:
         failovers=0,
         reroutes=0,
         replayed_tokens=0,
+        handed_over_tokens=0,
+        copied_bytes=0,
+        promotions=0,
+        forks=0,
         stall_seconds=0.0,
         hedges=0,
         hedges_won=0,
@@ -63,6 +67,7 @@ def test_snapshot_carries_every_counter() -> None:
         bytes_sent=5,
         bytes_received=6,
     )
+    recorder.handed_over_tokens, recorder.copied_bytes, recorder.promotions, recorder.forks = 7, 8, 9, 10
     recorder.finish((), [])
     stats = recorder.snapshot()
     assert (stats.steps, stats.failovers, stats.reroutes, stats.replayed_tokens, stats.stall_seconds) == (
@@ -74,6 +79,7 @@ def test_snapshot_carries_every_counter() -> None:
     )
     assert (stats.hedges, stats.hedges_won, stats.waiting_for) == (7, 6, (FIRST.span,))
     assert (stats.bytes_sent, stats.bytes_received) == (5, 6)
+    assert (stats.handed_over_tokens, stats.copied_bytes, stats.promotions, stats.forks) == (7, 8, 9, 10)
 
 
 def test_snapshot_does_not_follow_later_passes() -> None:

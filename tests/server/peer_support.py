@@ -12,6 +12,7 @@ from net.memory import MAX_BODY_BYTES, SERVER, PlainEnd, client_connection, clie
 
 from remote_modules.model.kv import MIN_CAPACITY_TOKENS
 from remote_modules.net.client_connection import ClientConnection
+from remote_modules.net.http import Dialer
 from remote_modules.server.engine import Engine
 from remote_modules.server.executor import DeviceThread
 from remote_modules.server.handler import Handler, HandlerLimits
@@ -92,6 +93,7 @@ async def running_peer(
     max_sessions: int = 100,
     max_queue: int = 100,
     max_connections: int = 100,
+    dialer: Dialer | None = None,
 ) -> AsyncIterator[Peer]:
     clock = Clock()
     executor = DeviceThread(max_queue=max_queue)
@@ -107,6 +109,7 @@ async def running_peer(
         ),
         clock=clock,
         software="test peer",
+        dialer=dialer,
     )
     try:
         yield Peer(handler, executor, clock)

@@ -291,8 +291,10 @@ def test_drained_peer_hands_its_generation_over_and_ends(
             lambda: pair.peers[left[0]].peer_id not in announced(pair, PeerState.ONLINE),
             "the tracker knows that it leaves",
         )
+        poll(lambda: client.stats().handed_over_tokens > 0, "another peer has its cache")
 
     assert torch.equal(generate_with(model, at_3=drain, at_5=is_leaving), expected(local))
+    assert (client.stats().failovers, client.stats().replayed_tokens) == (0, 0)
     assert left[0] not in used(client, pair)
     peer = pair.peers[left[0]]
     assert peer.wait(10.0) == 0

@@ -18,7 +18,7 @@ from remote_modules.config import ClientConfig
 from remote_modules.errors import LocalProtocolError, RefusalReason
 from remote_modules.identity import Identity, verify_hello
 from remote_modules.peers import PeerRecord, PeerState, SignedRecord
-from remote_modules.wire import framing, messages, protocol, tensors
+from remote_modules.wire import framing, messages, parts, protocol, tensors
 from remote_modules.wire.protocol import Role, State
 
 from .helpers import EXAMPLES, MESSAGE_TYPES, ConnectionPair, frame_of, name_of
@@ -36,7 +36,7 @@ STRUCTS: tuple[type[msgspec.Struct], ...] = (
     SignedRecord,
 )
 MODULES = {
-    module.__name__.rsplit(".", 1)[-1]: module for module in (framing, messages, protocol, tensors, peers, spans)
+    module.__name__.rsplit(".", 1)[-1]: module for module in (framing, messages, parts, protocol, tensors, peers, spans)
 }
 
 Row = list[str]
@@ -123,13 +123,13 @@ def test_fields_match_the_struct(struct: type[msgspec.Struct]) -> None:
 
 def test_types_match_their_bounds() -> None:
     rows = table("3. Messages and tensors", "type")
-    parts = (messages.TensorMeta, messages.CacheOp, messages.Option, messages.CallMeta)
-    parts += (messages.CopySource, messages.CacheMeta)
-    used = {str(annotation) for struct in (*MESSAGE_TYPES, *parts) for annotation in struct.__annotations__.values()}
+    inner = (messages.TensorMeta, messages.CacheOp, messages.Option, messages.CallMeta)
+    inner += (messages.CopySource, messages.CacheMeta)
+    used = {str(annotation) for struct in (*MESSAGE_TYPES, *inner) for annotation in struct.__annotations__.values()}
     names = {name for name in used if name.isidentifier()} - {"bool", "RefusalReason", "CacheOpKind", "CallMeta"}
     assert {row[0] for row in rows} == names
     for name, _, bounds in rows:
-        assert numbers_in(bounds) == bounds_of(getattr(messages, name)), name
+        assert numbers_in(bounds) == bounds_of(getattr(parts, name)), name
 
 
 def test_dtypes_match() -> None:
@@ -139,7 +139,7 @@ def test_dtypes_match() -> None:
 
 def test_kinds_of_cache_operations_match() -> None:
     meaning = table("CacheOp", "field")[0][3]
-    assert tuple(re.findall(r"`(\w+)`: ", meaning)) == get_args(messages.CacheOpKind)
+    assert tuple(re.findall(r"`(\w+)`: ", meaning)) == get_args(parts.CacheOpKind)
 
 
 # -------------------------------------------------------------------------------- enums, states, limits
