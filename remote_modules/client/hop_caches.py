@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -26,14 +29,18 @@ class PeerCache:
     Attributes:
         position: tokens that the peer holds, before ``pending`` is done.
         step_id: of the next step; 0 while the peer knows nothing of the session.
+        version: cache operations that the peer has done.
         pending: selections, and lengths to crop to, that the peer has not been told.
+        is_copy: whether it was copied, and did no step since: the peer has no attention mask of it.
         replaces: a session there that is of no more use.
     """
 
     session_id: str = field(default_factory=lambda: secrets.token_hex(16))
     position: int = 0
     step_id: int = 0
+    version: int = 0
     pending: list[torch.Tensor | int] = field(default_factory=list)
+    is_copy: bool = False
     replaces: str = ""
 
     @property
@@ -56,6 +63,33 @@ class PeerCache:
                 ops.append(CacheOp("select", tensor=name))
         return tuple(ops), tensors
 
+    def twin(self) -> PeerCache:
+        """A cache that is to become equal to this one, by a copy."""
+        return PeerCache(version=self.version, pending=list(self.pending))
+
+
+@dataclass(slots=True)
+class Copy:
+    """A KV cache that is, or becomes, a copy of a hop's.
+
+    Attributes:
+        hop: the same blocks as the original's, or some of them, at another peer.
+        source_id: session of the original.
+        num_failures: of copying, in a row.
+        task: brings it up to date now.
+    """
+
+    hop: Hop
+    cache: PeerCache
+    source_id: str
+    num_failures: int = 0
+    task: asyncio.Task[None] | None = None
+
+    def stop(self) -> None:
+        """What it has is all that it will have."""
+        if self.task is not None:
+            self.task.cancel()
+
 
 class HopCaches:
     """Hops of one session, the KV cache of each, and the history of each boundary.
@@ -67,6 +101,9 @@ class HopCaches:
         caches: by span of the hop.
         histories: by first block of the hop. That of the first hop is always there; others may lack theirs.
         past: keys and values that the session began with (`model.past`).
+        buddies: copies that take over when a hop fails, by the hop's span.
+        targets: copies on their way to a new route.
+        mutex: cache operations come from the caller's thread, copies end on the loop.
     """
 
     def __init__(self, swarm: Swarm, blocks: Span) -> None:
@@ -75,6 +112,9 @@ class HopCaches:
         self.hops: list[Hop] = []
         self.caches: dict[Span, PeerCache] = {}
         self.past: Named = {}
+        self.buddies: dict[Span, Copy] = {}
+        self.targets: list[Copy] = []
+        self.mutex = threading.Lock()
         self.histories: dict[int, History] = {blocks.start: self.new_history()}
 
     @property
@@ -104,35 +144,55 @@ class HopCaches:
             history.crop(length)
         if length < length_of(self.past):
             self.past = {name: tensor[:, :, :length] for name, tensor in self.past.items()} if length else {}
-        for span, cache in self._fed_caches():
+        with self.mutex:
             if length == 0 or self.swarm.stack.is_croppable:
-                cache.pending.append(length)
-            else:  # it keeps a state that cannot go back: the peer computes it anew
-                self.caches[span] = PeerCache(replaces=cache.session_id)
+                for cache in self._fed_caches():
+                    cache.pending.append(length)
+                return
+            for span, cache in self.caches.items():  # they keep a state that cannot go back: peers compute it anew
+                if cache.step_id:
+                    self.caches[span] = PeerCache(replaces=cache.session_id)
+            for copy in self._copies():
+                copy.cache.pending.append(length)  # so it is never used
 
     def select(self, indices: torch.Tensor) -> None:
         """Batch rows become those at ``indices`` ``[B']``, int64 on the CPU."""
         for history in self.histories.values():
             history.select(indices)
         self.past = {name: tensor[indices] for name, tensor in self.past.items()}
-        for _, cache in self._fed_caches():
-            cache.pending.append(indices)
+        with self.mutex:
+            for cache in self._fed_caches():
+                cache.pending.append(indices)
 
-    def _fed_caches(self) -> list[tuple[Span, PeerCache]]:
-        """Those that hold something; others get all that was done to the history when they are fed."""
-        return [(span, cache) for span, cache in self.caches.items() if cache.step_id]
+    def _fed_caches(self) -> Iterator[PeerCache]:
+        """Those that hold something, or are about to; others get all that was done to the history when they are fed."""
+        yield from (cache for cache in self.caches.values() if cache.step_id)
+        yield from (copy.cache for copy in self._copies())
+
+    def _copies(self) -> list[Copy]:
+        return [*self.buddies.values(), *self.targets]
 
     def num_rows(self) -> int:
         """Rows of the tokens so far, of which there must be some."""
         rows = next((len(tensor) for tensor in self.past.values()), 0)
         return rows or self.first_history.num_rows("hidden_states")
 
-    def fork(self) -> HopCaches:
-        """Equal history, no caches yet."""
+    def fork(self) -> tuple[HopCaches, list[Copy]]:
+        """Equal history, and caches that are equal once the copies are made."""
         fork = HopCaches(self.swarm, self.blocks)
-        fork.histories = {self.blocks.start: self.first_history.copy()}
         fork.past = dict(self.past)
-        return fork
+        with self.mutex:
+            fork.hops = list(self.hops)
+            fork.histories = {start: history.copy() for start, history in self.histories.items()}
+            copies = []
+            for hop in self.hops:
+                cache = self.caches.get(hop.span)
+                if cache is not None and cache.position and not cache.replaces:
+                    twin = cache.twin()
+                    twin.position, twin.step_id, twin.is_copy = cache.position, 1, True
+                    fork.caches[hop.span] = twin
+                    copies.append(Copy(hop, twin, cache.session_id))
+        return fork, copies
 
     def commit(self, inputs: dict[int, Named], histories: dict[int, History], num_tokens: int) -> None:
         """A step is done by all of ``hops``.
@@ -157,6 +217,38 @@ class HopCaches:
             if cache is not None:
                 self.free(hop, cache)
         self.histories = {self.blocks.start: self.first_history}
+        with self.mutex:
+            copies = self._copies()
+            self.buddies.clear()
+            self.targets.clear()
+        for copy in copies:
+            copy.stop()
+            self.free(copy.hop, copy.cache)
+
+    def replace(self, old: Hop, hops: tuple[Hop, ...], caches: dict[Span, PeerCache]) -> None:
+        """Put ``hops`` and their ``caches`` in the place of a hop, and free what it had."""
+        index = self.hops.index(old)
+        with self.mutex:
+            cache = self.caches.pop(old.span, None)
+            self.hops[index : index + 1] = hops
+            self.caches.update(caches)
+        if cache is not None:
+            self.free(old, cache)
+
+    def promote(self, span: Span) -> Copy | None:
+        """The buddy of the hop that had ``span``, if it can take over; it is a buddy no more."""
+        with self.mutex:
+            copy = self.buddies.pop(span, None)
+        if copy is None:
+            return None
+        copy.stop()
+        if copy.cache.next_position > self.position:  # copied in the middle of the step that is made again now
+            copy.cache.pending.append(self.position)
+        goes_back = copy.cache.next_position < copy.cache.position
+        if copy.cache.next_position == 0 or (goes_back and not self.swarm.stack.is_croppable):
+            self.free(copy.hop, copy.cache)
+            return None
+        return copy
 
     def free(self, hop: Hop, cache: PeerCache) -> None:
         """Tell the hop's peer, if it can be told, that the cache is of no more use."""

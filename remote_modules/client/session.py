@@ -7,6 +7,7 @@ says what is certain.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ import torch
 
 from remote_modules.client.call import CallArguments, Named
 from remote_modules.client.chain import Chain, demand_of
+from remote_modules.client.copies import CacheCopies
 from remote_modules.client.hop_caches import HopCaches
 from remote_modules.client.owner_history import OwnerHistory, StepInputs
 from remote_modules.client.step import Step
@@ -27,6 +29,8 @@ __all__ = ["SessionState"]
 
 KV_TOKENS_AHEAD = 256  # room to ask for beyond what is known to be needed
 
+_dropping: set[asyncio.Task[None]] = set()  # a task that nobody holds may vanish
+
 
 class SessionState:
     """One session over ``blocks``; all coroutines run on the swarm's loop, one step at a time."""
@@ -38,6 +42,7 @@ class SessionState:
         self.needs_grad = False
         self.masks_may_end = False  # see `OwnerHistory.begin`
         self.caches = HopCaches(swarm, blocks)
+        self.copies = CacheCopies(self.caches)
         self._submit = submit
         self._owner = OwnerHistory(swarm.histories)
         self._lock = threading.Lock()
@@ -84,9 +89,12 @@ class SessionState:
         self.caches.first_history.append(inputs, call.num_tokens)
 
     def __deepcopy__(self, memo: dict[int, object]) -> SessionState:
-        """A fork: equal history, KV caches of its own, built when it is used."""
+        """A fork: equal history, KV caches of its own, copied by the peers, or built when it is used."""
         fork = SessionState(self.swarm, self.blocks, self._submit)
-        fork.caches = self.caches.fork()
+        fork.caches, copies = self.caches.fork()
+        fork.copies = CacheCopies(fork.caches)
+        if copies:
+            self._submit(lambda: self.copies.fork_into(fork.copies, copies))
         fork.masks_may_end = self.masks_may_end
         fork._owner = self._owner.copy()
         memo[id(self)] = fork
@@ -114,11 +122,16 @@ class SessionState:
         return self._owner.begin(self.position, call, specs, masks_may_end=self.masks_may_end)
 
     async def _step(self, inputs: Named, step: StepInputs) -> Named:
+        async with self.copies.busy:
+            return await self._step_alone(inputs, step)
+
+    async def _step_alone(self, inputs: Named, step: StepInputs) -> Named:
         chain = Chain.begin(self.swarm)
         caches = self.caches
         num_tokens = step.call.num_tokens
         kv_tokens = self.position + num_tokens + KV_TOKENS_AHEAD
         demand = demand_of(inputs, step.call, kv_tokens=kv_tokens, is_decode=num_tokens == 1)
+        await self.copies.begin_step(demand)
         if not caches.hops:
             caches.hops = list(await chain.route(self.blocks, demand))
         work = Step(caches, inputs, step, demand)
@@ -136,9 +149,23 @@ class SessionState:
     async def close(self) -> None:
         """Free the KV caches on all peers that still hold some; idempotent, never raises for a lost peer."""
         self.is_closed = True
+        await self._drop()
+
+    async def _drop(self) -> None:
+        await self.copies.await_forks()  # they need what the caches hold
+        self.copies.close()
         self.caches.drop_peers()
 
     def close_soon(self) -> None:
         """`close` from any thread, without waiting."""
         self.is_closed = True
-        self._submit(self.caches.drop_peers)
+        self._submit(self._begin_drop)
+
+    def _begin_drop(self) -> None:
+        if self.copies.has_forks:
+            task = asyncio.get_running_loop().create_task(self._drop())
+            _dropping.add(task)
+            task.add_done_callback(_dropping.discard)
+        else:
+            self.copies.close()
+            self.caches.drop_peers()

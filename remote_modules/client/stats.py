@@ -38,6 +38,11 @@ class ClientStats:
         failovers: times that a hop failed and its work went on elsewhere, or anew on the same peer.
         reroutes: times that hops of a route were replaced.
         replayed_tokens: tokens (per sequence) sent again to rebuild lost KV caches, summed over hops.
+        handed_over_tokens: tokens (per sequence) of KV caches that went from peer to peer for a change of the route,
+            summed over hops.
+        copied_bytes: of KV caches that peers copied for us: for changes of the route, for buddies and for forks.
+        promotions: times that a hop failed and its buddy took over.
+        forks: KV caches that were copied for a fork.
         stall_seconds: time between failures and the answer that ended them, summed.
         bytes_sent, bytes_received: on all connections.
         history_bytes, history_disk_bytes: kept now to rebuild lost KV caches, in memory and on disk.
@@ -49,6 +54,10 @@ class ClientStats:
     failovers: int
     reroutes: int
     replayed_tokens: int
+    handed_over_tokens: int
+    copied_bytes: int
+    promotions: int
+    forks: int
     stall_seconds: float
     bytes_sent: int
     bytes_received: int
@@ -70,6 +79,10 @@ class StatsRecorder:
     failovers: int = 0
     reroutes: int = 0
     replayed_tokens: int = 0
+    handed_over_tokens: int = 0
+    copied_bytes: int = 0
+    promotions: int = 0
+    forks: int = 0
     stall_s: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -89,6 +102,10 @@ class StatsRecorder:
             failovers=self.failovers,
             reroutes=self.reroutes,
             replayed_tokens=self.replayed_tokens,
+            handed_over_tokens=self.handed_over_tokens,
+            copied_bytes=self.copied_bytes,
+            promotions=self.promotions,
+            forks=self.forks,
             stall_seconds=self.stall_s,
             bytes_sent=self.bytes_sent,
             bytes_received=self.bytes_received,

@@ -23,6 +23,8 @@ from remote_modules.wire import messages
 
 __all__ = ["Step"]
 
+MAX_TAIL_STEPS = 64
+
 
 class Step(Work):
     """One step under way.
@@ -56,8 +58,11 @@ class Step(Work):
     async def do_hop(self, hop: Hop, chain: Chain) -> None:
         if self._step_back():
             return
-        connection = await chain.connect(hop, "step", self.demand)
         cache = self.session.caches.setdefault(hop.span, PeerCache())
+        if cache.position:  # a peer that is leaving serves what it has until that is elsewhere (`client.copies`)
+            connection = await chain.swarm.connect(hop.peer_id, "step")
+        else:
+            connection = await chain.connect(hop, "step", self.demand)
         if cache.replaces:
             connection.send(messages.CloseSession(cache.replaces))
             cache.replaces = ""
@@ -75,6 +80,11 @@ class Step(Work):
 
     async def replace_hop(self, hop: Hop, hops: tuple[Hop, ...], chain: Chain) -> None:
         self._free(hop)
+        buddy = self.session.promote(hop.span)
+        if buddy is not None:
+            hops = (buddy.hop,)
+            self.session.caches[hop.span] = buddy.cache
+            chain.swarm.stats.promotions += 1
         self.hops[:1] = hops
         self.session.hops = [*self.done, *self.hops]
 
@@ -127,7 +137,7 @@ class Step(Work):
         chunks = self._step.chunks(
             behind,
             max(1, chain.swarm.config.max_replay_tokens // max(1, call.rows)),
-            is_exact=self._stack.replays_steps or chain.swarm.config.exact_replay,
+            is_exact=self._stack.replays_steps or chain.swarm.config.exact_replay or self._is_short(behind),
             is_apart=bool(call.record),
         )
         old: list[Named] = []
@@ -141,6 +151,12 @@ class Step(Work):
             if wanted > num_old:
                 new.append(self._cut(outputs, num_old, None) if num_old else outputs)
         return self._joined(old), self._joined(new)
+
+    def _is_short(self, behind: int) -> bool:
+        """Whether a copy lacks a few last steps only: made again one by one, they give the very same cache."""
+        if not 0 < behind < self._position - self._start:
+            return False
+        return len(self._step.old.step_ends(after=self._position - behind)) <= MAX_TAIL_STEPS
 
     def _cut(self, tensors: Named, start: int, end: int | None) -> Named:
         specs = self._stack.carried
@@ -187,7 +203,7 @@ class Step(Work):
         entry = self._entry(hop, start, end)
         shared = self._step.tensors(start, end, self._stack.side_specs(hop.span))
         tensors = {**entry, **indices, **shared, **past}
-        mask, is_whole = self._mask(start, end, bool(ops) or cache.position == 0)
+        mask, is_whole = self._mask(start, end, bool(ops) or cache.position == 0 or cache.is_copy)
         if mask is not None and not any(name.startswith("attention_mask") for name in shared):
             tensors["attention_mask"] = mask
         call = self._step.call
@@ -209,6 +225,7 @@ class Step(Work):
             mask_is_whole=is_whole,
             create=cache.step_id == 0,
             num_outputs=None if num_outputs == num_tokens else num_outputs,
+            version=cache.version if cache.is_copy else None,
         )
         kind = "decode" if num_tokens == 1 else "prefill"
         try:
@@ -220,7 +237,8 @@ class Step(Work):
             self.session.free(hop, cache)
             raise
         self.recorded.update(recorded)
-        cache.position, cache.step_id = end, cache.step_id + 1
+        cache.position, cache.step_id, cache.is_copy = end, cache.step_id + 1, False
+        cache.version += len(ops)
         cache.pending.clear()
         return output
 

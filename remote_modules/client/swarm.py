@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Mapping
 from random import Random
-from weakref import WeakKeyDictionary
+from typing import Protocol
+from weakref import WeakKeyDictionary, WeakSet
 
 from remote_modules.client.history_store import HistoryStore
 from remote_modules.client.stats import StatsRecorder
@@ -23,11 +24,18 @@ from remote_modules.plan.recovery import BanTable
 from remote_modules.plan.routing import Candidate, Demand, Hop, find_route
 from remote_modules.spans import Span
 
-__all__ = ["Swarm"]
+__all__ = ["Swarm", "Watcher"]
 
 logger = logging.getLogger(__name__)
 
 FRESH_S = 0.05  # a view of this age was looked up for the very route that is asked for
+
+
+class Watcher(Protocol):
+    """Wants to know when a peer leaves."""
+
+    def peer_is_leaving(self, peer_id: PeerId) -> None:
+        """It said so; on the loop."""
 
 
 class Swarm:
@@ -83,6 +91,7 @@ class Swarm:
         self._counted: WeakKeyDictionary[ClientConnection, tuple[int, int]] = WeakKeyDictionary()
         self._adapters: WeakKeyDictionary[ClientConnection, set[str]] = WeakKeyDictionary()
         self._is_closed = False
+        self.watchers: WeakSet[Watcher] = WeakSet()
 
     def record(self, peer_id: PeerId) -> PeerRecord:
         """The latest record of a peer on a route.
@@ -159,6 +168,10 @@ class Swarm:
         """The connection of a lane if it is open; never dials."""
         connection = self._connections.get((peer_id, lane))
         return connection if connection is not None and connection.is_open else None
+
+    def leaving_peers(self) -> set[PeerId]:
+        """Those that we are connected to and that said that they are leaving."""
+        return {key[0] for key, link in self._connections.items() if link.is_open and link.is_draining}
 
     def adapters_sent(self, connection: ClientConnection) -> set[str]:
         """Digests of the adapters that the peer got over this connection."""
@@ -257,7 +270,14 @@ class Swarm:
     async def _dial(self, key: tuple[PeerId, str]) -> ClientConnection:
         connection = await self._dialer.dial(self.record(key[0]))
         self._connections[key] = connection
+        connection.on_draining = lambda: self._tell_watchers(key[0])
+        if connection.is_draining:
+            self._tell_watchers(key[0])
         return connection
+
+    def _tell_watchers(self, peer_id: PeerId) -> None:
+        for watcher in list(self.watchers):
+            watcher.peer_is_leaving(peer_id)
 
     def _dialled(self, key: tuple[PeerId, str], task: asyncio.Task[ClientConnection]) -> None:
         self._dialling.pop(key, None)

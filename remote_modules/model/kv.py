@@ -76,6 +76,16 @@ class GrowingLayer(DynamicLayer):
             keys, values = keys.contiguous(), values.contiguous()
         return keys, values
 
+    def write(self, start: int, keys: torch.Tensor, values: torch.Tensor, capacity: int) -> None:
+        """Put tokens behind those that it shows; `show` lets them be seen."""
+        for buffer, states in zip(self._room_for(keys, values, capacity), (keys, values), strict=True):
+            buffer[:, :, start : start + states.shape[2]].copy_(states)
+
+    def show(self, length: int) -> None:
+        """The first ``length`` tokens, which were written."""
+        self._length = length
+        self._show()
+
     def get_seq_length(self) -> int:
         return self._length
 
@@ -185,6 +195,20 @@ class SpanCache:
     def layers(self) -> list[Any]:
         """All layers; those of other blocks are lengths."""
         return list(self._cache.layers)
+
+    @property
+    def linear(self) -> list[Any]:
+        """What some architectures keep beside the layers, one entry for each block."""
+        return self._linear
+
+    @property
+    def blocks(self) -> Span:
+        """Those that are really cached."""
+        return self._blocks
+
+    def held_layers(self, blocks: Span) -> tuple[int, ...]:
+        """Which layers belong to ``blocks``."""
+        return self._stack.layers_of(blocks)
 
     def use(self, blocks: Span) -> None:
         """Hold ``blocks`` alone: masks are sized by the first layer of a kind, which must not be one that is never run.

@@ -6,6 +6,7 @@ While answers are awaited, a peer that says nothing is pinged, and given up when
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -57,6 +58,7 @@ class ClientConnection(Connection):
         super().__init__(protocol, on_message=self._receive, on_lost=self._lose)
         self.peer_id = peer_id
         self.is_draining = False
+        self.on_draining: Callable[[], object] | None = None
         self.load = 0
         self.rtt_s: float | None = None
         self._loop = asyncio.get_running_loop()
@@ -70,6 +72,11 @@ class ClientConnection(Connection):
         self._heart = Heartbeat(silence_timeout_s=silence_timeout_s)
         self._ticker: asyncio.TimerHandle | None = None
         self._ping_sent_s: float | None = None
+
+    @property
+    def knows_copies(self) -> bool:
+        """Whether the peer takes `CopyRequest` and `ReadRequest`."""
+        return self._protocol.their_minor >= messages.COPIES_SINCE_MINOR
 
     async def handshake(self, timeout_s: float) -> None:
         """Exchange hellos over the transport at hand.
@@ -95,7 +102,7 @@ class ClientConnection(Connection):
         self._next_id += 1
         return self._next_id
 
-    async def request(self, message: messages.Request, body: list[Buffer], *, timeout_s: float) -> Reply:
+    async def request(self, message: messages.AnyRequest, body: list[Buffer], *, timeout_s: float) -> Reply:
         """Send a request and wait for its output.
 
         Raises:
@@ -119,7 +126,7 @@ class ClientConnection(Connection):
                 self._cancel(message.request_id)
         return self._read_reply(event)
 
-    def _expire(self, answer: asyncio.Future[MessageReceived], message: messages.Request, timeout_s: float) -> None:
+    def _expire(self, answer: asyncio.Future[MessageReceived], message: messages.AnyRequest, timeout_s: float) -> None:
         if not answer.done():
             text = f"a {messages.kind_of(message)} of blocks {message.start}:{message.end} within {timeout_s:.1f} s"
             error = PeerTimeout(f"peer '{short_id(self.peer_id)}' did not answer {text}", peer_id=self.peer_id)
@@ -162,6 +169,8 @@ class ClientConnection(Connection):
                 self._hear_pong(load)
             case messages.Draining():
                 self.is_draining = True
+                if self.on_draining is not None:
+                    self.on_draining()
 
     def _check_hello(self, hello: messages.ServerHello) -> None:
         proven = verify_hello(

@@ -72,6 +72,11 @@ class Connection(asyncio.BufferedProtocol):
         """Largest message body that the other side takes."""
         return self._protocol.their_max_body_bytes
 
+    @property
+    def has_unsent(self) -> bool:
+        """Whether something that was sent has not left yet."""
+        return bool(self._outgoing) or (self._transport is not None and self._transport.get_write_buffer_size() > 0)
+
     def send(self, message: Message, body: list[Buffer] | None = None) -> None:
         """Put a message on the wire, after those before it; never waits. Lost silently on a closed connection.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Collection
 
@@ -12,7 +13,7 @@ from remote_modules.peers import PeerRecord
 from remote_modules.plan.placement import choose_span, num_blocks_that_fit
 from remote_modules.spans import Span
 
-__all__ = ["choose_blocks", "free_bytes", "parameter_bytes"]
+__all__ = ["choose_blocks", "free_bytes", "free_unused", "parameter_bytes"]
 
 WORKSPACE_BYTES = 512 * 1024 * 1024  # activations and allocator slack
 KV_TOKENS = 8192  # room that a peer keeps when it chooses how many blocks to hold
@@ -23,6 +24,13 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_unused() -> None:
+    """Give back the memory of a span that is held no more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def parameter_bytes(block: nn.Module, dtype: torch.dtype) -> int:

@@ -17,7 +17,7 @@ from remote_modules.model.past import length_of, names_of
 from remote_modules.model.stack import CACHE_ARGUMENTS, INPUT_ARGUMENTS, StackSpec
 from remote_modules.model.tensors import TensorSpec
 from remote_modules.spans import Span
-from remote_modules.wire.messages import CacheOp, CallMeta, Request, StepRequest, kind_of
+from remote_modules.wire.messages import CacheOp, CallMeta, CopyRequest, Request, StepRequest, kind_of
 
 __all__ = ["RequestTensors", "check_blocks", "check_ops", "check_tensors", "refuse"]
 
@@ -34,7 +34,7 @@ def refuse(text: str, reason: RefusalReason = RefusalReason.BAD_REQUEST) -> NoRe
     raise PeerRefused(text, peer_id="", reason=reason)
 
 
-def check_blocks(request: Request, held: Span, stack: StackSpec) -> Span:
+def check_blocks(request: Request | CopyRequest, held: Span, stack: StackSpec) -> Span:
     """The blocks to run."""
     if not 0 <= request.start < request.end <= stack.num_blocks:
         refuse(f"span {request.start}:{request.end} is outside the model's blocks 0:{stack.num_blocks}")
@@ -196,7 +196,12 @@ def _check_past(past: Mapping[str, torch.Tensor], stack: StackSpec, blocks: Span
 
 
 def check_ops(
-    request: StepRequest, tensors: Mapping[str, torch.Tensor], *, position: int, rows: int, can_go_back: bool = True
+    request: StepRequest | CopyRequest,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    position: int,
+    rows: int,
+    can_go_back: bool = True,
 ) -> tuple[int, int, int]:
     """(position, rows) after the request's cache operations, and the most rows that the cache has while they run.
 

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from remote_modules.errors import UnsupportedCallError, first_line
 from remote_modules.model.kv import SpanCache
+from remote_modules.model.kv_state import PROBES, CacheForm
 from remote_modules.model.past import fill
 from remote_modules.model.replay import OwnerArguments, SpanModel
 from remote_modules.model.tensors import TensorSpec, slice_tokens
@@ -30,6 +31,7 @@ Named = dict[str, torch.Tensor]
 PROBE_TOKENS = 64
 PROBE_SECONDS = 0.3
 _MAX_PROBE_SIZE = 65536
+_MAX_FORMS = 16  # of different spans of sessions
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class Engine:
     def __init__(self, model: SpanModel) -> None:
         self.model = model
         self._sizes = _possible_sizes(model)
+        self._forms: dict[Span, CacheForm] = {}
 
     @property
     def hidden_size(self) -> int:
@@ -164,6 +167,23 @@ class Engine:
         blocks = [Span(block, block + 1) for block in self.model.span]
         return {block.start: _cost(short.num_bytes(block), long.num_bytes(block)) for block in blocks}
 
+    def cache_form(self, blocks: Span) -> CacheForm:
+        """What caches of ``blocks`` consist of; found when it is first asked for, by running them on little.
+
+        Raises:
+            UnsupportedCallError: something that cannot be carried to another peer.
+        """
+        if blocks not in self._forms:
+            caches = []
+            with torch.inference_mode():
+                for rows, num_tokens in PROBES:
+                    caches.append(self.new_cache())
+                    self._run_probe(num_tokens, caches[-1], blocks=blocks, rows=rows)
+            if len(self._forms) >= _MAX_FORMS:
+                self._forms.clear()
+            self._forms[blocks] = CacheForm(caches)
+        return self._forms[blocks]
+
     def measure(self, clock: Callable[[], float] = time.perf_counter) -> Speeds:
         """Time prefill and decode for a moment each."""
         cache = None if self.model.stack.no_cache else self.new_cache()
@@ -178,13 +198,16 @@ class Engine:
         outputs = self._run_probe(num_tokens, cache)
         outputs["hidden_states"].sum().item()  # waits for the device
 
-    def _run_probe(self, num_tokens: int, cache: SpanCache | None) -> Named:
+    def _run_probe(
+        self, num_tokens: int, cache: SpanCache | None, *, blocks: Span | None = None, rows: int = 1
+    ) -> Named:
         model = self.model
-        owner = {name: self._constant(spec, num_tokens, 1) for name, spec in model.stack.owner_tensors.items()}
-        arguments = OwnerArguments(rows=1, num_tokens=num_tokens, tensors=owner)
+        owner = {n: self._constant(spec, num_tokens, 1, rows) for n, spec in model.stack.owner_tensors.items()}
+        arguments = OwnerArguments(rows=rows, num_tokens=num_tokens, tensors=owner)
+        span = blocks or model.span
         for size in self._sizes:
             try:
-                outputs = model.run(self._probe_inputs(num_tokens, size), model.span, arguments, cache)
+                outputs = model.run(self._probe_inputs(num_tokens, size, span, rows), span, arguments, cache)
             except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, UnsupportedCallError) as exc:
                 if isinstance(exc, torch.OutOfMemoryError):
                     raise
@@ -196,22 +219,22 @@ class Engine:
                 return outputs
         raise AssertionError("there is always one size to try")
 
-    def _probe_inputs(self, num_tokens: int, size: int) -> Named:
+    def _probe_inputs(self, num_tokens: int, size: int, span: Span, rows: int) -> Named:
         """Small constants of the shapes that the first block takes."""
-        stack, span = self.model.stack, self.model.span
+        stack = self.model.stack
         specs = {"hidden_states": stack.hidden, **stack.side_specs(span), **(stack.carried if span.start else {})}
         if size == 0:  # the sizes as the tiny model of the self-test had them in relation to the hidden size
-            return {name: self._constant(spec, num_tokens, 1) for name, spec in specs.items()}
+            return {name: self._constant(spec, num_tokens, 1, rows) for name, spec in specs.items()}
         opened = {
             name: replace(
                 spec, dims=tuple(dim if dim in ("B", "T", "1") or spec.is_exact else "?" for dim in spec.dims)
             )
             for name, spec in specs.items()
         }
-        return {name: self._constant(spec, num_tokens, size) for name, spec in opened.items()}
+        return {name: self._constant(spec, num_tokens, size, rows) for name, spec in opened.items()}
 
-    def _constant(self, spec: TensorSpec, num_tokens: int, size: int) -> torch.Tensor:
-        shape = [size if dim == -1 else dim for dim in spec.shape(1, num_tokens, self.model.hidden_size)]
+    def _constant(self, spec: TensorSpec, num_tokens: int, size: int, rows: int) -> torch.Tensor:
+        shape = [size if dim == -1 else dim for dim in spec.shape(rows, num_tokens, self.model.hidden_size)]
         if not spec.is_float:
             return torch.zeros(shape, dtype=torch.int64, device=self.model.device)
         return torch.full(shape, 0.01, dtype=self.model.dtype, device=self.model.device)

@@ -6,7 +6,6 @@ memory links and virtual time.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,42 +15,43 @@ import torch
 
 from remote_modules.errors import (
     PeerRefused,
-    ProtocolError,
     RefusalReason,
     RemoteModulesError,
-    RemoteProtocolError,
     UnsupportedCallError,
 )
 from remote_modules.identity import Identity
 from remote_modules.model.adapters import Adapter
 from remote_modules.model.past import length_of
 from remote_modules.net.connection import Connection
+from remote_modules.net.http import Dialer
 from remote_modules.server.adapter_store import AdapterStore
 from remote_modules.server.arguments import owner_arguments, whole_mask
+from remote_modules.server.cache_device import CacheDevice
 from remote_modules.server.checks import RequestTensors, check_blocks, check_ops, check_tensors, refuse
+from remote_modules.server.copies import Copies
 from remote_modules.server.engine import Engine
 from remote_modules.server.executor import Executor, Priority, Timed
+from remote_modules.server.served import Served
 from remote_modules.server.sessions import Session, SessionTable
 from remote_modules.spans import Span
 from remote_modules.wire import messages
 from remote_modules.wire.framing import Buffer
 from remote_modules.wire.messages import (
+    AnyRequest,
     BackwardRequest,
+    CacheMeta,
+    CopyRequest,
     ForwardRequest,
     Output,
-    Refused,
-    Request,
+    ReadRequest,
     StepRequest,
 )
-from remote_modules.wire.protocol import MessageReceived, Protocol, Role, check_version
+from remote_modules.wire.protocol import Protocol, Role, check_version
 from remote_modules.wire.tensors import decode_tensors, encode_tensors
 
 __all__ = ["Handler", "HandlerLimits"]
 
 logger = logging.getLogger(__name__)
-
-MAX_REQUESTS_PER_CONNECTION = 64
-HELLO_TIMEOUT_S = 10.0  # a connection that says nothing holds no slot for longer
 
 Reply = tuple[Output, list[Buffer]]
 
@@ -72,6 +72,7 @@ class Handler:
         identity, instance_id: what the hello says.
         certificate_sha256: of the TLS certificate in use, or "".
         clock: monotonic seconds.
+        dialer: reaches the peers whose sessions are copied.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Handler:
         clock: Callable[[], float],
         certificate_sha256: str = "",
         software: str = "",
+        dialer: Dialer | None = None,
     ) -> None:
         self.engine = engine
         self.executor = executor
@@ -99,7 +101,16 @@ class Handler:
         self._clock = clock
         self._certificate_sha256 = certificate_sha256
         self._software = software
-        self._served: dict[int, _Served] = {}
+        self._copies = Copies(
+            CacheDevice(engine, executor),
+            sessions,
+            dialer=dialer,
+            peer_id=identity.peer_id,
+            needs_certificate=bool(certificate_sha256),
+            max_body_bytes=limits.max_body_bytes,
+            clock=clock,
+        )
+        self._served: dict[int, Served] = {}
         self._next_connection = 0
 
     @property
@@ -111,7 +122,7 @@ class Handler:
         if len(self._served) >= self._limits.max_connections:
             return None
         self._next_connection += 1
-        served = _Served(self, self._next_connection)
+        served = Served(self, self._next_connection)
         self._served[served.connection_id] = served
         return served.connection
 
@@ -120,6 +131,11 @@ class Handler:
         self.is_draining = True
         for served in self._served.values():
             served.say_draining()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing would be lost by an end: no session, no request, no answer on its way."""
+        return not len(self.sessions) and not any(served.is_busy for served in self._served.values())
 
     def abort(self) -> None:
         """Drop every connection and session."""
@@ -154,7 +170,7 @@ class Handler:
         self.adapters.forget(connection_id)
         self.sessions.disown(connection_id)
 
-    async def answer(self, request: Request, body: bytearray, connection_id: int) -> Reply:
+    async def answer(self, request: AnyRequest, body: bytearray, connection_id: int) -> Reply:
         """Do what is asked.
 
         Raises:
@@ -162,9 +178,17 @@ class Handler:
             RemoteProtocolError: the tensors do not decode.
         """
         model = self.engine.model
-        blocks = check_blocks(request, model.span, model.stack)
         kind = messages.kind_of(request)
+        if isinstance(request, ReadRequest):
+            self.num_requests[kind] = self.num_requests.get(kind, 0) + 1
+            meta, parts = await self._copies.read(request)
+            return self._reply(request, Timed(parts, 0.0, 0.0), meta)
+        blocks = check_blocks(request, model.span, model.stack)
         self.num_requests[kind] = self.num_requests.get(kind, 0) + 1
+        if isinstance(request, CopyRequest):
+            indices = decode_tensors(request.tensors, body)
+            meta = await self._copies.copy(request, indices, connection_id, may_open=not self.is_draining)
+            return self._reply(request, Timed({}, 0.0, 0.0), meta)
         tensors = check_tensors(
             decode_tensors(request.tensors, body),
             request,
@@ -210,7 +234,7 @@ class Handler:
             try:
                 return await self._new_step(request, session, blocks, tensors, adapter)
             except PeerRefused:
-                if session.last_reply is None:  # it did no step yet: as if it had never been opened
+                if session.cache.length == 0 and session.last_reply is None:  # as if it had never been opened
                     self.sessions.close(session.session_id)
                 raise
 
@@ -246,6 +270,9 @@ class Handler:
         adapter: Adapter | None,
     ) -> Reply:
         call, num_tokens = request.call, request.call.num_tokens
+        if request.version not in (None, session.version):
+            text = f"the session has seen {session.version} cache operations, the step expects {request.version}"
+            refuse(text, RefusalReason.SESSION_LOST)
         position, rows, most_rows = check_ops(
             request,
             tensors.indices,
@@ -278,6 +305,7 @@ class Handler:
             self.sessions.reserve(session, rows=rows, tokens=position + num_tokens)
         session.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         session.used_s = self._clock()
+        session.version += len(ops)
         reply = self._reply(request, timed)
         session.last_step_id, session.last_reply = request.step_id, reply
         return reply
@@ -298,7 +326,9 @@ class Handler:
             logger.exception("request failed on the device")
             raise PeerRefused("the computation failed", peer_id="", reason=RefusalReason.INTERNAL) from exc
 
-    def _reply(self, request: Request, timed: Timed[dict[str, torch.Tensor]]) -> Reply:
+    def _reply(
+        self, request: AnyRequest, timed: Timed[dict[str, torch.Tensor]], cache: CacheMeta | None = None
+    ) -> Reply:
         metas, body = encode_tensors(timed.value)
         output = Output(
             request.request_id,
@@ -307,81 +337,6 @@ class Handler:
             timed.compute_s,
             self.executor.load,
             self.sessions.budget.free_tokens,
+            cache,
         )
         return output, body
-
-
-class _Served:
-    """One connection as the handler sees it."""
-
-    def __init__(self, handler: Handler, connection_id: int) -> None:
-        self.connection_id = connection_id
-        self._handler = handler
-        self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._is_open = False
-        self.connection = Connection(handler.new_protocol(), on_message=self._receive, on_lost=self._lose)
-        self._hello_timer = asyncio.get_running_loop().call_later(HELLO_TIMEOUT_S, self.connection.abort)
-
-    def say_draining(self) -> None:
-        if self._is_open and self.connection.is_open:
-            self.connection.send(messages.Draining())
-
-    def _receive(self, event: MessageReceived) -> None:
-        match event.message:
-            case messages.ClientHello() as hello:
-                self._greet(hello)
-            case StepRequest() | ForwardRequest() | BackwardRequest() as request:
-                self._begin(request, event.body)
-            case messages.Cancel(request_id):
-                if (task := self._tasks.get(request_id)) is not None:
-                    task.cancel()
-            case messages.CloseSession(session_id):
-                self._handler.sessions.close(session_id)
-            case messages.Ping(nonce):
-                self.connection.send(messages.Pong(nonce, self._handler.executor.load))
-
-    def _greet(self, hello: messages.ClientHello) -> None:
-        self._hello_timer.cancel()
-        answer = self._handler.hello(hello)
-        self.connection.send(answer)
-        if isinstance(answer, messages.Reject):
-            logger.info("connection rejected software=%r: %s", hello.software, answer.text)
-            self.connection.close()
-            return
-        self._is_open = True
-        if self._handler.is_draining:
-            self.say_draining()
-
-    def _begin(self, request: Request, body: bytearray) -> None:
-        if request.request_id in self._tasks:
-            raise RemoteProtocolError(f"request id {request.request_id} is in use")
-        if len(self._tasks) >= MAX_REQUESTS_PER_CONNECTION:
-            text = f"{len(self._tasks)} requests are under way on this connection"
-            self.connection.send(Refused(request.request_id, RefusalReason.BUSY, text, 1.0))
-            return
-        task = asyncio.get_running_loop().create_task(self._answer(request, body))
-        self._tasks[request.request_id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(request.request_id, None))
-
-    async def _answer(self, request: Request, body: bytearray) -> None:
-        try:
-            output, buffers = await self._handler.answer(request, body, self.connection_id)
-            self.connection.send(output, buffers)
-        except PeerRefused as exc:
-            self._refuse(request, exc.reason, str(exc), exc.retry_after_s or 0.0)
-        except ProtocolError as exc:
-            self.connection.abort(exc)
-        except Exception:  # the task's boundary: a bug of ours must not leave a client waiting
-            logger.exception("request failed")
-            self._refuse(request, RefusalReason.INTERNAL, "internal error", 0.0)
-
-    def _refuse(self, request: Request, reason: RefusalReason, text: str, retry_after_s: float) -> None:
-        if self.connection.is_open:
-            self.connection.send(Refused(request.request_id, reason, text[:1000], retry_after_s))
-
-    def _lose(self, reason: Exception | None) -> None:
-        self._hello_timer.cancel()
-        logger.debug("x connection=%d reason=%s", self.connection_id, reason)
-        for task in list(self._tasks.values()):
-            task.cancel()
-        self._handler.forget(self.connection_id)

@@ -15,12 +15,14 @@ from remote_modules.model.quantized_cache import QuantizedCache, model_digest
 from remote_modules.model.replay import SpanModel
 from remote_modules.model.stack import meta_skeleton
 from remote_modules.peers import PeerRecord
-from remote_modules.server.capacity import choose_blocks, parameter_bytes
+from remote_modules.server.capacity import choose_blocks, free_bytes, parameter_bytes
 from remote_modules.server.engine import Engine, Speeds
 from remote_modules.server.sessions import KVCost
 from remote_modules.spans import Span
 
 __all__ = ["LoadPlan", "LoadedSpan"]
+
+SPARE_FACTOR = 1.5  # workspace of a load
 
 
 class LoadedSpan:
@@ -63,9 +65,7 @@ class LoadPlan:
         )
         plan = cls(config, checkpoint)
         if config.blocks is not None:
-            span = Span.parse(config.blocks)
-            check_span(span, plan.num_blocks, config.model)
-            plan._stack.check_cuts(span)
+            plan.check(Span.parse(config.blocks))
         return plan
 
     def choose(self, records: list[PeerRecord]) -> Span:
@@ -87,6 +87,15 @@ class LoadPlan:
             records=records,
             cuts=self._stack.cuts,
         )
+
+    def check(self, span: Span) -> None:
+        """Raise `ValueError` or `UnsupportedCallError` for a span that the model does not have, or not apart."""
+        check_span(span, self.num_blocks, self._config.model)
+        self._stack.check_cuts(span)
+
+    def fits_beside(self, span: Span) -> bool:
+        """Whether ``span`` can be loaded while what is held stays in memory."""
+        return self._block_bytes() * len(span) * SPARE_FACTOR < free_bytes(self._device)
 
     def _block_bytes(self) -> int:
         """Of the largest block: some are dense and the others have experts."""

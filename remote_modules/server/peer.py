@@ -3,6 +3,8 @@
 ::
 
     listening -> joining (loading, measuring) -> online -> draining -> stopped
+                                    ^                          |
+                                    +---------- move ----------+
 """
 
 from __future__ import annotations
@@ -20,16 +22,16 @@ from typing import TypeVar
 import msgspec
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
-from remote_modules.config import ServerConfig
+from remote_modules.config import ClientConfig, ServerConfig
 from remote_modules.discovery.base import Discovery
 from remote_modules.discovery.merged import build_discovery
-from remote_modules.errors import DiscoveryError
+from remote_modules.errors import DiscoveryError, RemoteModulesError
 from remote_modules.identity import Certificate, Identity
 from remote_modules.net.addresses import dialable_host
-from remote_modules.net.http import PeerSite
+from remote_modules.net.http import HttpDialer, PeerSite
 from remote_modules.peers import PeerRecord, PeerState, SignedRecord, short_id
 from remote_modules.server.announcer import Announcer
-from remote_modules.server.capacity import free_bytes
+from remote_modules.server.capacity import free_bytes, free_unused
 from remote_modules.server.executor import DeviceThread, Priority
 from remote_modules.server.handler import Handler, HandlerLimits
 from remote_modules.server.load_plan import LoadedSpan, LoadPlan
@@ -43,6 +45,7 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 SWEEP_S = 1.0
+DRAIN_POLL_S = 0.05
 MAX_BODY_BYTES = 256 * 1024 * 1024
 PLACEMENT_LOOKUP_S = 3.0
 
@@ -74,6 +77,13 @@ class Peer:
         self._announcer: Announcer | None = None
         self._certificate: Certificate | None = None
         self._sweeper: asyncio.Task[None] | None = None
+        self._moving = asyncio.Lock()
+        self._dialer = HttpDialer(ClientConfig(), software=f"remote-modules {package_version()}")
+
+    @property
+    def span(self) -> Span:
+        """Blocks held, or being loaded."""
+        return self._span
 
     async def start(self) -> None:
         """Listen first (a port in use must not cost a load), announce as joining, load, measure, go online."""
@@ -93,7 +103,7 @@ class Peer:
         await self._on_device(self.loaded.measure)
         self._handler = self._new_handler(self.loaded)
         await announcer.set_state(PeerState.ONLINE)
-        self._sweeper = asyncio.get_running_loop().create_task(self._sweep(self._handler))
+        self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
         self._progress("online", 1.0)
         name = short_id(self._identity.peer_id)
         logger.info("online peer=%s span=%s address=%s", name, self._span, self.addresses[0])
@@ -123,15 +133,62 @@ class Peer:
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new sessions and wait for the running ones to end or move."""
-        assert self._handler is not None
+        handler = self._running_handler()
         assert self._announcer is not None
-        logger.info("draining sessions=%d", len(self._handler.sessions))
-        self._handler.start_draining()
+        logger.info("draining sessions=%d", len(handler.sessions))
+        handler.start_draining()
         await self._announcer.set_state(PeerState.DRAINING)
         deadline_s = time.monotonic() + timeout_s
-        handler = self._handler
-        while time.monotonic() < deadline_s and (len(handler.sessions) or handler.executor.load):  # noqa: ASYNC110 - two sources
-            await asyncio.sleep(0.05)
+        while time.monotonic() < deadline_s and not handler.is_idle:  # noqa: ASYNC110 - several sources
+            await asyncio.sleep(DRAIN_POLL_S)
+        logger.info("drained sessions_left=%d", len(handler.sessions))
+
+    async def move(self, span: Span) -> None:
+        """Hold other blocks under the same identity: drain, load ``span``, go online as a new instance.
+
+        Clients take their sessions elsewhere meanwhile, for at most `ServerConfig.drain_s`; later ones are replayed.
+        Both spans are in memory for a moment if there is room; else the old one is freed first.
+
+        Raises:
+            RemoteModulesError, ValueError, RuntimeError: ``span`` cannot be loaded; the old one is served again.
+        """
+        if span == self._span:
+            return
+        self._plan.check(span)
+        old_span = self._span
+        async with self._moving:
+            await self.drain(self.config.drain_s)
+            try:
+                await self._serve(span)
+            except (RemoteModulesError, ValueError, RuntimeError, OSError):
+                logger.warning("blocks %s are not held, going back to %s", span, old_span)
+                await self._serve(old_span)
+                raise
+        logger.info("moved from=%s to=%s", old_span, span)
+
+    async def _serve(self, span: Span) -> None:
+        """Load ``span`` in the place of what is held, and go online with it."""
+        assert self._announcer is not None
+        is_beside = await self._on_device(lambda: self._plan.fits_beside(span))
+        handler, self._handler = self._handler, None
+        if handler is not None:
+            handler.abort()
+            handler = None
+        self._span, self._instance_id = span, secrets.token_hex(8)
+        await self._announcer.set_state(PeerState.JOINING)
+        if not is_beside:
+            del self.loaded
+            await self._on_device(free_unused)
+        loaded = await self._on_device(lambda: self._plan.load(span))
+        await self._on_device(loaded.measure)
+        self.loaded = loaded
+        await self._on_device(free_unused)
+        self._handler = self._new_handler(loaded)
+        await self._announcer.set_state(PeerState.ONLINE)
+
+    def _running_handler(self) -> Handler:
+        assert self._handler is not None, "the peer is not online"
+        return self._handler
 
     async def stop(self) -> None:
         if self._sweeper is not None:
@@ -152,6 +209,7 @@ class Peer:
     async def _shut(self) -> None:
         if self._handler is not None:
             self._handler.abort()
+        await self._dialer.aclose()
         if self._site is not None:
             await self._site.aclose()
         if self._executor is not None:
@@ -195,6 +253,7 @@ class Peer:
             clock=time.monotonic,
             certificate_sha256=self._certificate.sha256 if self._certificate else "",
             software=f"remote-modules {package_version()}",
+            dialer=self._dialer,
         )
 
     def _describe(self) -> PeerRecord:
@@ -237,17 +296,18 @@ class Peer:
         for name, (text, read) in gauges.items():
             Gauge(name, text, registry=registry).set_function(partial(self._read, read))
         requests = Gauge("remote_modules_requests", "Requests taken since start.", ["kind"], registry=registry)
-        for kind in ("step", "forward", "backward"):
+        for kind in ("step", "forward", "backward", "copy", "read"):
             requests.labels(kind).set_function(partial(self._read, partial(_num_requests, kind)))
         return lambda: generate_latest(registry)
 
     def _read(self, read: Callable[[Handler], float]) -> float:
         return read(self._handler) if self._handler is not None else 0.0
 
-    async def _sweep(self, handler: Handler) -> None:
+    async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
-            handler.expire_sessions()
+            if self._handler is not None:  # None while it moves
+                self._handler.expire_sessions()
 
 
 def _num_requests(kind: str, handler: Handler) -> float:

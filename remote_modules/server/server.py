@@ -51,7 +51,7 @@ class Server:
     @property
     def span(self) -> Span:
         """Blocks held. Raises `RemoteModulesError` before `start`."""
-        return self._running().loaded.model.span
+        return self._running().span
 
     @property
     def address(self) -> str:
@@ -86,6 +86,16 @@ class Server:
         if peer is not None and io is not None and self._state is ServerState.ONLINE:
             io.run(peer.drain(self.config.drain_s if timeout_s is None else timeout_s))
         self.stop()
+
+    def move(self, span: str) -> None:
+        """Hold the blocks ``span`` instead; returns once the peer is online with them. See `Peer.move`.
+
+        Raises:
+            RemoteModulesError, ValueError: they cannot be held; the peer goes on with what it had.
+        """
+        peer, io = self._running(), self._io
+        assert io is not None
+        io.run(peer.move(Span.parse(span)))
 
     def stop(self) -> None:
         """Withdraw, close all connections and free the model; idempotent."""

@@ -93,6 +93,7 @@ class Session:
         rows: batch size now.
         capacity: tokens per row that are reserved.
         reserved_bytes: what the budget holds for it.
+        version: cache operations that it has seen; a copy takes over the count of its source.
         mask: attention mask of all tokens so far, ``[B, P]``, as int64 rows; None while the client sends none.
         last_step_id, last_reply: answered again when the client repeats the step.
         lock: held while a step runs.
@@ -106,6 +107,7 @@ class Session:
     used_s: float
     capacity: int = 0
     reserved_bytes: int = 0
+    version: int = 0
     mask: torch.Tensor | None = None
     last_step_id: int = -1
     last_reply: tuple[Output, list[Buffer]] | None = None

@@ -125,6 +125,7 @@ class SimulatedPeer:
             instance_id=self.instance_id,
             limits=HandlerLimits(max_batch_tokens=4096, max_body_bytes=1 << 26, max_connections=MAX_CONNECTIONS),
             clock=swarm.clock,
+            dialer=MemoryDialer(swarm.network, swarm.config, self.host.address),
         )
         handler.on_violation = swarm.note_violation
         self.handler, self.host.accept = handler, handler.accept

@@ -15,12 +15,16 @@ from msgspec import Meta
 from remote_modules.errors import LocalProtocolError, RefusalReason, RemoteProtocolError
 
 __all__ = [
+    "AnyRequest",
     "BackwardRequest",
+    "CacheMeta",
     "CacheOp",
     "CallMeta",
     "Cancel",
     "ClientHello",
     "CloseSession",
+    "CopyRequest",
+    "CopySource",
     "Draining",
     "ForwardRequest",
     "Message",
@@ -28,6 +32,7 @@ __all__ = [
     "Output",
     "Ping",
     "Pong",
+    "ReadRequest",
     "Refused",
     "Reject",
     "Request",
@@ -40,7 +45,8 @@ __all__ = [
 ]
 
 VERSION_MAJOR = 1
-VERSION_MINOR = 1
+VERSION_MINOR = 2
+COPIES_SINCE_MINOR = 2  # who speaks an older one knows no `CopyRequest` and no `ReadRequest`
 
 MAX_TENSORS = 1024
 MAX_OPTIONS = 32
@@ -58,6 +64,7 @@ Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]
 CacheOpKind = Literal["crop", "select", "reset"]
 RecordKind = Literal["hidden_states", "router_logits"]
 Dims = Annotated[tuple[Count, ...], Meta(max_length=MAX_DIMENSIONS)]
+Addresses = Annotated[tuple[Text, ...], Meta(max_length=4)]
 
 
 class _Base(msgspec.Struct, frozen=True, array_like=True):
@@ -191,6 +198,7 @@ class StepRequest(_Base, frozen=True, tag="step"):
         mask_is_whole: see ``tensors``.
         create: whether an unknown session is to be opened.
         num_outputs: answer only the last so many tokens; None for all.
+        version: cache operations that the session must have seen before ``ops``, else ``session_lost``; None for any.
     """
 
     request_id: Id
@@ -206,6 +214,7 @@ class StepRequest(_Base, frozen=True, tag="step"):
     mask_is_whole: bool = False
     create: bool = False
     num_outputs: Count | None = None
+    version: Count | None = None
 
 
 class ForwardRequest(_Base, frozen=True, tag="forward"):
@@ -243,6 +252,85 @@ class BackwardRequest(_Base, frozen=True, tag="backward"):
     call: CallMeta = CallMeta()
 
 
+class CopySource(_Base, frozen=True):
+    """Where to dial a peer: fields of its record. The peer proves its id in the hello."""
+
+    peer_id: Name
+    addresses: Addresses
+    certificate_sha256: Name | None = None
+
+
+class CopyRequest(_Base, frozen=True, tag="copy"):
+    """Make the session ``session_id`` here equal to the session ``source_session_id`` of another peer, or of this one.
+
+    A session that holds tokens already gets those that it lacks. Cache operations of a session are counted: all copies
+    of one session have the same count where they hold the same.
+
+    Attributes:
+        request_id, session_id: as in `StepRequest`.
+        start, end: blocks to copy; the source may hold more.
+        version: cache operations that the session here has seen; for one that is new, the least that the source has.
+        ops: those that followed, in order, as far as the client knows them; those that the source has seen are done.
+        tensors: index tensors of ``ops``.
+        timeout_s: after this the client no longer waits.
+        source_session_id: chosen by the client.
+        source: the peer that holds it; None for this very peer.
+        create: whether an unknown session is to be opened.
+        position: tokens to hold afterwards; None for as many as the source has.
+    """
+
+    request_id: Id
+    session_id: SessionId
+    start: Block
+    end: Block
+    version: Count
+    ops: CacheOps
+    tensors: Tensors
+    timeout_s: Seconds
+    source_session_id: SessionId
+    source: CopySource | None = None
+    create: bool = False
+    position: Count | None = None
+
+
+class ReadRequest(_Base, frozen=True, tag="read"):
+    """Read a part of a session's KV cache; peers ask each other. Whoever knows the session's id may read it.
+
+    Attributes:
+        request_id, session_id: as in `StepRequest`.
+        start, end: blocks whose layers to read; where they are equal, what belongs to no block (masks and the like).
+        first, last: tokens to read of what grows with the text; None for as many as there are. A state that does not
+            grow is read whole, and only while ``last`` is the length of the session.
+        version: cache operations that the session must have seen; None for any number.
+        timeout_s: after this nobody waits.
+    """
+
+    request_id: Id
+    session_id: SessionId
+    start: Block
+    end: Block
+    first: Count
+    last: Count | None
+    version: Count | None
+    timeout_s: Seconds
+
+
+class CacheMeta(_Base, frozen=True):
+    """What a session holds.
+
+    Attributes:
+        position: tokens.
+        rows: batch rows.
+        version: cache operations that it has seen.
+        num_bytes: that came from another peer for this answer.
+    """
+
+    position: Count
+    rows: Count
+    version: Count
+    num_bytes: Count = 0
+
+
 class Output(_Base, frozen=True, tag="output"):
     """The result of a request.
 
@@ -252,6 +340,7 @@ class Output(_Base, frozen=True, tag="output"):
         queue_s, compute_s: time spent waiting for the device, and on it.
         load: requests queued or running at the peer.
         free_kv_tokens: as in the peer's record, now.
+        cache: of the session, for a copy and a read; ``tensors`` of a read are those that `ReadRequest` names.
     """
 
     request_id: Id
@@ -260,6 +349,7 @@ class Output(_Base, frozen=True, tag="output"):
     compute_s: Seconds
     load: Count = 0
     free_kv_tokens: Count = 0
+    cache: CacheMeta | None = None
 
 
 class Refused(_Base, frozen=True, tag="refused"):
@@ -307,6 +397,7 @@ class Draining(_Base, frozen=True, tag="draining"):
 
 
 Request: TypeAlias = StepRequest | ForwardRequest | BackwardRequest
+AnyRequest: TypeAlias = Request | CopyRequest | ReadRequest
 Message: TypeAlias = (
     ClientHello
     | ServerHello
@@ -314,6 +405,8 @@ Message: TypeAlias = (
     | StepRequest
     | ForwardRequest
     | BackwardRequest
+    | CopyRequest
+    | ReadRequest
     | Output
     | Refused
     | Cancel
@@ -324,8 +417,8 @@ Message: TypeAlias = (
 )
 
 
-def kind_of(request: Request) -> str:
-    """``"step"``, ``"forward"`` or ``"backward"``: the request's tag."""
+def kind_of(request: AnyRequest) -> str:
+    """``"step"``, ``"forward"``, ``"backward"``, ``"copy"`` or ``"read"``: the request's tag."""
     return str(request.__struct_config__.tag)
 
 

@@ -5,7 +5,7 @@
     CLIENT                              SERVER
     start   -- ClientHello -->          greeted
     greeted <-- ServerHello --          open        (or Reject, then closed)
-    open    -- Step, Forward, Backward, Cancel, CloseSession, Ping, Pong -->
+    open    -- Step, Forward, Backward, Copy, Read, Cancel, CloseSession, Ping, Pong -->
     open    <-- Output, Refused, Ping, Pong, Draining --
     any     -- end of stream -->        closed
 
@@ -55,6 +55,8 @@ _CLIENT_SENDS = (
     messages.StepRequest,
     messages.ForwardRequest,
     messages.BackwardRequest,
+    messages.CopyRequest,
+    messages.ReadRequest,
     messages.Cancel,
     messages.CloseSession,
     messages.Ping,
@@ -83,6 +85,7 @@ class Protocol:
         self.state = State.START
         self.max_body_bytes = max_body_bytes
         self.their_max_body_bytes = 0
+        self.their_minor = 0
         self._reader = FrameReader(max_body_bytes=HELLO_BODY_BYTES)
         self._events: list[MessageReceived] = []
         self._outgoing: list[Buffer] = []
@@ -150,6 +153,7 @@ class Protocol:
                 self._check_version(message.major, message.minor)
             if isinstance(message, messages.ClientHello | messages.ServerHello):
                 self.their_max_body_bytes = message.max_body_bytes
+                self.their_minor = message.minor
             self._advance(message)
             self._events.append(MessageReceived(message, frame.body))
 

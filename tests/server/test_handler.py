@@ -12,7 +12,7 @@ from net.memory import MAX_BODY_BYTES, SERVER, RawEnd, client_connection, client
 
 from remote_modules.errors import PeerRefused, PeerUnreachable, RefusalReason
 from remote_modules.server.engine import Engine
-from remote_modules.server.handler import MAX_REQUESTS_PER_CONNECTION
+from remote_modules.server.served import MAX_REQUESTS_PER_CONNECTION
 from remote_modules.spans import Span
 from remote_modules.wire import messages
 from remote_modules.wire.framing import encode_frame
@@ -638,7 +638,7 @@ def test_rows_that_a_step_has_only_in_between_count_too(engine: Engine) -> None:
 def test_failure_on_the_device_drops_the_session_and_its_bytes(
     engine: Engine, caplog: pytest.LogCaptureFixture, error: Exception, reason: RefusalReason, text: str
 ) -> None:
-    caplog.set_level(logging.CRITICAL, "remote_modules.server.handler")
+    caplog.set_level(logging.CRITICAL, "remote_modules.server.served")
     broken = BrokenEngine(engine.model)
 
     async def main(peer: Peer) -> None:
@@ -964,7 +964,7 @@ def test_other_version_is_rejected_naming_both(engine: Engine, major: int) -> No
     async def main(peer: Peer) -> None:
         end = peer.connect_silent()
         end.send(msgspec.structs.replace(client_hello(), major=major, minor=7))
-        text = f"peer speaks protocol {major}.7, we speak 1.1; update the older side"
+        text = f"peer speaks protocol {major}.7, we speak 1.2; update the older side"
         assert await end.message(messages.Reject) == messages.Reject(text)
         await asyncio.wait_for(end.closed.wait(), 1.0)
         assert peer.handler.num_connections == 0
@@ -978,7 +978,7 @@ def test_hello_says_who_the_peer_is_and_what_it_takes(engine: Engine, minor: int
         end = peer.connect_silent()
         end.send(msgspec.structs.replace(client_hello(), minor=minor))
         hello = await end.message(messages.ServerHello)
-        assert (hello.major, hello.minor) == (1, 1)
+        assert (hello.major, hello.minor) == (1, 2)
         assert hello.public_key == SERVER.public_key
         assert (hello.instance_id, hello.software) == ("first", "test peer")
         assert hello.max_body_bytes == MAX_BODY_BYTES

@@ -18,23 +18,27 @@ Slicer = Callable[[bytes], Iterable[bytes]]
 
 MAX_BODY_BYTES = 1 << 20
 MESSAGE_TYPES: tuple[type[Message], ...] = get_args(Message)
-REQUESTS = (messages.StepRequest, messages.ForwardRequest, messages.BackwardRequest)
+REQUESTS = get_args(messages.AnyRequest)
 
 CLIENT_HELLO = messages.ClientHello(1, 1, b"n" * 32, MAX_BODY_BYTES, "client 1")
 SERVER_HELLO = messages.ServerHello(1, 1, b"k" * 32, b"s" * 64, "run-1", MAX_BODY_BYTES, "server 1")
 HIDDEN = (TensorMeta("hidden_states", "float32", (1, 2, 4)),)
 OPTIONS = (Option("is_causal", True), Option("window", 5), Option("scale", 0.5), Option("kind", "full"))
 CALL = CallMeta(1, 2, False, "bfloat16", OPTIONS, ("hidden_states", "router_logits"), "d" * 64, 7, True)
+INDICES = (TensorMeta("rows", "int64", (2,)),)
+SOURCE = messages.CopySource("p" * 52, ("127.0.0.1:31330",), "c" * 64)
 OPS = (CacheOp("crop", 3), CacheOp("select", 0, "rows"), CacheOp("reset"))
 
 EXAMPLES: tuple[Message, ...] = (
     CLIENT_HELLO,
     SERVER_HELLO,
     messages.Reject("too many connections"),
-    messages.StepRequest(1, "s" * 16, 2, 0, 4, 3, OPS, HIDDEN, 1.5, CALL, True, True, 1),
+    messages.StepRequest(1, "s" * 16, 2, 0, 4, 3, OPS, HIDDEN, 1.5, CALL, True, True, 1, 2),
     messages.ForwardRequest(2, 0, 4, HIDDEN, 1.5, CALL),
     messages.BackwardRequest(3, 0, 4, HIDDEN, 1.5, CALL),
-    messages.Output(1, HIDDEN, 0.25, 0.5, 2, 4096),
+    messages.CopyRequest(4, "s" * 16, 0, 4, 1, OPS, INDICES, 1.5, "t" * 16, SOURCE, True, 9),
+    messages.ReadRequest(5, "s" * 16, 0, 4, 3, 9, 1, 1.5),
+    messages.Output(1, HIDDEN, 0.25, 0.5, 2, 4096, messages.CacheMeta(9, 2, 1, 640)),
     messages.Refused(1, RefusalReason.BUSY, "queue is full", 0.5),
     messages.Cancel(1),
     messages.CloseSession("s" * 16),

@@ -11,7 +11,7 @@ from remote_modules.errors import LocalProtocolError, RefusalReason, RemoteProto
 from remote_modules.wire import messages
 from remote_modules.wire.messages import Message, decode_message, encode_message
 
-from .helpers import CALL, EXAMPLES, HIDDEN, MESSAGE_TYPES, OPTIONS, items_of, name_of
+from .helpers import CALL, EXAMPLES, HIDDEN, MESSAGE_TYPES, OPTIONS, SOURCE, items_of, name_of
 
 pack = msgspec.msgpack.encode
 
@@ -66,6 +66,9 @@ BOUNDS: dict[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]] = {
             [1, 2, True, "", [], [], "", 1, 0],
         ),
     ),
+    "Addresses": ("list", ([], ["a:1"] * 4), (["a:1"] * 5, [1], [["a:1"]])),
+    "CopySource": ("list", (["p", []], ["p", ["a:1"], None]), ([], ["p"], [1, []], ["p", "a:1"], ["p", [], 1])),
+    "CacheMeta": ("list", ([0, 0, 0], [9, 2, 1, 640]), ([], [1, 2], [-1, 0, 0], [0, 0, 0, -1])),
     "CacheOps": ("list", ([], [["crop"]] * 1024), ([["crop"]] * 1025, [1], [[]], [["crop", "1"]])),
 }
 
@@ -97,6 +100,14 @@ def with_call(call: list[Any]) -> list[Any]:
 
 def with_option(option: list[Any]) -> list[Any]:
     return with_call([1, 2, True, "", [option]])
+
+
+def with_source(source: list[Any]) -> list[Any]:
+    return ["copy", 4, "s" * 16, 0, 4, 1, [], [], 1.5, "t" * 16, source]
+
+
+def with_cache(cache: list[Any]) -> list[Any]:
+    return ["output", 1, [], 0.25, 0.5, 2, 4096, cache]
 
 
 def check_field(items: list[Any], index: int, annotation: str, *, wrap: Any = lambda items: items) -> None:
@@ -156,6 +167,16 @@ def test_call_fields_out_of_type_or_bounds_are_refused() -> None:
 def test_option_fields_out_of_type_or_bounds_are_refused() -> None:
     for index, annotation, _ in fields_of(messages.Option):
         check_field(["window", 5], index, annotation, wrap=with_option)
+
+
+def test_source_fields_out_of_type_or_bounds_are_refused() -> None:
+    for index, annotation, _ in fields_of(messages.CopySource):
+        check_field(msgspec.msgpack.decode(pack(SOURCE)), index, annotation, wrap=with_source)
+
+
+def test_cache_fields_out_of_type_or_bounds_are_refused() -> None:
+    for index, annotation, _ in fields_of(messages.CacheMeta):
+        check_field([9, 2, 1, 640], index, annotation, wrap=with_cache)
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)

@@ -33,7 +33,17 @@ from .helpers import (
 )
 
 # Which message takes a connection from one state to which; everything else is refused.
-OPEN_CLIENT = ("StepRequest", "ForwardRequest", "BackwardRequest", "Cancel", "CloseSession", "Ping", "Pong")
+OPEN_CLIENT = (
+    "StepRequest",
+    "ForwardRequest",
+    "BackwardRequest",
+    "CopyRequest",
+    "ReadRequest",
+    "Cancel",
+    "CloseSession",
+    "Ping",
+    "Pong",
+)
 OPEN_SERVER = ("Output", "Refused", "Ping", "Pong", "Draining")
 NEXT_STATE: dict[tuple[Role, State, str], State] = {
     (Role.CLIENT, State.START, "ClientHello"): State.GREETED,
@@ -47,6 +57,7 @@ every_role = pytest.mark.parametrize("sender", list(Role), ids=name_of)
 every_message = pytest.mark.parametrize("message", EXAMPLES, ids=name_of)
 every_slicer = pytest.mark.parametrize("slicer", SLICERS, ids=slicer_name)
 FORWARD = messages.ForwardRequest(2, 0, 4, HIDDEN, 1.5)
+OUTPUT = messages.Output(1, HIDDEN, 0.25, 0.5, 2, 4096)
 
 
 # -------------------------------------------------------------------------------- states
@@ -165,7 +176,7 @@ def test_body_with_the_hello_is_not_sent(sender: Role) -> None:
         pair.ends[sender].send(hello, [bytes(limit + 1)])
 
 
-@pytest.mark.parametrize(("sender", "message"), [(Role.CLIENT, FORWARD), (Role.SERVER, EXAMPLES[6])], ids=name_of)
+@pytest.mark.parametrize(("sender", "message"), [(Role.CLIENT, FORWARD), (Role.SERVER, OUTPUT)], ids=name_of)
 def test_body_over_the_limit_in_the_hello_is_refused_on_both_sides(sender: Role, message: Message) -> None:
     pair = ConnectionPair.in_state(State.OPEN)
     assert pair.pass_on(sender, message, [bytes(MAX_BODY_BYTES)])[0].body == bytes(MAX_BODY_BYTES)
@@ -263,7 +274,7 @@ def test_stream_that_ends_inside_a_frame_is_an_error_once() -> None:
 
 def test_other_major_version_of_the_server_is_refused_naming_both() -> None:
     pair = ConnectionPair.in_state(State.GREETED)
-    with pytest.raises(RemoteProtocolError, match=r"peer speaks protocol 2\.7, we speak 1\.1; update the older side"):
+    with pytest.raises(RemoteProtocolError, match=r"peer speaks protocol 2\.7, we speak 1\.2; update the older side"):
         pair.inject(Role.SERVER, frame_of(msgspec.structs.replace(SERVER_HELLO, major=2, minor=7)))
     client = pair.ends[Role.CLIENT]
     assert client.state is State.CLOSED
@@ -275,7 +286,7 @@ def test_other_major_version_of_the_client_can_be_rejected_naming_both() -> None
     (event,) = pair.pass_on(Role.CLIENT, msgspec.structs.replace(CLIENT_HELLO, major=0, minor=9))
     assert isinstance(event.message, messages.ClientHello)
     text = check_version(event.message.major, event.message.minor)
-    assert text == "peer speaks protocol 0.9, we speak 1.1; update the older side"
+    assert text == "peer speaks protocol 0.9, we speak 1.2; update the older side"
     assert pair.pass_on(Role.SERVER, messages.Reject(text))[0].message == messages.Reject(text)
     assert pair.state is State.CLOSED
 
@@ -283,6 +294,7 @@ def test_other_major_version_of_the_client_can_be_rejected_naming_both() -> None
 def test_later_minor_version_is_accepted() -> None:
     pair = ConnectionPair.in_state(State.GREETED)
     pair.pass_on(Role.SERVER, msgspec.structs.replace(SERVER_HELLO, minor=5))
+    assert [pair.ends[role].their_minor for role in Role] == [5, 1]
     assert pair.state is State.OPEN
     assert check_version(1, 5) is None
 

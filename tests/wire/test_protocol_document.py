@@ -30,6 +30,8 @@ STRUCTS: tuple[type[msgspec.Struct], ...] = (
     messages.CacheOp,
     messages.Option,
     messages.CallMeta,
+    messages.CopySource,
+    messages.CacheMeta,
     PeerRecord,
     SignedRecord,
 )
@@ -122,6 +124,7 @@ def test_fields_match_the_struct(struct: type[msgspec.Struct]) -> None:
 def test_types_match_their_bounds() -> None:
     rows = table("3. Messages and tensors", "type")
     parts = (messages.TensorMeta, messages.CacheOp, messages.Option, messages.CallMeta)
+    parts += (messages.CopySource, messages.CacheMeta)
     used = {str(annotation) for struct in (*MESSAGE_TYPES, *parts) for annotation in struct.__annotations__.values()}
     names = {name for name in used if name.isidentifier()} - {"bool", "RefusalReason", "CacheOpKind", "CallMeta"}
     assert {row[0] for row in rows} == names
