@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
@@ -12,6 +13,9 @@ from remote_modules.peers import check_address, is_loopback
 from remote_modules.spans import Span
 
 __all__ = ["ClientConfig", "ServerConfig", "TrackerConfig", "check_tracker_urls", "default_trackers"]
+
+
+_PEER_ID = re.compile(r"[a-z2-7]{6,52}\Z")
 
 
 def default_trackers() -> tuple[str, ...]:
@@ -35,11 +39,17 @@ class ClientConfig:
     connect_timeout_s: float = 3.0  # one dial, TLS and hello included
     silence_timeout_s: float = 2.0  # a peer with work of ours that says nothing for so long is frozen or gone
     pass_deadline_s: float = 120.0  # one forward, backward, prefill or decode, failures and waiting included
-    min_request_timeout_s: float = 10.0  # least time that a live peer gets to compute one request
+    min_request_timeout_s: float = 2.0  # least time that a live peer gets to compute one request
+    max_request_timeout_s: float = 30.0  # most, unless it is known to need longer, or nobody else holds the blocks
+    hedge: bool = True  # ask a second peer when the first is slower than expected
+    min_hedge_s: float = 0.25  # no answer is called slow before
     refresh_interval_s: float = 5.0  # age at which the view of the swarm is looked up again
     lookup_timeout_s: float = 5.0  # one lookup at one discovery source
-    ban_s: float = 1.0  # first ban of a failed peer; doubles with each failure in a row
-    max_ban_s: float = 60.0
+    ban_s: float = 0.2  # shortest time that a failed peer is left alone; the longest doubles with each failure in a row
+    max_ban_s: float = 60.0  # up to this
+    retry_ratio: float = 0.1  # retries that one request earns; beyond them, and a few more, retries wait first
+    allowed_peers: tuple[str, ...] = ()  # ids, or their first 6 or more characters, of the only peers to use
+    blocked_peers: tuple[str, ...] = ()  # the same of peers never to use
     max_replay_tokens: int = 512  # tokens of one replay request (times batch rows)
     exact_replay: bool = False  # feed a lost KV cache the same steps as at first: bitwise equal, one request each
     keep_histories: str = "each_hop"  # or "first": least memory; a lost hop costs a replay of those before it too
@@ -61,6 +71,11 @@ class ClientConfig:
         _check_choice("history_dtype", self.history_dtype, ("compute", "int8"))
         if self.max_ban_s < self.ban_s:
             raise ValueError(f"max_ban_s must be at least ban_s, got {self.max_ban_s} and {self.ban_s}")
+        if self.max_request_timeout_s < self.min_request_timeout_s:
+            got = f"got {self.max_request_timeout_s} and {self.min_request_timeout_s}"
+            raise ValueError(f"max_request_timeout_s must be at least min_request_timeout_s, {got}")
+        for name in ("allowed_peers", "blocked_peers"):
+            _check_peer_ids(name, getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +178,14 @@ _POSITIVE = (
 def _check_positive(name: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def _check_peer_ids(name: str, peer_ids: Sequence[str]) -> None:
+    if isinstance(peer_ids, str):
+        raise TypeError(f"{name} must be a list of peer ids, got the string {peer_ids!r}; write ({peer_ids!r},)")
+    for peer_id in peer_ids:
+        if not _PEER_ID.match(peer_id):
+            raise ValueError(f"{name} must hold peer ids, or their first 6 or more characters, got {peer_id!r}")
 
 
 def _check_field(name: str, check: Callable[[str], object], value: str) -> None:

@@ -4,6 +4,7 @@
 
     RemoteModulesError
     ├── NoRouteError            no live peers for some blocks          (.missing)
+    │   └── SpanUnavailable     and none came until the deadline
     ├── PeerError               that peer; another may do: retryable   (.peer_id)
     │   ├── PeerUnreachable     dial failed or the connection was lost
     │   ├── PeerTimeout         no answer by the deadline
@@ -39,6 +40,7 @@ __all__ = [
     "RemoteModulesError",
     "RemoteProtocolError",
     "SessionError",
+    "SpanUnavailable",
     "UnsupportedCallError",
 ]
 
@@ -57,6 +59,10 @@ class NoRouteError(RemoteModulesError):
     def __init__(self, message: str, *, missing: Sequence[object] = ()) -> None:
         super().__init__(message)
         self.missing = tuple(missing)
+
+
+class SpanUnavailable(NoRouteError):
+    """No live peer covered some of the blocks until the deadline of the pass; a later pass may succeed."""
 
 
 class PeerError(RemoteModulesError):

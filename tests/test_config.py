@@ -78,6 +78,9 @@ def test_http_urls_are_accepted(urls: list[str]) -> None:
         "silence_timeout_s",
         "pass_deadline_s",
         "min_request_timeout_s",
+        "max_request_timeout_s",
+        "min_hedge_s",
+        "retry_ratio",
         "refresh_interval_s",
         "lookup_timeout_s",
         "ban_s",
@@ -88,6 +91,39 @@ def test_http_urls_are_accepted(urls: list[str]) -> None:
 )
 def test_client_number_that_is_not_positive_is_refused(name: str, value: float) -> None:
     assert refused_message(ClientConfig, **{name: value}) == f"{name} must be positive and finite, got {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"ban_s": 2.0, "max_ban_s": 1.0}, "max_ban_s must be at least ban_s, got 1.0 and 2.0"),
+        (
+            {"min_request_timeout_s": 40.0},
+            "max_request_timeout_s must be at least min_request_timeout_s, got 30.0 and 40.0",
+        ),
+        *(
+            (
+                {name: ("abcdef", peer_id)},
+                f"{name} must hold peer ids, or their first 6 or more characters, got {peer_id!r}",
+            )
+            for name in ("allowed_peers", "blocked_peers")
+            for peer_id in ("", "abcde", "a" * 53, "ABCDEF", "abcde1", "abcdef\n")
+        ),
+    ],
+    ids=str,
+)
+def test_bad_client_field_is_refused(fields: dict[str, Any], expected: str) -> None:
+    assert refused_message(ClientConfig, **fields) == expected
+
+
+def test_peer_ids_given_as_one_string_are_a_type_error() -> None:
+    with pytest.raises(TypeError, match=r"allowed_peers must be a list of peer ids, got the string 'abcdef'"):
+        ClientConfig(allowed_peers="abcdef")  # type: ignore[arg-type]
+
+
+def test_good_peer_ids_are_kept() -> None:
+    config = ClientConfig(allowed_peers=("abcdef", "a" * 52), blocked_peers=("abcdef",))
+    assert (config.allowed_peers, config.blocked_peers) == (("abcdef", "a" * 52), ("abcdef",))
 
 
 # ServerConfig.

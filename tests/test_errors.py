@@ -17,6 +17,7 @@ from remote_modules.errors import (
     RemoteModulesError,
     RemoteProtocolError,
     SessionError,
+    SpanUnavailable,
     UnsupportedCallError,
 )
 from remote_modules.spans import Span
@@ -24,6 +25,7 @@ from remote_modules.spans import Span
 TREE: dict[type[Exception], type[Exception]] = {
     RemoteModulesError: Exception,
     NoRouteError: RemoteModulesError,
+    SpanUnavailable: NoRouteError,
     PeerError: RemoteModulesError,
     PeerUnreachable: PeerError,
     PeerTimeout: PeerError,

@@ -3,28 +3,43 @@
 Steps, forwards and backwards differ in what they do on one hop; what happens when a hop fails is decided here, by
 `plan.recovery`, the same way for all of them. Only `PeerError` and `NoRouteError` are handled; anything else is a
 bug or the caller's mistake and goes up.
+
+A peer that answers pings but not the request is slow, not dead. When the answer is later than expected the same work
+starts on other peers that hold the blocks, and whoever is first is believed. A session's work needs its KV cache there,
+so these peers are fed the history first, and are asked only after the first one has let us wait for about as long as
+that takes. There is never more than one such hedge at a time, and none without a share of the retry budget.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
-import torch
 
 from remote_modules.client.adapters import HopAdapter
+from remote_modules.client.answers import AnswerChecker
 from remote_modules.client.call import CallArguments, Named
+from remote_modules.client.hedging import Hedge, Outrun
 from remote_modules.client.stats import HopTiming
 from remote_modules.client.swarm import Swarm
-from remote_modules.errors import LocalProtocolError, NoRouteError, PeerError, PeerRefused, PeerTimeout, RefusalReason
+from remote_modules.errors import (
+    LocalProtocolError,
+    NoRouteError,
+    PeerError,
+    PeerRefused,
+    PeerTimeout,
+    PeerUnreachable,
+    RefusalReason,
+    SpanUnavailable,
+)
 from remote_modules.model.tensors import num_bytes
 from remote_modules.net.client_connection import ClientConnection
-from remote_modules.peers import PeerId, short_id
-from remote_modules.plan.recovery import GiveUp, Recovery, Replay, Reroute
+from remote_modules.peers import short_id
+from remote_modules.plan.recovery import Failure, GiveUp, Recovery, Replay, Reroute, failure_of
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
 from remote_modules.wire.messages import CallMeta, Output, Request
@@ -33,6 +48,8 @@ from remote_modules.wire.tensors import encode_tensors
 __all__ = ["Chain", "Work", "demand_of"]
 
 logger = logging.getLogger(__name__)
+
+HEDGE_RESERVE = 8.0  # retries that hedges leave to failures
 
 
 class Work(ABC):
@@ -56,6 +73,24 @@ class Work(ABC):
     def forget_hop(self, hop: Hop) -> None:  # noqa: B027 - only sessions have something to forget
         """The peer lost the hop's session: build it anew when the hop is done next."""
 
+    def rival(self, hop: Hop) -> Work | None:
+        """The next hop's work alone, to be done elsewhere at the same time; None if that cannot be.
+
+        It changes nothing of this one, and is given other hops by `replace_hop`.
+        """
+        return None
+
+    def adopt(self, hop: Hop, rival: Work) -> None:
+        """Take what the rival did for the work of the next hop, which was stopped."""
+        raise NotImplementedError
+
+    def discard(self) -> None:  # noqa: B027 - only sessions hold something
+        """This rival lost: free what peers hold for it."""
+
+    def num_past_tokens(self) -> int:
+        """Tokens of each row that another peer must be fed before it can do the next hop's work."""
+        return 0
+
 
 @dataclass(slots=True)
 class Chain:
@@ -69,13 +104,20 @@ class Chain:
     swarm: Swarm
     recovery: Recovery
     timings: list[HopTiming] = field(default_factory=list)
-    suspects: set[PeerId] = field(default_factory=set)
+    may_hedge: bool = True
+    answers: AnswerChecker = field(init=False)
     _failed_s: float | None = None
+    _hedge: Hedge[Work] | None = None  # of the hop that is being done
+
+    def __post_init__(self) -> None:
+        self.answers = AnswerChecker(self.swarm.stack, self.swarm.hidden_size)
 
     @classmethod
     def begin(cls, swarm: Swarm) -> Chain:
         deadline_s = swarm.clock() + swarm.config.pass_deadline_s
-        return cls(swarm, Recovery(swarm.bans, deadline_s=deadline_s, rng=swarm.rng))
+        router = swarm.router
+        recovery = Recovery(router.breakers, router.budget, deadline_s=deadline_s, rng=swarm.rng)
+        return cls(swarm, recovery, may_hedge=swarm.config.hedge)
 
     async def drive(self, work: Work) -> None:
         """Do all hops of ``work``.
@@ -86,31 +128,56 @@ class Chain:
         """
         while work.hops:
             hop = work.hops[0]
+            hedge = self._hedge = self._new_hedge(work, hop)
+            began_s = self.swarm.clock()
             try:
                 await work.do_hop(hop, self)
+            except Outrun:
+                assert hedge is not None
+                self._adopt(work, hop, hedge, self.swarm.clock() - began_s)
             except PeerError as exc:
-                await self._recover(work, hop, exc)
+                if hedge is None or failure_of(exc) is Failure.BAD_REQUEST or await hedge.outcome() is None:
+                    await self._recover(work, hop, exc)
+                else:
+                    self.recovery.blame(
+                        hop.peer_id, self.swarm.router.instance_of(hop.peer_id), exc, now_s=self.swarm.clock()
+                    )
+                    self._adopt(work, hop, hedge)
             else:
                 self._succeed(hop)
+                if hedge is not None and hedge.won is not None:
+                    hedge.won.discard()
+            finally:
+                self._hedge = None
+                if hedge is not None:
+                    await hedge.stop()
 
-    async def route(self, blocks: Span, demand: Demand) -> tuple[Hop, ...]:
+    async def route(self, blocks: Span, demand: Demand, *, is_shared: bool = False) -> tuple[Hop, ...]:
         """A route for ``blocks``, waiting for peers to appear until the deadline.
+
+        Args:
+            is_shared: see `Swarm.share`.
 
         Raises:
             NoRouteError: none did, or (at once) nobody has ever answered a lookup.
         """
-        while True:
-            try:
-                return await self.swarm.route(blocks, demand)
-            except NoRouteError as exc:
-                if self.swarm.is_unanswered:
-                    raise
-                action = self.recovery.on_no_route(exc, now_s=self.swarm.clock())
-                if isinstance(action, GiveUp):
-                    raise action.error from action.error.__cause__  # not from itself: that would hide the last failure
-                logger.warning("no route, waiting wait=%.2fs: %s", action.wait_s, exc)
-                await asyncio.sleep(action.wait_s)
-                await self.swarm.refresh()
+        find, stats = self.swarm.share if is_shared else self.swarm.route, self.swarm.stats
+        try:
+            while True:
+                try:
+                    return await find(blocks, demand)
+                except NoRouteError as exc:
+                    if self.swarm.is_unanswered:
+                        raise
+                    action = self.recovery.on_no_route(exc, now_s=self.swarm.clock())
+                    if isinstance(action, GiveUp):
+                        raise action.error from action.error.__cause__  # from itself would hide the last failure
+                    logger.warning("no route, waiting wait=%.2fs: %s", action.wait_s, exc)
+                    stats.waiting_for = tuple(span for span in exc.missing if isinstance(span, Span))
+                    await asyncio.sleep(action.wait_s)
+                    await self.swarm.refresh()
+        finally:
+            stats.waiting_for = ()
 
     async def connect(self, hop: Hop, lane: str, demand: Demand) -> ClientConnection:
         """The connection to the hop's peer; moves off a peer that is leaving, if anybody else covers its blocks.
@@ -118,9 +185,14 @@ class Chain:
         Raises:
             PeerError: it cannot be reached, or is leaving; the retry loop reroutes.
         """
-        connection = await self.swarm.connect(hop.peer_id, lane)
-        if connection.is_draining and self.swarm.has_route(hop.span, demand, avoid={hop.peer_id}):
-            text = f"peer '{short_id(hop.peer_id)}' is leaving"
+        swarm, name = self.swarm, short_id(hop.peer_id)
+        is_shut = swarm.open_connection(hop.peer_id, lane) is None and swarm.router.is_backing_off(hop.peer_id)
+        if is_shut and swarm.router.has_route(hop.span, demand, avoid={hop.peer_id}):
+            text = f"peer '{name}' failed moments ago"
+            raise PeerRefused(text, peer_id=hop.peer_id, reason=RefusalReason.BUSY)
+        connection = await swarm.connect(hop.peer_id, lane)
+        if connection.is_draining and swarm.router.has_route(hop.span, demand, avoid={hop.peer_id}):
+            text = f"peer '{name}' is leaving"
             raise PeerRefused(text, peer_id=hop.peer_id, reason=RefusalReason.DRAINING)
         return connection
 
@@ -170,88 +242,38 @@ class Chain:
         if num_bytes > limit:  # the answer, of like size, would be refused here and look like the peer's fault
             text = f"request of {num_bytes} bytes exceeds max_request_bytes={limit}; send fewer tokens"
             raise LocalProtocolError(text)
-        timeout_s = min(self._timeout_s(hop, kind, work), max(0.1, self.recovery.deadline_s - swarm.clock()))
+        timeout_s = swarm.router.timeout_s(hop, kind, work, num_bytes)
+        timeout_s = min(timeout_s, max(0.1, self.recovery.deadline_s - swarm.clock()))
         message = msgspec.structs.replace(message, tensors=metas, timeout_s=timeout_s)
-        began_s = swarm.clock()
+        began_s, moved = swarm.clock(), connection.bytes_sent + connection.bytes_received
+        hedge = self._hedge
+        if hedge is not None:
+            patience_s = swarm.router.patience_s(hop, kind, work)
+            hedge.request_begins(patience_s, partial(connection.abandon, message.request_id))
         try:
             output, replies = await connection.request(message, body, timeout_s=timeout_s)
         except PeerTimeout:
-            swarm.estimator.miss(hop.peer_id)
+            swarm.router.estimator.miss(hop.peer_id)
             raise
         finally:
+            if hedge is not None:
+                hedge.request_ends()
             swarm.count_bytes(connection)
         took_s = swarm.clock() - began_s
-        swarm.estimator.observe(hop.peer_id, kind, work=work, took_s=took_s)
+        moved = connection.bytes_sent + connection.bytes_received - moved
+        swarm.router.observe(hop, kind, work, output, num_bytes=moved, took_s=took_s, rtt_s=connection.rtt_s)
         self._note(hop, num_tokens, took_s, output)
         return replies
 
     def check_outputs(
         self, hop: Hop, outputs: Named, like: Named, call: CallMeta, num_tokens: int | None = None
     ) -> Named:
-        """What the hop's last block returned, once names, shapes, dtypes and values can be true.
-
-        Values that are not finite are believed when two peers agree on them: then they are the model's.
-
-        Args:
-            like: what went in.
-            num_tokens: how many tokens' outputs were asked for; None for all.
-
-        Raises:
-            PeerError: they cannot.
-        """
-        stack = self.swarm.stack
-        count = call.num_tokens if num_tokens is None else num_tokens
-        hidden = like["hidden_states"]
-        expected = list(hidden.shape)
-        if stack.hidden.time is not None:
-            expected[stack.hidden.time] = count
-        output = outputs.get("hidden_states")
-        if output is None or list(output.shape) != expected or output.dtype != hidden.dtype:
-            got = "nothing" if output is None else f"{output.dtype} {list(output.shape)}"
-            raise self._nonsense(hop, f"expected {hidden.dtype} {expected}, got {got}")
-        for index, spec in stack.states.items():
-            state = outputs.get(f"state.{index}")
-            if state is not None and count and not spec.fits(state, call.rows, count, self.swarm.hidden_size):
-                raise self._nonsense(hop, f"state {index} is {state.dtype} {list(state.shape)}, expected {spec.dims}")
-        self._check_finite(hop, outputs, like)
-        return outputs
+        """See `AnswerChecker.check_outputs`."""
+        return self.answers.check_outputs(hop, outputs, like, call, num_tokens)
 
     def check_gradients(self, hop: Hop, grads: Named, inputs: Named, of_outputs: Named) -> Named:
-        """Gradients by the names of ``inputs``, once they fit them.
-
-        Args:
-            of_outputs: the gradients that went in; those of a scaled loss may overflow.
-
-        Raises:
-            PeerError: they do not.
-        """
-        for name, tensor in inputs.items():
-            if not tensor.is_floating_point():
-                continue
-            grad = grads.get(name)
-            if grad is None or grad.shape != tensor.shape or grad.dtype != tensor.dtype:
-                got = "nothing" if grad is None else f"{grad.dtype} {list(grad.shape)}"
-                expected = f"{tensor.dtype} {list(tensor.shape)}"
-                raise self._nonsense(hop, f"expected a gradient of '{name}', {expected}, got {got}")
-        self._check_finite(hop, grads, inputs | of_outputs)
-        return grads
-
-    def _check_finite(self, hop: Hop, outputs: Named, like: Named) -> None:
-        if all(map(_is_finite, outputs.values())):
-            return
-        self.suspects.add(hop.peer_id)
-        if len(self.suspects) < 2 and all(map(_is_finite, like.values())):
-            raise self._nonsense(hop, "values are not finite")
-
-    def _nonsense(self, hop: Hop, text: str) -> PeerError:
-        return PeerError(
-            f"peer '{short_id(hop.peer_id)}' gave a wrong answer for blocks {hop.span}: {text}", peer_id=hop.peer_id
-        )
-
-    def _timeout_s(self, hop: Hop, kind: str, work: float) -> float:
-        record = self.swarm.record(hop.peer_id)
-        rate = record.decode_tokens_per_s if kind == "decode" else record.prefill_tokens_per_s
-        return self.swarm.estimator.timeout_s(hop.peer_id, kind, work=work, announced_rate=rate)
+        """See `AnswerChecker.check_gradients`."""
+        return self.answers.check_gradients(hop, grads, inputs, of_outputs)
 
     def _note(self, hop: Hop, num_tokens: int, took_s: float, output: Output) -> None:
         self.timings.append(
@@ -264,8 +286,63 @@ class Chain:
             )
         )
 
+    def _new_hedge(self, work: Work, hop: Hop) -> Hedge[Work] | None:
+        if not (self.may_hedge and self.swarm.router.is_replicated(hop.span)):
+            return None
+        return Hedge(partial(self._do_elsewhere, work, hop))
+
+    async def _do_elsewhere(self, work: Work, hop: Hop, hedge: Hedge[Work]) -> Work | None:
+        """Have other peers do the hop that is under way: what they did, or None."""
+        swarm = self.swarm
+        rival = work.rival(hop)
+        hops = None if rival is None else swarm.router.find_rival(hop, work.demand)
+        if rival is None or hops is None:
+            return None
+        replay_s = swarm.router.replay_seconds(hops, work.demand, work.num_past_tokens())
+        await hedge.hold_back(min(replay_s, swarm.config.silence_timeout_s))
+        if not swarm.router.budget.take(now_s=swarm.clock(), keep=HEDGE_RESERVE):
+            return None
+        swarm.router.claim(hops)
+        swarm.stats.hedges += 1
+        logger.info("hop is slow peer=%s span=%s, asking others too", short_id(hop.peer_id), hop.span)
+        chain = Chain(swarm, self.recovery, may_hedge=False)
+        is_done = False
+        try:
+            is_done = await chain._do_all(rival, hop, hops)
+        finally:
+            if not is_done:
+                rival.discard()
+        self.timings += chain.timings
+        return rival if is_done else None
+
+    async def _do_all(self, rival: Work, hop: Hop, hops: tuple[Hop, ...]) -> bool:
+        """Do all hops of a rival, once; whether none failed."""
+        try:
+            await rival.replace_hop(hop, hops, self)
+            while rival.hops:
+                hop = rival.hops[0]
+                await rival.do_hop(hop, self)
+                self._succeed(hop)
+        except PeerError as exc:
+            instance_id = self.swarm.router.instance_of(hop.peer_id)
+            self.recovery.blame(hop.peer_id, instance_id, exc, now_s=self.swarm.clock())
+            return False
+        return True
+
+    def _adopt(self, work: Work, hop: Hop, hedge: Hedge[Work], waited_s: float | None = None) -> None:
+        """Go on from what others did; find out about the peer that let us wait so long."""
+        swarm = self.swarm
+        assert hedge.won is not None
+        work.adopt(hop, hedge.won)
+        swarm.stats.hedges_won += 1
+        swarm.stats.failovers += 1
+        if waited_s is not None:
+            swarm.router.measurements.observe_lag(hop.peer_id, waited_s, now_s=swarm.clock())
+            swarm.check_soon(hop.peer_id, "step")
+            swarm.check_soon(hop.peer_id, "bulk")
+
     def _succeed(self, hop: Hop) -> None:
-        self.recovery.on_hop_done(hop.peer_id)
+        self.recovery.on_hop_done(hop.peer_id, self.swarm.router.instance_of(hop.peer_id))
         if self._failed_s is not None:
             self.swarm.stats.stall_s += self.swarm.clock() - self._failed_s
             self._failed_s = None
@@ -273,8 +350,13 @@ class Chain:
     async def _recover(self, work: Work, hop: Hop, error: PeerError) -> None:
         swarm = self.swarm
         now_s = swarm.clock()
-        action = self.recovery.on_hop_failed(hop.peer_id, swarm.instance_of(hop.peer_id), error, now_s=now_s)
+        instance_id = swarm.router.instance_of(hop.peer_id)
+        action = self.recovery.on_hop_failed(hop.peer_id, instance_id, error, now_s=now_s)
         if isinstance(action, GiveUp):
+            is_gone = isinstance(error, PeerUnreachable | PeerTimeout)
+            if is_gone and not swarm.router.has_route(hop.span, work.demand, avoid={hop.peer_id}):
+                text = f"nobody that holds blocks {hop.span} was there until the deadline: {error}"
+                raise SpanUnavailable(text, missing=(hop.span,)) from error
             raise action.error
         logger.warning("hop failed peer=%s span=%s: %s", short_id(hop.peer_id), hop.span, error)
         self._failed_s = self._failed_s or now_s
@@ -283,6 +365,9 @@ class Chain:
             work.forget_hop(hop)
             return
         assert isinstance(action, Reroute)
+        if action.wait_s:
+            logger.warning("many failures, waiting wait=%.2fs before the next try", action.wait_s)
+            await asyncio.sleep(action.wait_s)
         hops = await self.route(hop.span, work.demand)
         swarm.stats.reroutes += 1
         logger.info("route %s", " => ".join(f"{new.span} {short_id(new.peer_id)}" for new in hops))
@@ -299,9 +384,3 @@ def demand_of(tensors: Named, call: CallArguments, *, kv_tokens: int, is_decode:
         is_decode=is_decode,
         rows=call.rows,
     )
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    if not tensor.is_floating_point():
-        return True
-    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())

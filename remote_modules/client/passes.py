@@ -52,6 +52,16 @@ class _Forward(Work):
     async def replace_hop(self, hop: Hop, hops: tuple[Hop, ...], chain: Chain) -> None:
         self.hops[:1] = hops
 
+    def rival(self, hop: Hop) -> _Forward:
+        return _Forward([hop], self.outputs, self._call, self.demand)
+
+    def adopt(self, hop: Hop, rival: Work) -> None:
+        assert isinstance(rival, _Forward)
+        self.outputs = rival.outputs
+        self.recorded.update(rival.recorded)
+        self.segments += rival.segments
+        self.hops.pop(0)
+
 
 class _Backward(Work):
     """The backward of a forward's segments, last one first.
@@ -91,8 +101,7 @@ class _Backward(Work):
                 self.adapter_grads[number] = found.pop(name)
         for name in sides:
             if name in found:
-                grad = found.pop(name)
-                self.side_grads[name] = self.side_grads[name] + grad if name in self.side_grads else grad
+                self._add_side_grad(name, found.pop(name))
         self.grads = found
         self.hops.pop(0)
         self._segments.pop(0)
@@ -104,6 +113,21 @@ class _Backward(Work):
         segments = [*again.segments, Segment(hops[-1], again.outputs)]
         self._segments[:1] = segments[::-1]
         self.hops[:1] = [segment.hop for segment in segments[::-1]]
+
+    def rival(self, hop: Hop) -> _Backward:
+        return _Backward(self._segments[:1], self.grads | self._recorded, self._call, self.demand)
+
+    def adopt(self, hop: Hop, rival: Work) -> None:
+        assert isinstance(rival, _Backward)
+        self.grads = rival.grads
+        self.adapter_grads.update(rival.adapter_grads)
+        for name, grad in rival.side_grads.items():
+            self._add_side_grad(name, grad)
+        self.hops.pop(0)
+        self._segments.pop(0)
+
+    def _add_side_grad(self, name: str, grad: torch.Tensor) -> None:
+        self.side_grads[name] = self.side_grads[name] + grad if name in self.side_grads else grad
 
 
 def _own_inputs(call: CallArguments, chain: Chain, hop: Hop) -> Named:
@@ -120,7 +144,7 @@ async def forward(swarm: Swarm, blocks: Span, inputs: Named, call: CallArguments
     """
     chain = Chain.begin(swarm)
     demand = demand_of(inputs, call, kv_tokens=0)
-    work = _Forward(await chain.route(blocks, demand), inputs, call, demand)
+    work = _Forward(await chain.route(blocks, demand, is_shared=True), inputs, call, demand)
     await chain.drive(work)
     swarm.stats.finish(tuple(segment.hop for segment in work.segments), chain.timings)
     return work.outputs, work.recorded, work.segments

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from remote_modules.client.history_store import HistoryStore
 from remote_modules.peers import short_id
 from remote_modules.plan.routing import Hop
+from remote_modules.spans import Span
 
 __all__ = ["ClientStats", "HopTiming", "StatsRecorder"]
 
@@ -35,9 +36,12 @@ class ClientStats:
 
     Attributes:
         steps: passes done (steps, forwards and backwards).
-        failovers: times that a hop failed and its work went on elsewhere, or anew on the same peer.
+        failovers: times that a hop failed, or was outrun, and its work went on elsewhere or anew on the same peer.
         reroutes: times that hops of a route were replaced.
         replayed_tokens: tokens (per sequence) sent again to rebuild lost KV caches, summed over hops.
+        hedges: times that a second peer was asked because the first was slow.
+        hedges_won: times that the second one was first.
+        waiting_for: blocks that nobody holds and that a pass waits for now, in order.
         handed_over_tokens: tokens (per sequence) of KV caches that went from peer to peer for a change of the route,
             summed over hops.
         copied_bytes: of KV caches that peers copied for us: for changes of the route, for buddies and for forks.
@@ -59,6 +63,9 @@ class ClientStats:
     promotions: int
     forks: int
     stall_seconds: float
+    hedges: int
+    hedges_won: int
+    waiting_for: tuple[Span, ...]
     bytes_sent: int
     bytes_received: int
     history_bytes: int
@@ -84,6 +91,9 @@ class StatsRecorder:
     promotions: int = 0
     forks: int = 0
     stall_s: float = 0.0
+    hedges: int = 0
+    hedges_won: int = 0
+    waiting_for: tuple[Span, ...] = ()
     bytes_sent: int = 0
     bytes_received: int = 0
     histories: HistoryStore | None = None
@@ -107,6 +117,9 @@ class StatsRecorder:
             promotions=self.promotions,
             forks=self.forks,
             stall_seconds=self.stall_s,
+            hedges=self.hedges,
+            hedges_won=self.hedges_won,
+            waiting_for=self.waiting_for,
             bytes_sent=self.bytes_sent,
             bytes_received=self.bytes_received,
             history_bytes=self.histories.bytes_in_memory if self.histories is not None else 0,

@@ -8,6 +8,8 @@ afresh, and its outputs are that history.
 
 from __future__ import annotations
 
+import copy
+
 import msgspec
 import torch
 
@@ -90,6 +92,34 @@ class Step(Work):
 
     def forget_hop(self, hop: Hop) -> None:
         self.session.caches.pop(hop.span, None)
+
+    def rival(self, hop: Hop) -> Step | None:
+        if hop.span.start not in self.histories or (len(self.hops) > 1 and self._lacks_history(self.hops[1])):
+            return None  # it could not be fed, or would have to give the next hop its history, too
+        rival = copy.copy(self)
+        rival.session = copy.copy(self.session)
+        rival.session.hops, rival.session.caches = [hop], {}
+        rival.hops, rival.done = [hop], []
+        rival.inputs, rival.histories, rival.recorded = {}, dict(self.histories), {}
+        return rival
+
+    def adopt(self, hop: Hop, rival: Work) -> None:
+        assert isinstance(rival, Step)
+        self._free(hop)
+        self.session.caches.update(rival.session.caches)
+        self.inputs.update(rival.inputs)
+        self.histories.update(rival.histories)
+        self.recorded.update(rival.recorded)
+        self.outputs = rival.outputs
+        self.hops.pop(0)
+        self.done += rival.done
+        self.session.hops = [*self.done, *self.hops]
+
+    def discard(self) -> None:
+        self.session.drop_peers()
+
+    def num_past_tokens(self) -> int:
+        return self._position - self._start
 
     def _free(self, hop: Hop) -> None:
         cache = self.session.caches.pop(hop.span, None)

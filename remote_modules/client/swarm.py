@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from random import Random
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 from remote_modules.client.history_store import HistoryStore
+from remote_modules.client.router import Router
 from remote_modules.client.stats import StatsRecorder
 from remote_modules.config import ClientConfig
 from remote_modules.discovery.base import Discovery
-from remote_modules.errors import DiscoveryError, NoRouteError, PeerUnreachable, SessionError
+from remote_modules.errors import DiscoveryError, NoRouteError, PeerError, PeerUnreachable, SessionError
 from remote_modules.model.stack import StackSpec
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.net.http import Dialer
-from remote_modules.peers import PeerId, PeerRecord, PeerState, short_id
-from remote_modules.plan.compatibility import group_of, matching
-from remote_modules.plan.deadlines import WorkEstimator
-from remote_modules.plan.recovery import BanTable
-from remote_modules.plan.routing import Candidate, Demand, Hop, find_route
+from remote_modules.peers import PeerId, PeerRecord, short_id
+from remote_modules.plan.compatibility import is_allowed, matching
+from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
 
 __all__ = ["Swarm", "Watcher"]
@@ -39,7 +38,7 @@ class Watcher(Protocol):
 
 
 class Swarm:
-    """Records, bans, measured times and connections of one client.
+    """Records and connections of one client; `router` chooses among the peers.
 
     Args:
         model_key: what to look up.
@@ -71,8 +70,7 @@ class Swarm:
         self.stack = stack
         self.hidden_size = hidden_size
         self.num_blocks = stack.num_blocks
-        self.bans = BanTable(ban_s=config.ban_s, max_ban_s=config.max_ban_s)
-        self.estimator = WorkEstimator(min_timeout_s=config.min_request_timeout_s)
+        self.router = Router(stack, config, clock=clock, rng=rng, rtt_of=self._rtt_of)
         self.histories = HistoryStore(
             memory_bytes=config.history_memory_bytes, dtype=config.history_dtype, folder=config.history_folder
         )
@@ -81,7 +79,7 @@ class Swarm:
         self._dialer = dialer
         self._model_key = model_key
         self._known_digests = known_digests
-        self._records: dict[PeerId, PeerRecord] = {}
+        self._num_excluded = 0  # peers that the user does not let us use
         self._looked_up_s = float("-inf")
         self._lookup: asyncio.Task[None] | None = None
         self._lookup_error: DiscoveryError | None = None
@@ -90,6 +88,7 @@ class Swarm:
         self._dialling: dict[tuple[PeerId, str], asyncio.Task[ClientConnection]] = {}
         self._counted: WeakKeyDictionary[ClientConnection, tuple[int, int]] = WeakKeyDictionary()
         self._adapters: WeakKeyDictionary[ClientConnection, set[str]] = WeakKeyDictionary()
+        self._tasks: set[asyncio.Task[None]] = set()  # that find out whether peers are alive
         self._is_closed = False
         self.watchers: WeakSet[Watcher] = WeakSet()
 
@@ -99,14 +98,10 @@ class Swarm:
         Raises:
             PeerUnreachable: it is known no more.
         """
-        record = self._records.get(peer_id)
+        record = self.router.records.get(peer_id)
         if record is None:
             raise PeerUnreachable(f"peer '{short_id(peer_id)}' is no longer announced", peer_id=peer_id)
         return record
-
-    def instance_of(self, peer_id: PeerId) -> str:
-        record = self._records.get(peer_id)
-        return record.instance_id if record is not None else ""
 
     async def route(self, blocks: Span, demand: Demand, *, avoid: Collection[PeerId] = ()) -> tuple[Hop, ...]:
         """The best hops for ``blocks`` now; looks the swarm up when nothing is known, and when nothing fits.
@@ -115,32 +110,38 @@ class Swarm:
             NoRouteError: nobody covers some of the blocks.
             SessionError: `aclose` was called.
         """
-        self._check_open()
-        age_s = self.clock() - self._looked_up_s
-        if not self._records:
-            await self.refresh()
-        elif age_s > self.config.refresh_interval_s:
-            self._start_lookup()  # in the background: a failover must not wait for a tracker
-        try:
-            return self._route_now(blocks, demand, avoid)
-        except NoRouteError:
-            if self.clock() - self._looked_up_s < FRESH_S:
-                raise
-        await self.refresh()
-        return self._route_now(blocks, demand, avoid)
+        return await self._found(lambda: self.router.find(blocks, demand, avoid=avoid))
+
+    async def share(self, blocks: Span, demand: Demand) -> tuple[Hop, ...]:
+        """Hops for work that is not in a hurry: peers get it in proportion to what they have free. As `route`."""
+        return await self._found(lambda: self.router.find_share(blocks, demand))
+
+    def better_route(
+        self, hops: Sequence[Hop], demand: Demand, position: int, *, kv_bytes_per_token: float | None = None
+    ) -> tuple[Hop, ...] | None:
+        """Hops to which a session should move now, or None to stay. Takes milliseconds: ask every few seconds.
+
+        Only a route that is clearly faster, and soon pays back what filling its KV caches costs, is named. Hops that
+        are in both routes keep their caches.
+
+        Args:
+            hops: the session's route.
+            demand: of its next step.
+            position: tokens in the session.
+            kv_bytes_per_token: of one row in one block, where caches can be copied from peer to peer.
+        """
+        self._start_probes()
+        better = self.router.find_better(hops, demand, position, kv_bytes_per_token=kv_bytes_per_token)
+        if better is not None:
+            self.router.claim(better)
+        if self.clock() - self._looked_up_s > self.config.refresh_interval_s:
+            self._start_lookup()
+        return better
 
     @property
     def is_unanswered(self) -> bool:
         """Whether no source of discovery has ever given a usable answer: waiting would only hide a wrong address."""
         return self._lookup_error is not None and not self._has_found
-
-    def has_route(self, blocks: Span, demand: Demand, *, avoid: Collection[PeerId]) -> bool:
-        """Whether others than ``avoid`` cover ``blocks``, by what is known now."""
-        try:
-            self._route_now(blocks, demand, avoid)
-        except NoRouteError:
-            return False
-        return True
 
     async def refresh(self) -> None:
         """Look the swarm up; failures leave the old view standing."""
@@ -169,6 +170,12 @@ class Swarm:
         connection = self._connections.get((peer_id, lane))
         return connection if connection is not None and connection.is_open else None
 
+    def check_soon(self, peer_id: PeerId, lane: str) -> None:
+        """Find out in the background whether a peer that lets us wait is alive; one that is not is left alone."""
+        connection = self.open_connection(peer_id, lane)
+        if connection is not None:
+            self._start_task(self._check(connection, self.router.instance_of(peer_id)))
+
     def leaving_peers(self) -> set[PeerId]:
         """Those that we are connected to and that said that they are leaving."""
         return {key[0] for key, link in self._connections.items() if link.is_open and link.is_draining}
@@ -187,7 +194,7 @@ class Swarm:
     async def aclose(self) -> None:
         """Close connections and discovery; idempotent."""
         self._is_closed = True
-        pending = [task for task in (self._lookup, *self._dialling.values()) if task is not None]
+        pending = [task for task in (self._lookup, *self._dialling.values(), *self._tasks) if task is not None]
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
@@ -207,36 +214,66 @@ class Swarm:
         if self._is_closed:
             raise SessionError("these remote blocks are closed; make new ones with from_swarm")
 
-    def _route_now(self, blocks: Span, demand: Demand, avoid: Collection[PeerId]) -> tuple[Hop, ...]:
-        candidates = [
-            self._candidate(record)
-            for peer_id, record in self._records.items()
-            if record.state is PeerState.ONLINE and peer_id not in avoid and not self._is_banned(record)
-        ]
+    async def _found(self, find: Callable[[], tuple[Hop, ...]]) -> tuple[Hop, ...]:
+        self._check_open()
+        age_s = self.clock() - self._looked_up_s
+        if not self.router.records:
+            await self.refresh()
+        elif age_s > self.config.refresh_interval_s:
+            self._start_lookup()  # in the background: a failover must not wait for a tracker
+        self._start_probes()
         try:
-            return find_route(blocks, candidates, demand, rng=self.rng, cuts=self.stack.cuts)
+            return find()
         except NoRouteError as exc:
-            why = f"; last lookup failed: {self._lookup_error}" if self._lookup_error is not None else ""
-            num_banned = sum(map(self._is_banned, self._records.values()))
-            banned = f" ({num_banned} more failed moments ago)" if num_banned else ""
-            raise NoRouteError(f"{exc}{banned}{why}", missing=exc.missing) from self._lookup_error
+            if self.clock() - self._looked_up_s < FRESH_S:
+                raise self._explained(exc) from self._lookup_error
+        await self.refresh()
+        try:
+            return find()
+        except NoRouteError as exc:
+            raise self._explained(exc) from self._lookup_error
 
-    def _is_banned(self, record: PeerRecord) -> bool:
-        return self.bans.is_banned(PeerId(record.peer_id), record.instance_id, now_s=self.clock())
+    def _explained(self, error: NoRouteError) -> NoRouteError:
+        num_shut = self.router.num_shut()
+        text = f"{error} ({num_shut} more failed moments ago)" if num_shut else str(error)
+        if self._num_excluded:
+            text += f" ({self._num_excluded} more are excluded by allowed_peers or blocked_peers)"
+        if self._lookup_error is not None:
+            text += f"; last lookup failed: {self._lookup_error}"
+        return NoRouteError(text, missing=error.missing)
 
-    def _candidate(self, record: PeerRecord) -> Candidate:
-        peer_id = PeerId(record.peer_id)
+    def _rtt_of(self, peer_id: PeerId) -> float | None:
         connection = self._connections.get((peer_id, "step")) or self._connections.get((peer_id, "bulk"))
-        return Candidate(
-            peer_id=peer_id,
-            span=record.span,
-            rtt_s=connection.rtt_s if connection is not None else None,
-            decode_tokens_per_s=record.decode_tokens_per_s,
-            prefill_tokens_per_s=record.prefill_tokens_per_s,
-            free_kv_tokens=record.free_kv_tokens,
-            load=connection.load if connection is not None else record.load,
-            group=group_of(record, allow_mixed_dtypes=self.config.allow_mixed_dtypes),
-        )
+        return connection.rtt_s if connection is not None else None
+
+    def _start_probes(self) -> None:
+        """Ask those whose back-off is over whether they are alive, so that no pass has to find out."""
+        for peer_id, instance_id in self.router.breakers.take_due(now_s=self.clock()):
+            if self.router.instance_of(peer_id) == instance_id:
+                self._start_task(self._probe(peer_id, instance_id))
+
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _probe(self, peer_id: PeerId, instance_id: str) -> None:
+        try:
+            connection = await self.connect(peer_id, "step")
+        except PeerError:
+            self.router.breakers.fail(peer_id, instance_id, is_hard=True, now_s=self.clock())
+        except SessionError:
+            return  # closed meanwhile
+        else:
+            await self._check(connection, instance_id)
+
+    async def _check(self, connection: ClientConnection, instance_id: str) -> None:
+        try:
+            await connection.ping()
+        except PeerError:
+            self.router.breakers.fail(connection.peer_id, instance_id, is_hard=True, now_s=self.clock())
+        else:
+            self.router.breakers.prove(connection.peer_id, instance_id)
 
     def _start_lookup(self) -> asyncio.Task[None]:
         if self._lookup is None or self._lookup.done():
@@ -246,21 +283,24 @@ class Swarm:
     async def _look_up(self) -> None:
         try:
             found = await asyncio.wait_for(self._discovery.lookup(self._model_key), self.config.lookup_timeout_s)
-            records = matching([r for r in found if r.num_blocks == self.num_blocks], self._known_digests)
+            allowed, blocked = self.config.allowed_peers, self.config.blocked_peers
+            usable = [record for record in found if is_allowed(record.peer_id, allowed=allowed, blocked=blocked)]
+            records = matching([r for r in usable if r.num_blocks == self.num_blocks], self._known_digests)
+            self._num_excluded = len(found) - len(usable)
         except asyncio.TimeoutError:
             self._lookup_error = DiscoveryError(f"no answer within {self.config.lookup_timeout_s:.1f} s")
         except DiscoveryError as exc:
             self._lookup_error = exc
         except NoRouteError as exc:
             self._lookup_error = DiscoveryError(str(exc))
-            self._records = {}
+            self.router.records = {}
         else:
             self._lookup_error = None
             fresh = {PeerId(record.peer_id): record for record in records}
-            for peer_id, record in self._records.items():
+            for peer_id, record in self.router.records.items():
                 if peer_id not in fresh and self._is_connected(peer_id):
                     fresh[peer_id] = record  # its lease ran out, but we are talking to it
-            self._records = fresh
+            self.router.records = fresh
             self._has_found = True
         self._looked_up_s = self.clock()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -72,6 +72,7 @@ class ClientConnection(Connection):
         self._heart = Heartbeat(silence_timeout_s=silence_timeout_s)
         self._ticker: asyncio.TimerHandle | None = None
         self._ping_sent_s: float | None = None
+        self._pongs: list[asyncio.Future[None]] = []
 
     @property
     def knows_copies(self) -> bool:
@@ -125,6 +126,32 @@ class ClientConnection(Connection):
             if self._answers.pop(message.request_id, None) is not None:  # no answer came, and none is awaited any more
                 self._cancel(message.request_id)
         return self._read_reply(event)
+
+    async def ping(self) -> None:
+        """Wait for a sign of life.
+
+        Raises:
+            PeerTimeout: it says nothing at all for the silence timeout; the connection is given up.
+            PeerUnreachable: the connection broke.
+        """
+        if not self.is_open:
+            raise self._unreachable(None)
+        pong: asyncio.Future[None] = self._loop.create_future()
+        self._pongs.append(pong)
+        self._ping_sent_s = self._ping_sent_s or self._loop.time()
+        self.send(messages.Ping(0))
+        self._start_heart()
+        try:
+            await pong
+        finally:
+            if pong in self._pongs:
+                self._pongs.remove(pong)
+
+    def abandon(self, request_id: int, error: Exception) -> None:
+        """Let a request fail with ``error``; the peer is told that nobody waits any more."""
+        answer = self._answers.get(request_id)
+        if answer is not None and not answer.done():
+            answer.set_exception(error)
 
     def _expire(self, answer: asyncio.Future[MessageReceived], message: messages.AnyRequest, timeout_s: float) -> None:
         if not answer.done():
@@ -190,6 +217,10 @@ class ClientConnection(Connection):
             sample_s = self._loop.time() - self._ping_sent_s
             self.rtt_s = sample_s if self.rtt_s is None else min(self.rtt_s, sample_s)
             self._ping_sent_s = None
+        pongs, self._pongs = self._pongs, []
+        for pong in pongs:
+            if not pong.done():
+                pong.set_result(None)
 
     def _lose(self, reason: Exception | None) -> None:
         if self._ticker is not None:
@@ -200,9 +231,11 @@ class ClientConnection(Connection):
             self._opened.set_exception(error)
             self._opened.exception()  # seen, even when nobody awaits it any more
         answers, self._answers = self._answers, {}
-        for answer in answers.values():
-            if not answer.done():
-                answer.set_exception(error)
+        pongs, self._pongs = self._pongs, []
+        awaited: list[asyncio.Future[Any]] = [*answers.values(), *pongs]
+        for future in awaited:
+            if not future.done():
+                future.set_exception(error)
 
     def _unreachable(self, reason: Exception | None) -> PeerUnreachable:
         why = f": {reason}" if reason is not None and str(reason) else ""
@@ -216,14 +249,14 @@ class ClientConnection(Connection):
         self._heart.heard(self._loop.time())
 
     def _start_heart(self) -> None:
-        if len(self._answers) == 1:
+        if len(self._answers) + len(self._pongs) == 1:
             self._heart.wait_begins(self._loop.time())
         if self._ticker is None:
             self._ticker = self._loop.call_later(self._heart.interval_s, self._tick)
 
     def _tick(self) -> None:
         self._ticker = None
-        beat = self._heart.beat(self._loop.time(), awaits_answer=bool(self._answers))
+        beat = self._heart.beat(self._loop.time(), awaits_answer=bool(self._answers or self._pongs))
         if beat is Beat.DEAD:
             error = PeerTimeout(f"peer '{short_id(self.peer_id)}' gives no sign of life", peer_id=self.peer_id)
             self.abort(error)
@@ -231,5 +264,5 @@ class ClientConnection(Connection):
         if beat is Beat.PING:
             self._ping_sent_s = self._loop.time()
             self.send(messages.Ping(0))
-        if self._answers:
+        if self._answers or self._pongs:
             self._ticker = self._loop.call_later(self._heart.interval_s, self._tick)

@@ -7,12 +7,12 @@ which model it means.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from remote_modules.errors import NoRouteError
 from remote_modules.peers import PeerRecord
 
-__all__ = ["group_of", "matching"]
+__all__ = ["group_of", "is_allowed", "matching"]
 
 
 def matching(records: Sequence[PeerRecord], known_digests: Mapping[int, str]) -> list[PeerRecord]:
@@ -43,3 +43,15 @@ def matching(records: Sequence[PeerRecord], known_digests: Mapping[int, str]) ->
 def group_of(record: PeerRecord, *, allow_mixed_dtypes: bool) -> str:
     """Peers of one route share this."""
     return "" if allow_mixed_dtypes else f"{record.dtype}/{record.quantization}"
+
+
+def is_allowed(peer_id: str, *, allowed: Collection[str], blocked: Collection[str]) -> bool:
+    """Whether the user lets us use a peer.
+
+    Args:
+        allowed: ids, or beginnings of ids, of the only peers to use; empty for all.
+        blocked: the same of peers never to use; stronger than ``allowed``.
+    """
+    if peer_id.startswith(tuple(blocked)):
+        return False
+    return not allowed or peer_id.startswith(tuple(allowed))

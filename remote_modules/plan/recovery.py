@@ -4,15 +4,17 @@ Pure: outcomes and the time go in, one action comes out; nothing here waits, sen
 
 ::
 
-    hop failed, session lost      -> Replay on the same peer; the third time in a row, ban and Reroute
-    hop failed, not served        -> avoid for a second (its record is stale), Reroute
-    hop failed, busy or draining  -> avoid for the hinted time, Reroute
-    hop failed, bad request       -> GiveUp: the request is wrong and no peer can mend that; nobody is banned
-    hop failed, anything else     -> ban (doubling from ban_s to max_ban_s), Reroute
-    no route                      -> Wait (doubling, with jitter), then look again
-    deadline passed               -> GiveUp with the last error
+    hop failed, session lost      -> Replay on the same peer; the third time in a row it is a hard failure, Reroute
+    hop failed, not served        -> avoid the peer for a second (its record is stale), Reroute
+    hop failed, busy or draining  -> avoid the peer for the hinted time, Reroute; no failure of the peer's
+    hop failed, bad request       -> GiveUp: the request is wrong and no peer can mend that; nobody is blamed
+    hop failed, internal error    -> a failure; avoid the peer for a second, Reroute
+    hop failed, anything else     -> a hard failure: the peer's breaker opens (`plan.breakers`), Reroute
+    no route                      -> Wait (full jitter below a doubling limit), then look again
+    deadline passed               -> GiveUp with the last error, `SpanUnavailable` if there was no route
 
-Local errors (ValueError, LocalProtocolError) never come here: they are ours, and retrying cannot mend them.
+A Reroute beyond the retry budget comes with a time to wait first. Local errors (ValueError, LocalProtocolError) never
+come here: they are ours, and retrying cannot mend them.
 """
 
 from __future__ import annotations
@@ -21,19 +23,27 @@ import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from remote_modules.errors import PeerRefused, PeerTimeout, PeerUnreachable, RefusalReason, RemoteModulesError
+from remote_modules.errors import (
+    NoRouteError,
+    PeerRefused,
+    PeerTimeout,
+    PeerUnreachable,
+    RefusalReason,
+    RemoteModulesError,
+    SpanUnavailable,
+)
 from remote_modules.peers import PeerId
+from remote_modules.plan.breakers import Breakers, RetryBudget
 
 if TYPE_CHECKING:
     from random import Random
 
-__all__ = ["Action", "BanTable", "Failure", "GiveUp", "Recovery", "Replay", "Reroute", "Wait", "failure_of"]
+__all__ = ["Action", "Failure", "GiveUp", "Recovery", "Replay", "Reroute", "Wait", "failure_of"]
 
 MAX_REPLAYS_IN_A_ROW = 2
-MIN_WAIT_S = 0.1
+MIN_WAIT_S = 0.2
 MAX_WAIT_S = 2.0
 DEFAULT_AVOID_S = 1.0
-MAX_BANS = 4096  # peers remembered; about 200 bytes each
 
 
 class Failure(enum.Enum):
@@ -72,7 +82,9 @@ def failure_of(error: RemoteModulesError) -> Failure:
 
 @dataclass(frozen=True, slots=True)
 class Reroute:
-    """Find other peers for the failed hop's blocks, at once."""
+    """Find other peers for the failed hop's blocks, after so long: at once, unless there were too many retries."""
+
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,69 +109,20 @@ class GiveUp:
 Action: TypeAlias = Reroute | Replay | Wait | GiveUp
 
 
-@dataclass(slots=True)
-class _Ban:
-    until_s: float
-    strikes: int
-    instance_id: str
-
-
-class BanTable:
-    """Peers that are not routed to for a while. Takes effect with the call that bans.
-
-    Args:
-        ban_s, max_ban_s: length of the first ban, and of the longest.
-    """
-
-    def __init__(self, *, ban_s: float, max_ban_s: float) -> None:
-        self._ban_s = ban_s
-        self._max_ban_s = max_ban_s
-        self._bans: dict[PeerId, _Ban] = {}
-
-    def ban(self, peer_id: PeerId, instance_id: str, *, now_s: float) -> float:
-        """Ban after a failure, longer with each in a row; the time until which."""
-        strikes = 1
-        if (old := self._bans.get(peer_id)) is not None and old.instance_id == instance_id:
-            strikes = old.strikes + 1
-        length_s = min(self._max_ban_s, self._ban_s * 2.0 ** (strikes - 1))
-        self._put(peer_id, _Ban(now_s + length_s, strikes, instance_id))
-        return now_s + length_s
-
-    def avoid(self, peer_id: PeerId, instance_id: str, *, until_s: float) -> None:
-        """Route around a healthy peer that said no; not a strike."""
-        old = self._bans.get(peer_id)
-        strikes = 0 if old is None or old.instance_id != instance_id else old.strikes
-        self._put(peer_id, _Ban(until_s, strikes, instance_id))
-
-    def clear(self, peer_id: PeerId) -> None:
-        """The peer did its work: forget its strikes."""
-        self._bans.pop(peer_id, None)
-
-    def is_banned(self, peer_id: PeerId, instance_id: str, *, now_s: float) -> bool:
-        """Whether to route around this instance; a restarted peer (new instance) starts clean."""
-        ban = self._bans.get(peer_id)
-        return ban is not None and ban.instance_id == instance_id and now_s < ban.until_s
-
-    def _put(self, peer_id: PeerId, ban: _Ban) -> None:
-        if len(self._bans) >= MAX_BANS and peer_id not in self._bans:
-            soonest = min(self._bans, key=lambda peer: self._bans[peer].until_s)
-            del self._bans[soonest]
-        self._bans[peer_id] = ban
-
-
 class Recovery:
     """The decisions of one pass (a step, a forward, a backward).
 
     Args:
-        bans: shared by all passes of a client.
+        breakers, budget: shared by all passes of a client.
         deadline_s: time at which to give up.
         rng: for the jitter of waits.
     """
 
-    def __init__(self, bans: BanTable, *, deadline_s: float, rng: Random) -> None:
+    def __init__(self, breakers: Breakers, budget: RetryBudget, *, deadline_s: float, rng: Random) -> None:
         self.deadline_s = deadline_s
         self.num_failures = 0
-        self._bans = bans
+        self._breakers = breakers
+        self._budget = budget
         self._rng = rng
         self._num_waits = 0
         self._replays: dict[PeerId, int] = {}
@@ -168,7 +131,7 @@ class Recovery:
     def on_hop_failed(
         self, peer_id: PeerId, instance_id: str, error: RemoteModulesError, *, now_s: float
     ) -> Reroute | Replay | GiveUp:
-        """Decide after a hop failed; bans take effect here."""
+        """Decide after a hop failed; breakers take effect here."""
         failure = failure_of(error)
         if failure is Failure.BAD_REQUEST:
             return GiveUp(error)
@@ -178,35 +141,41 @@ class Recovery:
             self._replays[peer_id] = self._replays.get(peer_id, 0) + 1
             if self._replays[peer_id] <= MAX_REPLAYS_IN_A_ROW and now_s < self.deadline_s:
                 return Replay()
-        self._shun(peer_id, instance_id, failure, error, now_s)
-        return Reroute() if now_s < self.deadline_s else GiveUp(error)
+        self.blame(peer_id, instance_id, error, now_s=now_s)
+        if now_s >= self.deadline_s:
+            return GiveUp(error)
+        return Reroute() if self._budget.take(now_s=now_s) else Reroute(self._wait_s(now_s))
 
-    def on_hop_done(self, peer_id: PeerId) -> None:
-        """Note a success: strikes and waits start afresh."""
-        self._bans.clear(peer_id)
+    def on_hop_done(self, peer_id: PeerId, instance_id: str) -> None:
+        """Note a success: its breaker closes, waits start afresh."""
+        self._breakers.succeed(peer_id, instance_id)
+        self._budget.earn()
         self._replays.pop(peer_id, None)
         self._num_waits = 0
 
-    def on_no_route(self, error: RemoteModulesError, *, now_s: float) -> Wait | GiveUp:
+    def on_no_route(self, error: NoRouteError, *, now_s: float) -> Wait | GiveUp:
         """Decide when nobody covers the blocks."""
-        if now_s >= self.deadline_s:
-            return GiveUp(error if self._last_error is None else _chain(error, self._last_error))
-        wait_s = min(MAX_WAIT_S, MIN_WAIT_S * 2.0**self._num_waits) * self._rng.uniform(0.5, 1.0)
-        self._num_waits += 1
-        return Wait(min(wait_s, self.deadline_s - now_s))
+        if now_s < self.deadline_s:
+            return Wait(self._wait_s(now_s))
+        given_up = SpanUnavailable(str(error), missing=error.missing)
+        given_up.__cause__ = self._last_error
+        return GiveUp(given_up)
 
-    def _shun(
-        self, peer_id: PeerId, instance_id: str, failure: Failure, error: RemoteModulesError, now_s: float
-    ) -> None:
-        if failure is Failure.NOT_SERVED:
-            self._bans.avoid(peer_id, instance_id, until_s=now_s + DEFAULT_AVOID_S)
-        elif failure is Failure.BUSY:
+    def blame(self, peer_id: PeerId, instance_id: str, error: RemoteModulesError, *, now_s: float) -> None:
+        """Note a failure without deciding anything: some other request does the work."""
+        failure = failure_of(error)
+        if failure is Failure.BUSY:
             hint_s = getattr(error, "retry_after_s", None) or DEFAULT_AVOID_S
-            self._bans.avoid(peer_id, instance_id, until_s=now_s + hint_s)
-        else:
-            self._bans.ban(peer_id, instance_id, now_s=now_s)
+            self._breakers.avoid(peer_id, instance_id, wait_s=hint_s, now_s=now_s)
+        elif failure is Failure.NOT_SERVED:
+            self._breakers.avoid(peer_id, instance_id, wait_s=DEFAULT_AVOID_S, now_s=now_s)
+        elif failure is Failure.INTERNAL:
+            self._breakers.fail(peer_id, instance_id, is_hard=False, now_s=now_s)
+            self._breakers.avoid(peer_id, instance_id, wait_s=DEFAULT_AVOID_S, now_s=now_s)
+        elif failure is not Failure.BAD_REQUEST:
+            self._breakers.fail(peer_id, instance_id, is_hard=True, now_s=now_s)
 
-
-def _chain(error: RemoteModulesError, cause: RemoteModulesError) -> RemoteModulesError:
-    error.__cause__ = cause
-    return error
+    def _wait_s(self, now_s: float) -> float:
+        longest_s = min(MAX_WAIT_S, MIN_WAIT_S * 2.0 ** min(self._num_waits, 64))
+        self._num_waits += 1
+        return min(self._rng.uniform(0.0, longest_s), max(0.0, self.deadline_s - now_s))

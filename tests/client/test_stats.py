@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from remote_modules.client.stats import WATERFALL_STEPS, ClientStats, HopTiming, StatsRecorder
@@ -29,6 +27,9 @@ def test_new_recorder_shows_zeros() -> None:
         reroutes=0,
         replayed_tokens=0,
         stall_seconds=0.0,
+        hedges=0,
+        hedges_won=0,
+        waiting_for=(),
         bytes_sent=0,
         bytes_received=0,
         history_bytes=0,
@@ -51,10 +52,28 @@ def test_finished_passes_are_counted_and_the_last_route_is_shown() -> None:
 
 
 def test_snapshot_carries_every_counter() -> None:
-    recorder = StatsRecorder(failovers=1, reroutes=2, replayed_tokens=3, stall_s=4.5, bytes_sent=5, bytes_received=6)
+    recorder = StatsRecorder(
+        failovers=1,
+        reroutes=2,
+        replayed_tokens=3,
+        stall_s=4.5,
+        hedges=7,
+        hedges_won=6,
+        waiting_for=(FIRST.span,),
+        bytes_sent=5,
+        bytes_received=6,
+    )
     recorder.finish((), [])
-    counters = dataclasses.astuple(recorder.snapshot())[:7]
-    assert counters == (1, 1, 2, 3, 4.5, 5, 6)
+    stats = recorder.snapshot()
+    assert (stats.steps, stats.failovers, stats.reroutes, stats.replayed_tokens, stats.stall_seconds) == (
+        1,
+        1,
+        2,
+        3,
+        4.5,
+    )
+    assert (stats.hedges, stats.hedges_won, stats.waiting_for) == (7, 6, (FIRST.span,))
+    assert (stats.bytes_sent, stats.bytes_received) == (5, 6)
 
 
 def test_snapshot_does_not_follow_later_passes() -> None:

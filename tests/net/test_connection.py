@@ -499,6 +499,58 @@ def test_nothing_awaited_nobody_pings_and_nobody_dies() -> None:
     asyncio.run(main())
 
 
+def test_peer_that_is_asked_for_a_sign_of_life_gives_it() -> None:
+    async def main() -> None:
+        pair = await Pair().greeted()
+        pair.client.rtt_s = None
+        pings = [asyncio.create_task(pair.client.ping()) for _ in range(2)]
+        for _ in pings:
+            await pair.server.message(messages.Ping)
+        pair.server.send(messages.Pong(0, load=3))
+        await asyncio.gather(*pings)
+        assert pair.client.load == 3
+        assert has_rtt(pair.client)
+
+    asyncio.run(main())
+
+
+def test_peer_that_gives_no_sign_of_life_when_asked_is_given_up() -> None:
+    async def main() -> None:
+        pair = await Pair(silence_timeout_s=0.1).greeted()
+        with pytest.raises(PeerTimeout, match="gives no sign of life"):
+            await pair.client.ping()
+        assert not pair.client.is_open
+        with pytest.raises(PeerUnreachable):
+            await pair.client.ping()
+
+    asyncio.run(main())
+
+
+def test_sign_of_life_that_nobody_waits_for_any_more_ends_the_pings() -> None:
+    async def main() -> None:
+        pair = await Pair(silence_timeout_s=0.2).greeted()
+        asked = asyncio.create_task(pair.client.ping())
+        await pair.server.message(messages.Ping)
+        asked.cancel()
+        with pytest.raises(asyncio.TimeoutError):
+            await pair.server.event(within_s=0.25)
+        assert pair.client.is_open
+
+    asyncio.run(main())
+
+
+def test_connection_is_lost_while_a_sign_of_life_is_awaited() -> None:
+    async def main() -> None:
+        pair = await Pair().greeted()
+        asked = asyncio.create_task(pair.client.ping())
+        await pair.server.message(messages.Ping)
+        pair.server.abort()
+        with pytest.raises(PeerUnreachable):
+            await asked
+
+    asyncio.run(main())
+
+
 def test_ping_is_answered_at_once() -> None:
     async def main() -> None:
         pair = await Pair().greeted()

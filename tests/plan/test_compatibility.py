@@ -7,7 +7,7 @@ import pytest
 
 from remote_modules.errors import NoRouteError
 from remote_modules.peers import PeerRecord, PeerState
-from remote_modules.plan.compatibility import group_of, matching
+from remote_modules.plan.compatibility import group_of, is_allowed, matching
 
 
 def record(peer: str, start: int, digests: str, **changes: Any) -> PeerRecord:
@@ -87,3 +87,23 @@ def test_unknown_block_with_different_digests_is_refused(known: dict[int, str]) 
 def test_peers_of_one_dtype_and_quantization_share_a_group(changes: dict[str, str], expected: str) -> None:
     assert group_of(record("alice", 0, "", **changes), allow_mixed_dtypes=False) == expected
     assert group_of(record("alice", 0, "", **changes), allow_mixed_dtypes=True) == ""
+
+
+@pytest.mark.parametrize(
+    ("allowed", "blocked", "expected"),
+    [
+        ((), (), "abc abd xyz"),
+        (("abc",), (), "abc"),
+        (("ab", "xyz"), (), "abc abd xyz"),
+        ((), ("ab",), "xyz"),
+        (("ab",), ("abd",), "abc"),
+        (("abc",), ("abc",), ""),
+        (("q",), (), ""),
+    ],
+)
+def test_allowed_and_blocked_peers_go_by_the_beginning_of_their_ids(
+    allowed: tuple[str, ...], blocked: tuple[str, ...], expected: str
+) -> None:
+    peers = ["abc", "abd", "xyz"]
+    found = [peer for peer in peers if is_allowed(peer, allowed=allowed, blocked=blocked)]
+    assert found == expected.split()

@@ -1,106 +1,167 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from remote_modules.peers import PeerId
-from remote_modules.plan.deadlines import MAX_BACKOFF, MAX_KEYS, SAFETY_FACTOR, Beat, Heartbeat, WorkEstimator
+from remote_modules.plan.deadlines import MAX_BACKOFF, MAX_KEYS, Beat, Heartbeat, WorkEstimator
 
 ALICE, BOB = PeerId("alice"), PeerId("bob")
 
 
-def timeout_s(estimator: WorkEstimator, peer: PeerId = ALICE, kind: str = "prefill", *, work: float = 1000.0) -> float:
-    return estimator.timeout_s(peer, kind, work=work, announced_rate=0.0)
+def estimator(*, min_s: float = 2.0, max_s: float = 30.0) -> WorkEstimator:
+    return WorkEstimator(min_timeout_s=min_s, max_timeout_s=max_s)
+
+
+def taught(*took_s: float, work: float = 100.0, kind: str = "prefill", **limits: float) -> WorkEstimator:
+    learner = estimator(**limits)
+    for seconds in took_s:
+        learner.observe(ALICE, kind, work=work, took_s=seconds)
+    return learner
+
+
+def timeout_s(learner: WorkEstimator, peer: PeerId = ALICE, kind: str = "prefill", *, work: float = 100.0) -> float:
+    return learner.timeout_s(peer, kind, work=work, announced_rate=0.0)
+
+
+def patience_s(learner: WorkEstimator, peer: PeerId = ALICE, kind: str = "prefill", *, work: float = 100.0) -> float:
+    return learner.patience_s(peer, kind, work=work)
 
 
 # -------------------------------------------------------------------------------- does it get on?
 
 
-def test_unknown_peer_gets_the_least_timeout() -> None:
-    assert timeout_s(WorkEstimator(min_timeout_s=10.0), work=1e9) == 10.0
+def test_unknown_peer_gets_the_longest_timeout() -> None:
+    assert timeout_s(estimator(), work=1e9) == 30.0
 
 
-@pytest.mark.parametrize(("work", "expected_s"), [(100.0, 10.0), (1000.0, 16.0), (10_000.0, 160.0)])
+@pytest.mark.parametrize(("work", "expected_s"), [(100.0, 30.0), (1000.0, 30.0), (10_000.0, 160.0)])
 def test_peer_without_answers_yet_is_timed_by_what_it_announces(work: float, expected_s: float) -> None:
-    estimator = WorkEstimator(min_timeout_s=10.0)
-    assert estimator.timeout_s(ALICE, "prefill", work=work, announced_rate=500.0) == pytest.approx(expected_s)
+    assert estimator().timeout_s(ALICE, "prefill", work=work, announced_rate=500.0) == pytest.approx(expected_s)
 
 
-def test_observed_rate_wins_over_the_announced_one() -> None:
-    estimator = WorkEstimator(min_timeout_s=0.1)
-    estimator.observe(ALICE, "prefill", work=100.0, took_s=1.0)
-    timed_s = estimator.timeout_s(ALICE, "prefill", work=1000.0, announced_rate=1e9)
-    assert timed_s == pytest.approx(10.0 * SAFETY_FACTOR)
+def test_steady_peer_gets_four_times_what_it_takes() -> None:
+    learner = taught(*[1.0] * 100)
+    assert timeout_s(learner) == pytest.approx(4.0, rel=1e-6)
+    assert learner.timeout_s(ALICE, "prefill", work=100.0, announced_rate=1e9) == pytest.approx(4.0, rel=1e-6)
 
 
-def test_rates_follow_what_is_observed_smoothly() -> None:
-    estimator = WorkEstimator(min_timeout_s=0.1)
-    estimator.observe(ALICE, "prefill", work=100.0, took_s=1.0)
-    estimator.observe(ALICE, "prefill", work=100.0, took_s=2.0)
-    assert timeout_s(estimator) == pytest.approx((0.01 + 0.25 * 0.01) * 1000.0 * SAFETY_FACTOR)
+def test_first_answer_counts_as_half_as_uncertain() -> None:
+    assert timeout_s(taught(1.0)) == 4 * (1.0 + 4 * 0.5)
+
+
+def test_timeout_follows_mean_and_deviation() -> None:
+    learner = taught(1.0, 2.0)
+    mean_s, deviation_s = 1.0 + 0.25 * 1.0, 0.5 + 0.25 * (1.0 - 0.5)
+    assert timeout_s(learner) == pytest.approx(4 * (mean_s + 4 * deviation_s))
+
+
+def test_peer_of_changing_speed_gets_more_than_a_steady_one() -> None:
+    changing = taught(*[0.5, 1.5] * 50)
+    assert timeout_s(changing) > 2 * timeout_s(taught(*[1.0] * 100))
+
+
+@pytest.mark.parametrize(("took_s", "expected_s"), [(0.001, 2.0), (0.4, 2.0), (1.0, 4.0), (10.0, 30.0), (40.0, 60.0)])
+def test_timeout_has_limits_but_known_slow_work_is_given_its_time(took_s: float, expected_s: float) -> None:
+    assert timeout_s(taught(*[took_s] * 100)) == pytest.approx(expected_s, rel=1e-6)
+
+
+def test_transfer_comes_on_top() -> None:
+    learner = taught(*[0.01] * 10)
+    assert learner.timeout_s(ALICE, "prefill", work=100.0, announced_rate=0.0, transfer_s=7.0) == 9.0
+
+
+def test_times_are_kept_apart_by_peer_and_kind() -> None:
+    learner = taught(*[1.0] * 100)
+    assert timeout_s(learner, kind="decode") == 30.0
+    assert timeout_s(learner, BOB) == 30.0
+
+
+def test_times_are_kept_apart_by_size_of_the_work() -> None:
+    learner = taught(*[0.8] * 100, work=1.0)
     for _ in range(100):
-        estimator.observe(ALICE, "prefill", work=100.0, took_s=2.0)
-    assert timeout_s(estimator) == pytest.approx(20.0 * SAFETY_FACTOR)
+        learner.observe(ALICE, "prefill", work=1000.0, took_s=5.0)
+    assert timeout_s(learner, work=1.0) == pytest.approx(3.2, rel=1e-6)
+    assert timeout_s(learner, work=1000.0) == pytest.approx(20.0, rel=1e-6)
 
 
-def test_rates_are_kept_apart_by_peer_and_kind() -> None:
-    estimator = WorkEstimator(min_timeout_s=0.1)
-    estimator.observe(ALICE, "prefill", work=100.0, took_s=1.0)
-    assert timeout_s(estimator, kind="decode") == 0.1
-    assert timeout_s(estimator, BOB) == 0.1
+def test_unknown_size_is_judged_by_the_nearest_one_scaled_up_only() -> None:
+    learner = taught(*[0.8] * 100, work=100.0)
+    assert timeout_s(learner, work=200.0) == pytest.approx(6.4, rel=1e-6)
+    assert timeout_s(learner, work=1.0) == pytest.approx(3.2, rel=1e-6)
+    learner.observe(ALICE, "prefill", work=1600.0, took_s=1.6)
+    assert learner.patience_s(ALICE, "prefill", work=400.0) == math.inf  # as near to 1,600 as to 100: the larger
 
 
 def test_work_below_one_counts_as_one() -> None:
-    estimator = WorkEstimator(min_timeout_s=0.1)
-    estimator.observe(ALICE, "decode", work=0.0, took_s=0.5)
-    assert timeout_s(estimator, kind="decode", work=1.0) == pytest.approx(0.5 * SAFETY_FACTOR)
+    assert timeout_s(taught(*[0.8] * 100, work=0.0), work=1.0) == pytest.approx(3.2, rel=1e-6)
 
 
 def test_each_miss_doubles_the_timeout_up_to_a_limit() -> None:
-    estimator = WorkEstimator(min_timeout_s=10.0)
+    learner = taught(*[0.001] * 20)
     timeouts = []
     for _ in range(8):
-        estimator.miss(ALICE)
-        timeouts.append(timeout_s(estimator))
-    assert timeouts == [20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 640.0, 640.0]
-    assert timeout_s(estimator, BOB) == 10.0
-
-
-def test_miss_doubles_what_is_expected_too() -> None:
-    estimator = WorkEstimator(min_timeout_s=0.1)
-    estimator.observe(ALICE, "prefill", work=100.0, took_s=1.0)
-    estimator.miss(ALICE)
-    assert timeout_s(estimator) == pytest.approx(2 * 10.0 * SAFETY_FACTOR)
+        learner.miss(ALICE)
+        timeouts.append(timeout_s(learner))
+    assert timeouts == [4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 128.0, 128.0]
+    assert timeout_s(learner, BOB) == 30.0
 
 
 def test_answer_ends_the_backoff() -> None:
-    estimator = WorkEstimator(min_timeout_s=10.0)
-    estimator.miss(ALICE)
-    estimator.observe(ALICE, "decode", work=1.0, took_s=0.001)
-    assert timeout_s(estimator) == 10.0
+    learner = taught(*[0.001] * 20)
+    learner.miss(ALICE)
+    learner.observe(ALICE, "decode", work=1.0, took_s=0.001)
+    assert timeout_s(learner) == 2.0
 
 
-def test_full_table_of_rates_forgets_the_oldest() -> None:
-    estimator = WorkEstimator(min_timeout_s=0.1)
+def test_full_table_of_times_forgets_the_oldest() -> None:
+    learner = estimator(max_s=3.0)
     for number in range(MAX_KEYS):
-        estimator.observe(PeerId(f"peer-{number}"), "decode", work=1.0, took_s=1.0)
-    estimator.observe(PeerId("peer-0"), "decode", work=1.0, took_s=1.0)  # known: nobody is forgotten for it
-    assert timeout_s(estimator, PeerId("peer-0"), "decode") > 0.1
-    estimator.observe(ALICE, "decode", work=1.0, took_s=1.0)
-    assert timeout_s(estimator, PeerId("peer-0"), "decode") == 0.1
-    assert timeout_s(estimator, PeerId("peer-1"), "decode") > 0.1
-    assert timeout_s(estimator, ALICE, "decode") > 0.1
+        learner.observe(PeerId(f"peer-{number}"), "decode", work=1.0, took_s=0.01)
+    learner.observe(PeerId("peer-0"), "decode", work=1.0, took_s=0.01)  # known: nobody is forgotten for it
+    assert timeout_s(learner, PeerId("peer-0"), "decode", work=1.0) == 2.0
+    learner.observe(ALICE, "decode", work=1.0, took_s=0.01)
+    assert timeout_s(learner, PeerId("peer-0"), "decode", work=1.0) == 3.0
+    assert timeout_s(learner, PeerId("peer-1"), "decode", work=1.0) == 2.0
+    assert timeout_s(learner, ALICE, "decode", work=1.0) == 2.0
 
 
 def test_full_table_of_backoffs_forgets_the_oldest() -> None:
-    estimator = WorkEstimator(min_timeout_s=1.0)
+    learner = estimator(max_s=3.0)
     for number in range(MAX_KEYS):
-        estimator.miss(PeerId(f"peer-{number}"))
-    estimator.miss(PeerId("peer-0"))
-    assert timeout_s(estimator, PeerId("peer-0")) == 4.0
-    estimator.miss(ALICE)
-    assert timeout_s(estimator, PeerId("peer-0")) == 1.0
-    assert timeout_s(estimator, PeerId("peer-1")) == 2.0
-    assert timeout_s(estimator) == 2.0 <= MAX_BACKOFF
+        learner.miss(PeerId(f"peer-{number}"))
+    learner.miss(PeerId("peer-0"))
+    assert timeout_s(learner, PeerId("peer-0")) == 12.0
+    learner.miss(ALICE)
+    assert timeout_s(learner, PeerId("peer-0")) == 3.0
+    assert timeout_s(learner, PeerId("peer-1")) == 6.0
+    assert timeout_s(learner) == 6.0 <= MAX_BACKOFF * 3.0
+
+
+# -------------------------------------------------------------------------------- is it slower than expected?
+
+
+def test_nothing_is_expected_before_three_answers() -> None:
+    learner = estimator()
+    for _ in range(3):
+        assert patience_s(learner) == math.inf
+        learner.observe(ALICE, "prefill", work=100.0, took_s=1.0)
+    assert patience_s(learner) < 10.0
+    assert patience_s(learner, BOB) == math.inf
+    assert patience_s(learner, kind="decode") == math.inf
+
+
+def test_steady_peer_is_slow_at_three_times_what_it_takes() -> None:
+    assert patience_s(taught(*[0.1] * 100)) == pytest.approx(0.3, rel=1e-6)
+
+
+def test_peer_of_changing_speed_is_given_more() -> None:
+    assert patience_s(taught(*[0.05, 0.15] * 50)) == pytest.approx(0.6, rel=0.15)
+
+
+def test_peer_that_became_slow_is_soon_expected_to_be() -> None:
+    assert patience_s(taught(*[0.1] * 100, *[1.0] * 8)) > 3.0
 
 
 # -------------------------------------------------------------------------------- is it alive?

@@ -8,6 +8,8 @@ from random import Random
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from remote_modules.errors import NoRouteError
 from remote_modules.peers import PeerId
@@ -15,6 +17,7 @@ from remote_modules.plan.routing import Candidate, Demand, Hop, find_route, unco
 from remote_modules.spans import Span
 
 DECODE = Demand(num_tokens=1, kv_tokens=100, bytes_per_token=8192, is_decode=True)
+FREE = Demand(num_tokens=1, kv_tokens=0, bytes_per_token=0, is_decode=True)
 PREFILL = Demand(num_tokens=500, kv_tokens=1000, bytes_per_token=8192, is_decode=False)
 
 
@@ -57,6 +60,7 @@ def random_swarm(rng: Random) -> tuple[Span, list[Candidate], Demand]:
                 free_kv_tokens=rng.choice([0, 600, 5000]),
                 load=rng.choice([0, 0, 1, 7]),
                 group=rng.choice(["a", "a", "b"]),
+                bandwidth_bytes_per_s=rng.choice([None, 1e5, 1e9]),
             )
         )
     rng.shuffle(candidates)
@@ -97,7 +101,7 @@ def hop_cost_s(candidate: Candidate, hop: Span, demand: Demand) -> float:
     speed = speed or (300.0 if demand.is_decode else 3000.0)
     tokens = demand.rows * demand.num_tokens
     rtt_s = 0.05 if candidate.rtt_s is None else candidate.rtt_s
-    transfer_s = 2 * tokens * demand.bytes_per_token / 12.5e6
+    transfer_s = 2 * tokens * demand.bytes_per_token / (candidate.bandwidth_bytes_per_s or 12.5e6)
     queue_s = candidate.load * tokens * len(candidate.span) / speed
     kv_s = 300.0 if demand.rows * demand.kv_tokens > candidate.free_kv_tokens else 0.0
     return rtt_s + transfer_s + queue_s + kv_s + tokens * len(hop) / speed
@@ -393,3 +397,59 @@ def test_large_swarm_is_routed() -> None:
     candidates += [peer("first", "0:10"), peer("last", "110:126")]
     route = find_route(Span(0, 126), candidates, PREFILL, rng=rng)
     assert [block for hop in route for block in hop.span] == list(range(126))
+
+
+# The route in use.
+
+
+def test_route_in_use_is_left_only_for_one_that_is_a_good_deal_cheaper() -> None:
+    for rtt_s, taken in ((0.085, "a=0:8"), (0.06, "b=0:8")):
+        used, other = peer("a", "0:8", rtt_s=0.1), peer("b", "0:8", rtt_s=rtt_s)
+        for seed in range(100):
+            route = find_route(Span(0, 8), [used, other], FREE, rng=Random(seed), keep={PeerId("a")})
+            assert show(route) == taken
+
+
+def test_nothing_in_use_best_is_taken() -> None:
+    used, other = peer("a", "0:8", rtt_s=0.1), peer("b", "0:8", rtt_s=0.085)
+    assert show(find_route(Span(0, 8), [used, other], FREE, rng=Random(0), keep={PeerId("c")})) == "b=0:8"
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_small_swarm_agrees_with_brute_force(data: st.DataObject) -> None:
+    """As above, with whatever hypothesis finds: ties, cuts, peers in use."""
+    num_blocks = data.draw(st.integers(1, 6))
+    cuts = data.draw(st.sets(st.integers(1, num_blocks)).map(lambda inner: frozenset({0, num_blocks, *inner})))
+    spans = st.tuples(st.integers(0, num_blocks - 1), st.integers(1, num_blocks)).filter(lambda ends: ends[0] < ends[1])
+    candidates = [
+        peer(
+            f"p{index}",
+            f"{start}:{end}",
+            rtt_s=data.draw(st.sampled_from([None, 0.0, 0.01, 0.5])),
+            decode_tokens_per_s=data.draw(st.sampled_from([0.0, 10.0, 1000.0])),
+            load=data.draw(st.integers(0, 2)),
+            group=data.draw(st.sampled_from("ab")),
+        )
+        for index, (start, end) in enumerate(data.draw(st.lists(spans, max_size=5)))
+    ]
+    keep = data.draw(st.sets(st.sampled_from([one.peer_id for one in candidates]))) if candidates else set()
+    blocks = Span(0, num_blocks)
+    useful = [legal for candidate in candidates if (legal := clipped(candidate, cuts)) is not None]
+    draws = Random(3)
+    blur = {
+        name: (0.8 if name in keep else 1.0) * (1 + 0.05 * draws.random()) for name in sorted(c.peer_id for c in useful)
+    }
+
+    def cost_s(hops: list[tuple[Candidate, Span]]) -> float:
+        return sum(blur[one.peer_id] * hop_cost_s(one, span, DECODE) for one, span in hops)
+
+    best_s = min(map(cost_s, all_routes(blocks, useful, cuts)), default=None)
+    if best_s is None:
+        with pytest.raises(NoRouteError):
+            find_route(blocks, candidates, DECODE, rng=Random(3), cuts=cuts, keep=keep)
+        return
+    route = find_route(blocks, candidates, DECODE, rng=Random(3), cuts=cuts, keep=keep)
+    by_id = {one.peer_id: one for one in useful}
+    assert [block for hop in route for block in hop.span] == list(blocks)
+    assert cost_s([(by_id[hop.peer_id], hop.span) for hop in route]) == pytest.approx(best_s, rel=1e-9)

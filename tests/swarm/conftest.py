@@ -158,11 +158,12 @@ def poll(is_true: Callable[[], bool], what: str, *, patience_s: float = PATIENCE
 def banned(layers: RemoteSequential, swarms: Sequence[LocalSwarm]) -> list[str]:
     """Peers that the client of ``layers`` avoids now."""
     client = layers._handle.swarm
+    router = client.router
     return [
         f"{peer.span} {peer.peer_id}"
         for swarm in swarms
         for peer in swarm.peers
-        if client.bans.is_banned(peer.peer_id, client.instance_of(peer.peer_id), now_s=client.clock())
+        if not router.breakers.is_usable(peer.peer_id, router.instance_of(peer.peer_id), now_s=client.clock())
     ]
 
 

@@ -1,0 +1,99 @@
+"""Whether what a peer answered can be true: names, shapes, dtypes, finite values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from remote_modules.client.call import Named
+from remote_modules.errors import PeerError
+from remote_modules.model.stack import StackSpec
+from remote_modules.peers import PeerId, short_id
+from remote_modules.plan.routing import Hop
+from remote_modules.wire.messages import CallMeta
+
+__all__ = ["AnswerChecker"]
+
+
+class AnswerChecker:
+    """The checks of one pass.
+
+    Attributes:
+        suspects: peers that gave values which are not finite.
+    """
+
+    def __init__(self, stack: StackSpec, hidden_size: int) -> None:
+        self.suspects: set[PeerId] = set()
+        self._stack = stack
+        self._hidden_size = hidden_size
+
+    def check_outputs(
+        self, hop: Hop, outputs: Named, like: Named, call: CallMeta, num_tokens: int | None = None
+    ) -> Named:
+        """What the hop's last block returned, once names, shapes, dtypes and values can be true.
+
+        Values that are not finite are believed when two peers agree on them: then they are the model's.
+
+        Args:
+            like: what went in.
+            num_tokens: how many tokens' outputs were asked for; None for all.
+
+        Raises:
+            PeerError: they cannot.
+        """
+        stack = self._stack
+        count = call.num_tokens if num_tokens is None else num_tokens
+        hidden = like["hidden_states"]
+        expected = list(hidden.shape)
+        if stack.hidden.time is not None:
+            expected[stack.hidden.time] = count
+        output = outputs.get("hidden_states")
+        if output is None or list(output.shape) != expected or output.dtype != hidden.dtype:
+            got = "nothing" if output is None else f"{output.dtype} {list(output.shape)}"
+            raise _nonsense(hop, f"expected {hidden.dtype} {expected}, got {got}")
+        for index, spec in stack.states.items():
+            state = outputs.get(f"state.{index}")
+            if state is not None and count and not spec.fits(state, call.rows, count, self._hidden_size):
+                raise _nonsense(hop, f"state {index} is {state.dtype} {list(state.shape)}, expected {spec.dims}")
+        self._check_finite(hop, outputs, like)
+        return outputs
+
+    def check_gradients(self, hop: Hop, grads: Named, inputs: Named, of_outputs: Named) -> Named:
+        """Gradients by the names of ``inputs``, once they fit them.
+
+        Args:
+            of_outputs: the gradients that went in; those of a scaled loss may overflow.
+
+        Raises:
+            PeerError: they do not.
+        """
+        for name, tensor in inputs.items():
+            if not tensor.is_floating_point():
+                continue
+            grad = grads.get(name)
+            if grad is None or grad.shape != tensor.shape or grad.dtype != tensor.dtype:
+                got = "nothing" if grad is None else f"{grad.dtype} {list(grad.shape)}"
+                expected = f"{tensor.dtype} {list(tensor.shape)}"
+                raise _nonsense(hop, f"expected a gradient of '{name}', {expected}, got {got}")
+        self._check_finite(hop, grads, inputs | of_outputs)
+        return grads
+
+    def _check_finite(self, hop: Hop, outputs: Named, like: Named) -> None:
+        if all(map(_is_finite, outputs.values())):
+            return
+        self.suspects.add(hop.peer_id)
+        if len(self.suspects) < 2 and all(map(_is_finite, like.values())):
+            raise _nonsense(hop, "values are not finite")
+
+
+def _nonsense(hop: Hop, text: str) -> PeerError:
+    return PeerError(
+        f"peer '{short_id(hop.peer_id)}' gave a wrong answer for blocks {hop.span}: {text}", peer_id=hop.peer_id
+    )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())

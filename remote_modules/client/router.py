@@ -1,0 +1,230 @@
+"""Which peers get work: what one client knows of them, put before `plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from random import Random
+
+from remote_modules.config import ClientConfig
+from remote_modules.errors import NoRouteError
+from remote_modules.model.stack import StackSpec
+from remote_modules.peers import PeerId, PeerRecord, PeerState
+from remote_modules.plan.breakers import Breakers, RetryBudget
+from remote_modules.plan.candidates import DEFAULT_BANDWIDTH_BYTES_PER_S
+from remote_modules.plan.compatibility import group_of
+from remote_modules.plan.deadlines import WorkEstimator
+from remote_modules.plan.measurements import Measurements, Sample
+from remote_modules.plan.moves import find_better, move_seconds
+from remote_modules.plan.routing import Candidate, Demand, Hop, find_route
+from remote_modules.plan.spread import spread
+from remote_modules.spans import Span
+from remote_modules.wire.messages import Output
+
+__all__ = ["Router"]
+
+WORTHWHILE = 0.5  # a lone pass uses peers that have at least so much free of what the best has
+
+
+class Router:
+    """Breakers, measurements and the peers' records of one client.
+
+    Args:
+        clock: monotonic seconds.
+        rng: for routes and jitter.
+        rtt_of: the round trip of the connection to a peer; None where there is none.
+    """
+
+    def __init__(
+        self,
+        stack: StackSpec,
+        config: ClientConfig,
+        *,
+        clock: Callable[[], float],
+        rng: Random,
+        rtt_of: Callable[[PeerId], float | None],
+    ) -> None:
+        self._records: Mapping[PeerId, PeerRecord] = {}
+        self._num_holders = [0] * stack.num_blocks  # by block: peers that are online
+        self.breakers = Breakers(base_s=config.ban_s, max_s=config.max_ban_s, rng=rng)
+        self.budget = RetryBudget(ratio=config.retry_ratio)
+        self.estimator = WorkEstimator(
+            min_timeout_s=config.min_request_timeout_s, max_timeout_s=config.max_request_timeout_s
+        )
+        self.measurements = Measurements()
+        self._stack = stack
+        self._config = config
+        self._clock = clock
+        self._rng = rng
+        self._rtt_of = rtt_of
+
+    @property
+    def records(self) -> Mapping[PeerId, PeerRecord]:
+        """The latest record of each peer that may be used."""
+        return self._records
+
+    @records.setter
+    def records(self, records: Mapping[PeerId, PeerRecord]) -> None:
+        self._records = records
+        self._num_holders = [0] * len(self._num_holders)
+        for record in records.values():
+            if record.state is PeerState.ONLINE:
+                for block in record.span:
+                    self._num_holders[block] += 1
+
+    def instance_of(self, peer_id: PeerId) -> str:
+        record = self.records.get(peer_id)
+        return record.instance_id if record is not None else ""
+
+    def find(self, blocks: Span, demand: Demand, *, avoid: Collection[PeerId] = ()) -> tuple[Hop, ...]:
+        """The cheapest route now. Peers whose breakers are not closed are used only where nobody can stand in.
+
+        Raises:
+            NoRouteError: nobody covers some of the blocks.
+        """
+
+        def cheapest(candidates: Sequence[Candidate]) -> tuple[Hop, ...]:
+            return find_route(blocks, candidates, demand, rng=self._rng, cuts=self._stack.cuts)
+
+        return self._claimed(self._found(cheapest, avoid))
+
+    def find_share(self, blocks: Span, demand: Demand) -> tuple[Hop, ...]:
+        """A route for work that is not in a hurry: peers get it in proportion to what they have free.
+
+        Raises:
+            NoRouteError: nobody covers some of the blocks.
+        """
+
+        def shared(candidates: Sequence[Candidate]) -> tuple[Hop, ...]:
+            cuts = self._stack.cuts
+            return spread(blocks, candidates, demand, rng=self._rng, least=WORTHWHILE, cuts=cuts)[0].hops
+
+        return self._claimed(self._found(shared, ()))
+
+    def find_rival(self, hop: Hop, demand: Demand) -> tuple[Hop, ...] | None:
+        """Hops that could do the work of ``hop`` beside it; None if nobody else can."""
+        try:
+            return find_route(hop.span, self._candidates({hop.peer_id}), demand, rng=self._rng, cuts=self._stack.cuts)
+        except NoRouteError:
+            return None
+
+    def find_better(
+        self, hops: Sequence[Hop], demand: Demand, position: int, *, kv_bytes_per_token: float | None = None
+    ) -> tuple[Hop, ...] | None:
+        """See `plan.moves.find_better`."""
+        used = {hop.peer_id for hop in hops}
+        candidates = self._candidates(())
+        candidates += [
+            self._candidate(record)
+            for peer_id in used - {candidate.peer_id for candidate in candidates}
+            if (record := self.records.get(peer_id)) is not None
+        ]
+        cuts = self._stack.cuts
+        return find_better(
+            hops, candidates, demand, position, rng=self._rng, cuts=cuts, kv_bytes_per_token=kv_bytes_per_token
+        )
+
+    def replay_seconds(self, hops: Sequence[Hop], demand: Demand, num_tokens: int) -> float:
+        """What it takes to fill KV caches of ``hops`` with so many tokens of each row."""
+        known = {hop.peer_id: self._candidate(self.records[hop.peer_id]) for hop in hops}
+        return move_seconds((), hops, known, num_tokens, demand)
+
+    def has_route(self, blocks: Span, demand: Demand, *, avoid: Collection[PeerId]) -> bool:
+        """Whether others than ``avoid`` cover ``blocks``, by what is known now."""
+        try:
+            find_route(blocks, self._candidates(avoid), demand, rng=self._rng, cuts=self._stack.cuts)
+        except NoRouteError:
+            return False
+        return True
+
+    def is_replicated(self, blocks: Span) -> bool:
+        """Whether each block has two peers that are online: a quick look before a long one."""
+        return min(self._num_holders[blocks.start : blocks.end]) > 1
+
+    def timeout_s(self, hop: Hop, kind: str, work: float, num_bytes: int) -> float:
+        """Time to give a request; see `plan.deadlines.WorkEstimator.timeout_s`."""
+        record = self.records.get(hop.peer_id)
+        rate = 0.0
+        if record is not None:
+            rate = record.decode_tokens_per_s if kind == "decode" else record.prefill_tokens_per_s
+        bandwidth = self.measurements.bandwidth_bytes_per_s(hop.peer_id, now_s=self._clock())
+        transfer_s = num_bytes / (bandwidth or DEFAULT_BANDWIDTH_BYTES_PER_S)
+        timeout_s = self.estimator.timeout_s(hop.peer_id, kind, work=work, announced_rate=rate, transfer_s=transfer_s)
+        # Whoever nobody can stand in for is waited for: giving up would only make it begin anew.
+        return timeout_s if self.is_replicated(hop.span) else max(timeout_s, self._config.max_request_timeout_s)
+
+    def patience_s(self, hop: Hop, kind: str, work: float) -> float:
+        """Time after which a request is slower than expected; infinite while nothing is expected."""
+        return max(self._config.min_hedge_s, self.estimator.patience_s(hop.peer_id, kind, work=work))
+
+    def observe(
+        self, hop: Hop, kind: str, work: float, output: Output, *, num_bytes: int, took_s: float, rtt_s: float | None
+    ) -> None:
+        """Learn from an answer.
+
+        Args:
+            work: tokens of all rows, times blocks.
+            num_bytes: of request and answer.
+            rtt_s: of the connection.
+        """
+        self.estimator.observe(hop.peer_id, kind, work=work, took_s=took_s)
+        sample = Sample(
+            kind=kind,
+            work=work,
+            num_bytes=num_bytes,
+            total_s=took_s,
+            queue_s=output.queue_s,
+            compute_s=output.compute_s,
+            load=output.load,
+            free_kv_tokens=output.free_kv_tokens,
+        )
+        self.measurements.observe(hop.peer_id, sample, rtt_s=rtt_s, now_s=self._clock())
+
+    def claim(self, hops: Sequence[Hop]) -> None:
+        """The hops get work now; see `plan.breakers.Breakers.claim`."""
+        for hop in hops:
+            self.breakers.claim(hop.peer_id, self.instance_of(hop.peer_id), now_s=self._clock())
+
+    def is_backing_off(self, peer_id: PeerId) -> bool:
+        """Whether a peer failed moments ago."""
+        return self.breakers.is_backing_off(peer_id, self.instance_of(peer_id), now_s=self._clock())
+
+    def num_shut(self) -> int:
+        """Peers that are known but get no work now."""
+        return sum(not self._is_usable(record) for record in self.records.values())
+
+    def _claimed(self, hops: tuple[Hop, ...]) -> tuple[Hop, ...]:
+        self.claim(hops)
+        return hops
+
+    def _found(
+        self, find: Callable[[Sequence[Candidate]], tuple[Hop, ...]], avoid: Collection[PeerId]
+    ) -> tuple[Hop, ...]:
+        candidates = self._candidates(avoid)
+        try:
+            return find(candidates)
+        except NoRouteError:
+            needed = self._candidates(avoid, is_needed=True)
+            if len(needed) == len(candidates):
+                raise
+        return find(needed)
+
+    def _candidates(self, avoid: Collection[PeerId], *, is_needed: bool = False) -> list[Candidate]:
+        return [
+            self._candidate(record)
+            for peer_id, record in self.records.items()
+            if record.state is PeerState.ONLINE
+            and peer_id not in avoid
+            and self._is_usable(record, is_needed=is_needed)
+        ]
+
+    def _is_usable(self, record: PeerRecord, *, is_needed: bool = False) -> bool:
+        peer_id = PeerId(record.peer_id)
+        return self.breakers.is_usable(peer_id, record.instance_id, now_s=self._clock(), is_needed=is_needed)
+
+    def _candidate(self, record: PeerRecord) -> Candidate:
+        return self.measurements.candidate(
+            record,
+            rtt_s=self._rtt_of(PeerId(record.peer_id)),
+            group=group_of(record, allow_mixed_dtypes=self._config.allow_mixed_dtypes),
+            now_s=self._clock(),
+        )
