@@ -24,6 +24,7 @@ from remote_modules.discovery.merged import MergedDiscovery
 from remote_modules.identity import Identity
 from remote_modules.net.client_connection import ClientConnection, Reply
 from remote_modules.peers import PeerRecord, PeerState, SignedRecord
+from remote_modules.plan.breakers import NEEDED_S
 from remote_modules.server.announcer import Announcer
 from remote_modules.server.engine import Engine
 from remote_modules.server.handler import Handler, HandlerLimits
@@ -125,7 +126,7 @@ class SimulatedPeer:
             instance_id=self.instance_id,
             limits=HandlerLimits(max_batch_tokens=4096, max_body_bytes=1 << 26, max_connections=MAX_CONNECTIONS),
             clock=swarm.clock,
-            dialer=MemoryDialer(swarm.network, swarm.config),
+            dialer=MemoryDialer(swarm.network, swarm.config, self.host.address),
         )
         handler.on_violation = swarm.note_violation
         self.handler, self.host.accept = handler, handler.accept
@@ -359,8 +360,11 @@ class SimulatedSwarm:
         return client
 
     def _check_not_banned(self, client: Swarm, peer_id: str) -> None:
-        known = self.peer_of(peer_id).identity.peer_id
-        if self.watches_bans and client.bans.is_banned(known, client.instance_of(known), now_s=self.clock()):
+        peer, router = self.peer_of(peer_id).identity.peer_id, client.router
+        breaker = router.breakers._breakers.get(peer)
+        if not self.watches_bans or breaker is None or breaker.instance_id != router.instance_of(peer):
+            return
+        if breaker.is_open and self.clock() < min(breaker.until_s, breaker.opened_s + NEEDED_S):
             self.note_violation(f"I7: a request went to the banned peer {peer_id[:6]} at {self.clock():.3f} s")
 
     def note_violation(self, text: str) -> None:

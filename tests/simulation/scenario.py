@@ -67,6 +67,9 @@ async def random_run(
         keep_histories=rng.choice(["each_hop", "each_hop", "first"]),
         exact_replay=rng.random() < 0.2,
         max_replay_tokens=rng.choice([512, 512, 4]),
+        hedge=rng.random() < 0.5,
+        replicate_kv=rng.random() < 0.3,
+        replicate_tokens=2,
     )
     holdings = [model.holdings[span] for span in spans]
     swarm = SimulatedSwarm(seed, holdings, config=config, num_trackers=rng.choice([1, 1, 3]))
