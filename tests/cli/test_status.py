@@ -42,8 +42,9 @@ def test_table_shows_peers_and_the_weakest_block(swarm: LocalSwarm) -> None:
         assert peer.address in text
 
 
-def test_missing_blocks_are_shown(swarm: LocalSwarm) -> None:
-    text = invoke("status", "--peer", swarm.peers[0].address, "--no-mdns").out
+def test_missing_blocks_are_shown() -> None:
+    with LocalSwarm(NAMES.model, spans=["0:3"], tracker=False) as alone:
+        text = invoke("status", "--peer", alone.peers[0].address, "--no-mdns").out
     assert "blocks 3:8 are missing" in text
 
 
