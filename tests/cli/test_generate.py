@@ -54,8 +54,9 @@ def test_failure_is_one_line(arguments: list[str], text: str) -> None:
     assert text in invoke("generate", *arguments, "--no-mdns").error
 
 
-def test_no_route_names_the_missing_blocks(swarm: LocalSwarm) -> None:
-    address = swarm.peers[0].address
-    error = invoke("generate", NAMES.model, "-p", "x", "--no-mdns", "--peer", address, "--wait-s", "0").error
+def test_no_route_names_the_missing_blocks() -> None:
+    with LocalSwarm(NAMES.model, spans=["0:3"], tracker=False) as alone:
+        address = alone.peers[0].address
+        error = invoke("generate", NAMES.model, "-p", "x", "--no-mdns", "--peer", address, "--wait-s", "0").error
     assert error.startswith("no route for blocks 3:8 of 'pydoc-2m': 1 peer known, none holds them")
     assert error.endswith(f"remote-modules serve pydoc-2m --blocks 3:8 --peer {address}")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from remote_modules.cli.status import _short
@@ -20,10 +22,15 @@ def test_json_describes_the_swarm(swarm: LocalSwarm, arguments: list[str]) -> No
     assert all(peer["decode_tokens_per_s"] > 0 for peer in model["peers"])
 
 
-def test_peer_is_found_by_its_address_alone(swarm: LocalSwarm) -> None:
-    (model,) = invoke("status", "--peer", swarm.peers[1].address, "--no-mdns", "--json").json["models"]
-    assert model["missing"] == ["0:3"]
-    assert model["coverage"] == [0, 0, 0, 1, 1, 1, 1, 1]
+def test_peer_is_found_by_its_address_alone_and_names_the_others(swarm: LocalSwarm) -> None:
+    deadline_s = time.monotonic() + 20.0
+    coverage: list[int] = []
+    while coverage != [1] * 8:  # peers come to know each other with their first announcements
+        assert time.monotonic() < deadline_s, f"the peer does not name the other: coverage {coverage}"
+        (model,) = invoke("status", "--peer", swarm.peers[1].address, "--no-mdns", "--json").json["models"]
+        coverage = model["coverage"]
+        assert coverage[3:] == [1] * 5
+    assert model["missing"] == []
 
 
 def test_table_shows_peers_and_the_weakest_block(swarm: LocalSwarm) -> None:
@@ -35,8 +42,9 @@ def test_table_shows_peers_and_the_weakest_block(swarm: LocalSwarm) -> None:
         assert peer.address in text
 
 
-def test_missing_blocks_are_shown(swarm: LocalSwarm) -> None:
-    text = invoke("status", "--peer", swarm.peers[0].address, "--no-mdns").out
+def test_missing_blocks_are_shown() -> None:
+    with LocalSwarm(NAMES.model, spans=["0:3"], tracker=False) as alone:
+        text = invoke("status", "--peer", alone.peers[0].address, "--no-mdns").out
     assert "blocks 3:8 are missing" in text
 
 

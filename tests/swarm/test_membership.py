@@ -100,12 +100,14 @@ def test_copied_identity_stops_the_older_server_with_a_typed_reason(
     options = {"blocks": "0:8", "mdns": False, "trackers": tuple(own.trackers), "announce_interval_s": 0.2}
     config = ServerConfig(model=str(checkpoint), identity_path=tmp_path / "key.pem", **options)  # type: ignore[arg-type]
     with Server(config) as old:
-        assert old.failure is None
+        failures = [old.failure]
         with Server(config) as new:
             assert new.peer_id == old.peer_id
             poll(lambda: old.failure is not None, "the older one is told")
-            assert isinstance(old.failure, DuplicateIdentityError)
-            assert "give each server its own identity file" in str(old.failure)
+            failures.append(old.failure)
+            assert failures[0] is None
+            assert isinstance(failures[1], DuplicateIdentityError)
+            assert "give each server its own identity file" in str(failures[1])
             assert new.failure is None
             for peer in own.peers:
                 peer.kill()
