@@ -168,7 +168,7 @@ def _line(name: str, fault: str, record: Record) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,}" if value == int(value) else f"{value:.3g}"
+    return f"{int(value):,}" if value == int(value) else f"{value:.3g}"
 
 
 def _code(tests: list[str] | tuple[str, ...]) -> str:
