@@ -59,7 +59,8 @@ def large_swarm(seed: int, num_servers: int, num_blocks: int) -> tuple[Layout, l
 
 
 def small(num_cases: int) -> Iterator[Row]:
-    ratios, num_impossible, seed = [], 0, 0
+    ratios: list[float] = []
+    num_impossible = seed = 0
     while len(ratios) < num_cases:
         layout, capacities = small_swarm(seed)
         seed += 1
