@@ -36,7 +36,6 @@ class Peer:
     Attributes:
         span: what it holds, or loads.
         cached: bit for each block that is in its disk cache.
-        has_served: whether the first load has ended.
         is_fetching: whether it serves, and fetches what it wants to serve next.
         expires_at_s: of its lease.
         record_bytes: of its announcement, proof included.
@@ -47,7 +46,6 @@ class Peer:
         "cached",
         "capacity",
         "expires_at_s",
-        "has_served",
         "is_fetching",
         "phase",
         "record",
@@ -60,7 +58,6 @@ class Peer:
         self.capacity = capacity
         self.span = span
         self.phase = Phase.LOADING
-        self.has_served = False
         self.is_fetching = False
         self.cached = 0
         self.turns = Turns()

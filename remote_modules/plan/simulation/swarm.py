@@ -126,7 +126,6 @@ class SwarmSimulation:
         if peer.phase is Phase.GONE:
             return
         peer.phase = Phase.SERVING
-        peer.has_served = True
         self._capacities[peer.peer_id] = peer.capacity
         self.serving.add(peer.holder)
         self._watch_gap(is_move=False)
