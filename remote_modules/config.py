@@ -125,6 +125,7 @@ class ServerConfig:
     cache_dir: str | None = None
     token: str | None = None  # hub token; never logged or announced
     identity_path: Path | None = None  # None: a new identity for this process
+    rebalance: bool = True  # whether a server that chose its blocks may move to others that the swarm needs more
     bandwidth_mbit: float | None = None  # of the slower direction, for placement; None: unknown, taken for enough
     kv_budget_bytes: int | None = None  # None: half of what is free after loading
     max_batch_tokens: int = 8192  # rows x tokens of one request

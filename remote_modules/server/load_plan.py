@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 
 import torch
 
@@ -144,6 +145,11 @@ class LoadPlan:
     def max_blocks(self, span: Span) -> int:
         """What to announce: blocks that could be held here, ``span`` being held; 0 where the operator chose it."""
         return 0 if self._config.blocks is not None else max(len(span), self._num_fitting)
+
+    @property
+    def cuts(self) -> Collection[int]:
+        """Where spans may begin and end; empty for everywhere."""
+        return self._stack.cuts
 
     @property
     def token_bytes(self) -> int:

@@ -10,35 +10,38 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import logging
 import secrets
 import time
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from random import Random
 from typing import TypeVar
 
 import msgspec
 import torch
-from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from remote_modules.config import ClientConfig, ServerConfig
-from remote_modules.discovery.base import Discovery
 from remote_modules.discovery.exchange_site import ExchangeSite
 from remote_modules.discovery.known_peers import KnownPeers
-from remote_modules.discovery.merged import build_discovery
 from remote_modules.errors import DiscoveryError, RemoteModulesError
 from remote_modules.identity import Certificate, Identity
 from remote_modules.net.addresses import dialable_host
 from remote_modules.net.http import HttpDialer, PeerSite
 from remote_modules.peers import PeerRecord, PeerState, SignedRecord, short_id
 from remote_modules.plan.leases import DuplicateIdentityError
+from remote_modules.plan.rebalance import MoveCost, Rule
+from remote_modules.plan.throughput import Layout
 from remote_modules.server.announcer import Announcer
 from remote_modules.server.capacity import free_bytes, free_unused
 from remote_modules.server.executor import DeviceThread, Priority
 from remote_modules.server.handler import Handler, HandlerLimits
 from remote_modules.server.load_plan import LoadedSpan, LoadPlan
+from remote_modules.server.membership import discovery_of, is_announced
+from remote_modules.server.metrics import peer_metrics
+from remote_modules.server.rebalancer import Rebalancer
 from remote_modules.server.sessions import KVBudget, SessionTable
 from remote_modules.server.supervisor import DeviceSupervisor
 from remote_modules.spans import Span
@@ -50,6 +53,7 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 SWEEP_S = 1.0
+HANDOVER_S = 1.0  # for a session to go elsewhere, taken for the cost of a move
 DRAIN_POLL_S = 0.05
 MAX_BODY_BYTES = 256 * 1024 * 1024
 PLACEMENT_LOOKUP_S = 3.0
@@ -76,7 +80,7 @@ class Peer:
         self._progress = on_progress
         self._instance_id = secrets.token_hex(8)
         self._known = KnownPeers.kept_in(config.peer_cache, own_peer_id=identity.peer_id)
-        self._discovery = _discovery_of(config, self._known)
+        self._discovery = discovery_of(config, self._known)
         self.failure: DuplicateIdentityError | None = None
         self._executor: DeviceThread | None = None
         self._handler: Handler | None = None
@@ -86,6 +90,8 @@ class Peer:
         self._sweeper: asyncio.Task[None] | None = None
         self._supervisor: DeviceSupervisor | None = None
         self._moving = asyncio.Lock()
+        self._claimed: Span | None = None
+        self._rebalancing: asyncio.Task[None] | None = None
         self._dialer = HttpDialer(ClientConfig(), software=f"remote-modules {package_version()}")
 
     @property
@@ -112,7 +118,10 @@ class Peer:
         self._handler = self._new_handler(self.loaded)
         await announcer.set_state(PeerState.ONLINE)
         self._supervise(announcer, self.loaded.model.device)
-        self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
+        loop = asyncio.get_running_loop()
+        self._sweeper = loop.create_task(self._sweep())
+        if config.rebalance and config.blocks is None and is_announced(config):
+            self._rebalancing = loop.create_task(self._rebalancer().run())
         self._progress("online", 1.0)
         name = short_id(self._identity.peer_id)
         logger.info("online peer=%s span=%s address=%s", name, self._span, self.addresses[0])
@@ -143,7 +152,7 @@ class Peer:
             port=self.config.port,
             certificate=self._certificate,
             record=self._signed,
-            metrics=self._metrics(),
+            metrics=peer_metrics(lambda: self._handler, self._num_restarts),
             accept=lambda: self._handler.accept() if self._handler is not None else None,
             routes=ExchangeSite(self._known, self._signed).routes() if self.config.peer_exchange else (),
         )
@@ -173,8 +182,12 @@ class Peer:
             self._handler.start_draining()
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new sessions and wait for the running ones to end or move."""
-        handler = self._running_handler()
+        """Refuse new sessions and wait for the running ones to end or move; the peer moves no more itself."""
+        await self._stop_rebalancing()
+        if self._handler is not None:  # it was in the middle of a move
+            await self._drain(self._handler, timeout_s)
+
+    async def _drain(self, handler: Handler, timeout_s: float) -> None:
         assert self._announcer is not None
         logger.info("draining sessions=%d", len(handler.sessions))
         handler.start_draining()
@@ -198,7 +211,7 @@ class Peer:
         self._plan.check(span)
         old_span = self._span
         async with self._moving:
-            await self.drain(self.config.drain_s)
+            await self._drain(self._running_handler(), self.config.drain_s)
             try:
                 await self._serve(span)
             except (RemoteModulesError, ValueError, RuntimeError, OSError):
@@ -206,6 +219,36 @@ class Peer:
                 await self._serve(old_span)
                 raise
         logger.info("moved from=%s to=%s", old_span, span)
+
+    def _rebalancer(self) -> Rebalancer:
+        plan = self._plan
+        return Rebalancer(
+            self,
+            self._identity.peer_id,
+            Layout.of(plan.num_blocks, plan.cuts),
+            lookup=lambda: asyncio.wait_for(self._discovery.lookup(plan.key), PLACEMENT_LOOKUP_S),
+            token_bytes=plan.token_bytes,
+            rule=Rule(),
+            rng=Random(),
+            clock=time.monotonic,
+        )
+
+    def move_cost(self) -> MoveCost:
+        """Of a move now: loading as long as it took before, and a second for each session to go elsewhere."""
+        handover_s = HANDOVER_S * len(self._running_handler().sessions)
+        return MoveCost(load_s=self._plan.block_load_s, handover_s=min(handover_s, self.config.drain_s))
+
+    async def claim(self, span: Span) -> None:
+        """Announce the intention to hold ``span``; what is held is served on."""
+        assert self._announcer is not None
+        self._claimed = span
+        await self._announcer.set_state(PeerState.JOINING)
+
+    async def release(self) -> None:
+        """Take a claim back."""
+        assert self._announcer is not None
+        self._claimed = None
+        await self._announcer.set_state(PeerState.ONLINE)
 
     async def _serve(self, span: Span) -> None:
         """Load ``span`` in the place of what is held, and go online with it."""
@@ -215,7 +258,7 @@ class Peer:
         if handler is not None:
             handler.abort()
             handler = None
-        self._span, self._instance_id = span, secrets.token_hex(8)
+        self._span, self._claimed, self._instance_id = span, None, secrets.token_hex(8)
         await self._announcer.set_state(PeerState.JOINING)
         if not is_beside:
             del self.loaded
@@ -232,6 +275,7 @@ class Peer:
         return self._handler
 
     async def stop(self) -> None:
+        await self._stop_rebalancing()
         if self._sweeper is not None:
             self._sweeper.cancel()
         if self._announcer is not None:
@@ -239,7 +283,15 @@ class Peer:
         await self._discovery.aclose()
         await self._shut()
 
+    async def _stop_rebalancing(self) -> None:
+        task, self._rebalancing = self._rebalancing, None
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
     async def vanish(self) -> None:
+        await self._stop_rebalancing()
         if self._handler is not None:
             self._handler.abort()
         if self._announcer is not None:
@@ -301,6 +353,7 @@ class Peer:
 
     def _describe(self) -> PeerRecord:
         """The record as of now; speeds, digests and KV room are known once the span is loaded."""
+        span = self._claimed or self._span
         record = PeerRecord(
             peer_id=self._identity.peer_id,
             instance_id=self._instance_id,
@@ -308,50 +361,30 @@ class Peer:
             model=_display_name(self.config.model),
             model_key=self._plan.key,
             num_blocks=self._plan.num_blocks,
-            start=self._span.start,
-            end=self._span.end,
+            start=span.start,
+            end=span.end,
             addresses=self.addresses,
             state=PeerState.JOINING,
             certificate_sha256=self._certificate.sha256 if self._certificate else None,
             dtype=str(self._plan.dtype).removeprefix("torch."),
             quantization=self.config.quantization,
             version=package_version(),
-            max_blocks=self._plan.max_blocks(self._span),
+            max_blocks=self._plan.max_blocks(span),
             bandwidth_bytes_per_s=(self.config.bandwidth_mbit or 0.0) * 125_000,
         )
         if self._handler is None:
             return record
         return msgspec.structs.replace(
             record,
-            block_digests=self.loaded.digests if all(self.loaded.digests) else (),
+            block_digests=self.loaded.digests if all(self.loaded.digests) and span == self._span else (),
             prefill_tokens_per_s=round(self.loaded.speeds.prefill_tokens_per_s, 1),
             decode_tokens_per_s=round(self.loaded.speeds.decode_tokens_per_s, 1),
             free_kv_tokens=self._handler.sessions.budget.free_tokens,
             load=self._handler.executor.load,
         )
 
-    def _metrics(self) -> Callable[[], bytes]:
-        registry = CollectorRegistry()
-        gauges: dict[str, tuple[str, Callable[[Handler], float]]] = {
-            "remote_modules_sessions": ("Open sessions.", lambda handler: len(handler.sessions)),
-            "remote_modules_kv_bytes": ("Reserved KV cache.", lambda handler: handler.sessions.budget.used_bytes),
-            "remote_modules_load": ("Requests queued or running.", lambda handler: handler.executor.load),
-            "remote_modules_connections": ("Open connections.", lambda handler: handler.num_connections),
-            "remote_modules_tasks": ("Tasks on the event loop.", lambda _: len(asyncio.all_tasks())),
-            "remote_modules_device_restarts": ("Times that the device came back.", lambda _: self._num_restarts()),
-        }
-        for name, (text, read) in gauges.items():
-            Gauge(name, text, registry=registry).set_function(partial(self._read, read))
-        requests = Gauge("remote_modules_requests", "Requests taken since start.", ["kind"], registry=registry)
-        for kind in ("step", "forward", "backward", "copy", "read"):
-            requests.labels(kind).set_function(partial(self._read, partial(_num_requests, kind)))
-        return lambda: generate_latest(registry)
-
     def _num_restarts(self) -> int:
         return self._supervisor.num_restarts if self._supervisor is not None else 0
-
-    def _read(self, read: Callable[[Handler], float]) -> float:
-        return read(self._handler) if self._handler is not None else 0.0
 
     async def _sweep(self) -> None:
         while True:
@@ -363,45 +396,6 @@ class Peer:
 def _is_fatal(exc: Exception) -> bool:
     """Whether the device is of no use after this error: those of an accelerator stay with its context."""
     return isinstance(exc, torch.AcceleratorError)
-
-
-def _num_requests(kind: str, handler: Handler) -> float:
-    return handler.num_requests.get(kind, 0)
-
-
-class _Nowhere:
-    """The discovery of a peer that is announced nowhere: it is found by those who were given its address."""
-
-    async def announce(self, signed: SignedRecord) -> None:
-        """Accepted without effect."""
-
-    async def withdraw(self, signed: SignedRecord) -> None:
-        """Accepted without effect."""
-
-    async def lookup(self, model_key: str | None) -> list[PeerRecord]:
-        return []
-
-    async def aclose(self) -> None:
-        """Nothing is held."""
-
-
-def _discovery_of(config: ServerConfig, known: KnownPeers) -> Discovery:
-    if not (config.trackers or config.mdns or config.peers):
-        return _Nowhere()
-    return build_discovery(
-        trackers=config.trackers,
-        mdns=config.mdns,
-        peers=config.peers,
-        mdns_interfaces=_mdns_interfaces(config),
-        known=known if config.peer_exchange else None,
-    )
-
-
-def _mdns_interfaces(config: ServerConfig) -> tuple[str, ...]:
-    host = config.host.strip("[]")
-    if host in ("0.0.0.0", "::", ""):
-        return ()
-    return ("127.0.0.1",) if config.is_local else (host,)
 
 
 def _display_name(name: str) -> str:

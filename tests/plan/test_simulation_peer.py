@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+from records import make_identity
 
 from remote_modules.identity import Identity
 from remote_modules.peers import PeerRecord, PeerState
@@ -11,7 +12,6 @@ from remote_modules.plan.simulation.conditions import Conditions
 from remote_modules.plan.simulation.peer import ID_CHARACTERS, PROOF_BYTES, TOKEN_BYTES, Peer, Phase
 from remote_modules.plan.throughput import Capacity, Holder
 from remote_modules.spans import Span
-from tests.records import make_identity
 
 CONDITIONS = Conditions(num_blocks=20, max_span=10, fetch_s_per_block=4.0, read_s_per_block=0.25)
 
