@@ -28,7 +28,7 @@ from remote_modules.peers import PeerRecord
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
 from remote_modules.wire.framing import Buffer
-from remote_modules.wire.messages import CallMeta, CloseSession, Request, StepRequest
+from remote_modules.wire.messages import AnyRequest, CallMeta, CloseSession, StepRequest
 from remote_modules.wire.tensors import encode_tensors
 
 __all__ = ["Client", "Injector", "Loss", "PlainSession"]
@@ -83,7 +83,7 @@ class Injector:
         self._tries.clear()
 
     async def request(
-        self, connection: ClientConnection, message: Request, body: list[Buffer], timeout_s: float
+        self, connection: ClientConnection, message: AnyRequest, body: list[Buffer], timeout_s: float
     ) -> Reply:
         if self._fails(message.start, is_reply=False):
             await self._cut(connection, message, is_reply=False)
@@ -107,7 +107,7 @@ class Injector:
         self._tries[key] += 1
         return self.p > 0 and Random(f"{self.seed}/{key}/{self._tries[key]}").random() < self.p
 
-    async def _cut(self, connection: ClientConnection, message: Request, *, is_reply: bool) -> None:
+    async def _cut(self, connection: ClientConnection, message: AnyRequest, *, is_reply: bool) -> None:
         self.losses.append(Loss(self.token, is_reply))
         if isinstance(message, StepRequest):
             connection.send(CloseSession(message.session_id))
@@ -117,7 +117,7 @@ class Injector:
         await connection.closed.wait()
         raise PeerUnreachable("injected: the stream is gone", peer_id=connection.peer_id)
 
-    def _note(self, message: Request, reply: Reply, took_s: float) -> None:
+    def _note(self, message: AnyRequest, reply: Reply, took_s: float) -> None:
         if isinstance(message, StepRequest) and message.position < self.token and self.losses:
             loss = self.losses[-1]
             loss.replay_s += took_s
@@ -137,7 +137,7 @@ class FaultyDialer:
         connection = await self._inner.dial(record)
         self._injector.note_dial(time.perf_counter() - began_s)
 
-        async def request(message: Request, body: list[Buffer], *, timeout_s: float) -> Reply:
+        async def request(message: AnyRequest, body: list[Buffer], *, timeout_s: float) -> Reply:
             return await self._injector.request(connection, message, body, timeout_s)
 
         connection.request = request  # type: ignore[method-assign]

@@ -117,7 +117,7 @@ class CacheCopies:
             if hop is None:
                 return
             avoid = self._swarm.leaving_peers() | {peer_id}
-            if self._demand is not None and self._swarm.has_route(hop.span, self._demand, avoid=avoid):
+            if self._demand is not None and self._swarm.router.has_route(hop.span, self._demand, avoid=avoid):
                 hops = await self._swarm.route(hop.span, self._demand, avoid=avoid)
                 await self.move_hop(hop, hops)
             else:
@@ -231,7 +231,7 @@ class CacheCopies:
         on_route = {other.peer_id for other in self.caches.hops}
         for avoid in (on_route, {hop.peer_id}):
             avoid = avoid | self._swarm.leaving_peers()
-            if self._swarm.has_route(hop.span, demand, avoid=avoid):
+            if self._swarm.router.has_route(hop.span, demand, avoid=avoid):
                 hops = await self._swarm.route(hop.span, demand, avoid=avoid)
                 if len(hops) == 1:
                     return hops[0]

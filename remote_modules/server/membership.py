@@ -8,7 +8,7 @@ from remote_modules.discovery.known_peers import KnownPeers
 from remote_modules.discovery.merged import build_discovery
 from remote_modules.peers import PeerRecord, SignedRecord
 
-__all__ = ["discovery_of", "is_announced"]
+__all__ = ["discovery_of", "display_name", "is_announced"]
 
 
 def is_announced(config: ServerConfig) -> bool:
@@ -49,3 +49,8 @@ def _mdns_interfaces(config: ServerConfig) -> tuple[str, ...]:
     if host in ("0.0.0.0", "::", ""):
         return ()
     return ("127.0.0.1",) if config.is_local else (host,)
+
+
+def display_name(name: str) -> str:
+    """What to call the model in public: a hub id, or the last part of a local path (paths tell too much)."""
+    return name.rstrip("/").rpartition("/")[2] if name.startswith(("/", ".", "~")) else name

@@ -39,7 +39,7 @@ from remote_modules.server.capacity import free_bytes, free_unused
 from remote_modules.server.executor import DeviceThread, Priority
 from remote_modules.server.handler import Handler, HandlerLimits
 from remote_modules.server.load_plan import LoadedSpan, LoadPlan
-from remote_modules.server.membership import discovery_of, is_announced
+from remote_modules.server.membership import discovery_of, display_name, is_announced
 from remote_modules.server.metrics import peer_metrics
 from remote_modules.server.rebalancer import Rebalancer
 from remote_modules.server.sessions import KVBudget, SessionTable
@@ -358,7 +358,7 @@ class Peer:
             peer_id=self._identity.peer_id,
             instance_id=self._instance_id,
             sequence=0,
-            model=_display_name(self.config.model),
+            model=display_name(self.config.model),
             model_key=self._plan.key,
             num_blocks=self._plan.num_blocks,
             start=span.start,
@@ -396,8 +396,3 @@ class Peer:
 def _is_fatal(exc: Exception) -> bool:
     """Whether the device is of no use after this error: those of an accelerator stay with its context."""
     return isinstance(exc, torch.AcceleratorError)
-
-
-def _display_name(name: str) -> str:
-    """What to call the model in public: a hub id, or the last part of a local path (paths tell too much)."""
-    return name.rstrip("/").rpartition("/")[2] if name.startswith(("/", ".", "~")) else name

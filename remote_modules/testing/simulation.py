@@ -35,7 +35,7 @@ from remote_modules.testing.memory_network import CLIENT, MemoryDialer, MemoryHo
 from remote_modules.testing.simulated_device import SimulatedDevice
 from remote_modules.testing.simulated_tracker import SimulatedTracker, TrackerLink
 from remote_modules.testing.virtual_time import VirtualLoop
-from remote_modules.wire.messages import Request, StepRequest
+from remote_modules.wire.messages import AnyRequest, StepRequest
 
 __all__ = ["Holding", "SimulatedPeer", "SimulatedSwarm"]
 
@@ -273,7 +273,7 @@ class _WatchedConnection(ClientConnection):
 
     on_request: Callable[[str], None]
 
-    async def request(self, message: Request, body: list[Any], *, timeout_s: float) -> Reply:
+    async def request(self, message: AnyRequest, body: list[Any], *, timeout_s: float) -> Reply:
         self.on_request(self.peer_id)
         return await super().request(message, body, timeout_s=timeout_s)
 

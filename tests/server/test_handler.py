@@ -82,7 +82,7 @@ class BrokenEngine(Engine):
         return super().forward(*args)
 
 
-def run(main: Callable[[Peer], Coroutine[Any, Any, None]], engine: Engine, **limits: int) -> None:
+def run(main: Callable[[Peer], Coroutine[Any, Any, None]], engine: Engine, **limits: Any) -> None:
     """Run ``main`` with a peer; afterwards no task is left."""
 
     async def whole() -> None:

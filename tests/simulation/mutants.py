@@ -15,8 +15,9 @@ from remote_modules.client.history import History
 from remote_modules.client.hop_caches import HopCaches
 from remote_modules.client.session import SessionState
 from remote_modules.client.step import Step
-from remote_modules.client.swarm import Swarm
 from remote_modules.net.client_connection import ClientConnection
+from remote_modules.peers import PeerId
+from remote_modules.plan.breakers import Breakers
 from remote_modules.plan.leases import LeaseTable
 from remote_modules.server.handler import Handler
 from remote_modules.server.sessions import SessionTable
@@ -82,7 +83,7 @@ def crop_not_sent(patch: Patch) -> None:
 
     def broken(self: HopCaches, length: int) -> None:
         fed = self._fed_caches
-        self._fed_caches = list  # type: ignore[method-assign]
+        self._fed_caches = lambda: iter(())  # type: ignore[method-assign]
         crop(self, length)
         self._fed_caches = fed  # type: ignore[method-assign]
 
@@ -128,13 +129,13 @@ def step_repeated(patch: Patch) -> None:
 
 def ban_ignored(patch: Patch) -> None:
     """Routes go to peers that failed as to others, but for those that only asked to be left alone."""
-    is_banned = Swarm._is_banned
 
-    def broken(self: Swarm, record: Any) -> bool:
-        ban = self.bans._bans.get(record.peer_id)
-        return ban is not None and ban.strikes == 0 and is_banned(self, record)
+    def broken(self: Breakers, peer_id: PeerId, instance_id: str, *, now_s: float, is_needed: bool = False) -> bool:
+        breaker = self._breakers.get(peer_id)
+        return breaker is None or breaker.instance_id != instance_id or now_s >= breaker.avoid_until_s
 
-    patch.setattr(Swarm, "_is_banned", broken)
+    patch.setattr(Breakers, "is_usable", broken)
+    patch.setattr(Breakers, "is_backing_off", lambda self, peer_id, instance_id, *, now_s: False)
 
 
 def checksum_ignored(patch: Patch) -> None:

@@ -18,10 +18,12 @@ from remote_modules.config import ClientConfig
 from remote_modules.errors import NoRouteError, SpanUnavailable
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
+from remote_modules.testing.memory_network import CLIENT
 from remote_modules.testing.simulation import SimulatedPeer, SimulatedSwarm
 from remote_modules.testing.virtual_time import run_virtual
 
-from .scenario import blocks_of, local_pass
+from .oracle import local_blocks
+from .scenario import blocks_of
 from .tiny import TinyModel, call_of, tiny_model
 
 PAIRS = ("0:2", "0:2", "2:4", "2:4")
@@ -31,6 +33,14 @@ STEP_S = 0.08  # two hops: two delays of 10 ms and 20 ms of computing each
 
 def model() -> TinyModel:
     return tiny_model(4, ("0:2", "2:4", "0:4"))
+
+
+def local_pass(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs of the local blocks, and the gradient of ``inputs`` for a gradient of ones."""
+    leaf = inputs.clone().requires_grad_()
+    outputs = local_blocks(model(), leaf, call_of(inputs))
+    (grad,) = torch.autograd.grad(outputs, leaf, torch.ones_like(inputs))
+    return outputs.detach(), grad
 
 
 async def started(spans: tuple[str, ...], config: ClientConfig | None = None, *, seed: int = 5) -> SimulatedSwarm:
@@ -83,7 +93,7 @@ async def train(client: Swarm, swarm: SimulatedSwarm, *, rows: int = 1) -> float
     outputs, _, segments = await forward(client, blocks_of(model()), {"hidden_states": inputs}, call_of(inputs))
     grads, _ = await backward(client, segments, {"hidden_states": torch.ones_like(inputs)}, call_of(inputs))
     took_s = swarm.clock() - began_s
-    expected, expected_grad = local_pass(model(), inputs, torch.ones_like(inputs))
+    expected, expected_grad = local_pass(inputs)
     assert torch.equal(outputs["hidden_states"], expected)
     assert torch.equal(grads["hidden_states"], expected_grad)
     return took_s
@@ -214,7 +224,7 @@ def test_rivals_may_have_other_cuts(spans: tuple[str, ...], slow_span: str) -> N
         grads, _ = await backward(client, segments, {"hidden_states": torch.ones_like(inputs)}, call_of(inputs))
         assert swarm.clock() - began_s < 1.5
         assert client.stats.hedges_won == 2
-        expected, expected_grad = local_pass(model(), inputs, torch.ones_like(inputs))
+        expected, expected_grad = local_pass(inputs)
         assert torch.equal(outputs["hidden_states"], expected)
         assert torch.equal(grads["hidden_states"], expected_grad)
         await generation.session.close()
@@ -451,10 +461,10 @@ def test_dead_peer_is_probed_once_for_each_back_off_by_all_passes_together() -> 
         dials: list[float] = []
         connect = swarm.network.connect
 
-        async def count(address: str, connection: Any) -> None:
+        async def count(address: str, connection: Any, source: str = CLIENT) -> None:
             if address == dead.host.address:
                 dials.append(swarm.clock())
-            await connect(address, connection)
+            await connect(address, connection, source)
 
         swarm.network.connect = count  # type: ignore[method-assign]
         began_s = swarm.clock()
@@ -533,9 +543,9 @@ def test_dead_swarm_is_not_met_with_a_storm() -> None:
         dials: list[float] = []
         connect = swarm.network.connect
 
-        async def count(address: str, connection: Any) -> None:
+        async def count(address: str, connection: Any, source: str = CLIENT) -> None:
             dials.append(swarm.clock())
-            await connect(address, connection)
+            await connect(address, connection, source)
 
         swarm.network.connect = count  # type: ignore[method-assign]
         for peer in swarm.peers:

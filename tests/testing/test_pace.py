@@ -37,7 +37,7 @@ def test_paced_peer_answers_the_same_later_and_announces_its_pace(tmp_path: Path
                 began_s = time.perf_counter()
                 output = layers(hidden)
                 took_s = time.perf_counter() - began_s
-                (record,) = layers._handle.swarm._records.values()
+                (record,) = layers._handle.swarm.router.records.values()
         return output, took_s, record.decode_tokens_per_s
 
     plain, _, fast = answer()

@@ -123,8 +123,8 @@ def test_fields_match_the_struct(struct: type[msgspec.Struct]) -> None:
 
 def test_types_match_their_bounds() -> None:
     rows = table("3. Messages and tensors", "type")
-    inner = (messages.TensorMeta, messages.CacheOp, messages.Option, messages.CallMeta)
-    inner += (messages.CopySource, messages.CacheMeta)
+    calls = (messages.TensorMeta, messages.CacheOp, messages.Option, messages.CallMeta)
+    inner = (*calls, messages.CopySource, messages.CacheMeta)
     used = {str(annotation) for struct in (*MESSAGE_TYPES, *inner) for annotation in struct.__annotations__.values()}
     names = {name for name in used if name.isidentifier()} - {"bool", "RefusalReason", "CacheOpKind", "CallMeta"}
     assert {row[0] for row in rows} == names
