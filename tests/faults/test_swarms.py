@@ -6,15 +6,16 @@ import asyncio
 
 import pytest
 import torch
-from simulation.scenario import blocks_of, random_run
-from simulation.test_random_faults import ALL_SPANS, SWARMS
-from simulation.tiny import call_of, tiny_model
+from simulation.scenario import blocks_of
+from simulation.swarms import SWARMS, run_seed
+from simulation.tiny import call_of
 
 from remote_modules.client.passes import forward
 from remote_modules.client.swarm import Swarm
 from remote_modules.errors import DiscoveryError, PeerError
 from remote_modules.plan.leases import CLOCKED_SEQUENCE
-from remote_modules.testing.simulation import ANNOUNCE_S, LEASE_S, SimulatedPeer, SimulatedSwarm
+from remote_modules.testing.simulated_tracker import LEASE_S
+from remote_modules.testing.simulation import ANNOUNCE_S, SimulatedPeer, SimulatedSwarm
 from remote_modules.testing.virtual_time import run_virtual
 
 from .devices import QueuedDevice
@@ -98,7 +99,7 @@ def test_clock_that_jumps_changes_nothing(jump_s: float, fault: FaultLog) -> Non
         assert done.tokens == reference()
         while True:
             found = {r.peer_id: r.instance_id for r in await swarm.tracker.lookup(None)}
-            if found.get(peer.identity.peer_id) == peer._instance_id:
+            if found.get(peer.identity.peer_id) == peer.instance_id:
                 break
             assert monotonic() - back_s[0] < 10 * LEASE_S
             await asyncio.sleep(0.1)
