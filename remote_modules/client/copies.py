@@ -24,6 +24,7 @@ __all__ = ["CacheCopies"]
 
 logger = logging.getLogger(__name__)
 
+COMPARE_S = 3.0  # between looks for a better route
 RETRY_S = 0.5  # between looks for peers that take over from one that is leaving
 MAX_ROUNDS = 3  # of copying what came meanwhile, before the session is held for the rest
 MAX_FAILURES = 3  # of bringing a buddy up to date
@@ -47,6 +48,7 @@ class CacheCopies:
         self._tasks: set[asyncio.Task[None]] = set()
         self._forks: set[asyncio.Task[None]] = set()
         self._looked_s = float("-inf")
+        self._compared_s = self._swarm.clock()
 
     # before a step
 
@@ -59,6 +61,9 @@ class CacheCopies:
             self.peer_is_leaving(peer_id)
         if self._swarm.config.replicate_kv:
             self._start_syncs()
+        if demand.is_decode and self._swarm.clock() - self._compared_s >= COMPARE_S:
+            self._compared_s = self._swarm.clock()
+            self._seek_better(demand)
 
     @property
     def has_forks(self) -> bool:
@@ -109,6 +114,20 @@ class CacheCopies:
             task = self._start(lambda: self._leave(peer_id))
             self._leaving[peer_id] = task
             task.add_done_callback(lambda _: self._leaving.pop(peer_id, None))
+
+    def _seek_better(self, demand: Demand) -> None:
+        """Begin to move hops to peers that are clearly faster; only to such as take over the blocks of one hop."""
+        hops, position = list(self.caches.hops), self.caches.position
+        if self._leaving or self.caches.targets or not (hops and position):
+            return
+        better = self._swarm.better_route(hops, demand, position)
+        for hop in hops if better is not None else ():
+            parts = [new for new in better or () if hop.span.start <= new.span.start and new.span.end <= hop.span.end]
+            if hop not in parts and sum(len(new.span) for new in parts) == len(hop.span):
+                self._start(partial(self._improve, hop, parts))
+
+    async def _improve(self, hop: Hop, hops: Sequence[Hop]) -> None:
+        await self.move_hop(hop, hops)
 
     async def _leave(self, peer_id: PeerId) -> None:
         """Until the session has nothing there: nobody may cover its blocks yet."""

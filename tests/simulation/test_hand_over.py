@@ -14,7 +14,20 @@ import pytest
 from remote_modules.testing.simulation import SimulatedPeer
 
 from .models import Kill, Stage, opened
-from .test_kill_modes import CASES, COMPUTING_S, MODES, ROUNDING, SAME_STEPS, UNEVEN, Result, assert_close, assert_equal
+from .test_kill_modes import (
+    CASES,
+    COMPUTING_S,
+    MODES,
+    ROUNDING,
+    SAME_STEPS,
+    UNEVEN,
+    Result,
+    assert_close,
+    assert_equal,
+    generated,
+    result_of,
+    tokens_of,
+)
 
 NOT_COPIED = ("deepseek_v4",)  # its caches hold lists: they are built by replay
 PAUSE_S = 3.0  # enough for any copy of these sizes
@@ -125,5 +138,37 @@ def test_buddy_takes_over_when_a_peer_is_lost(mode: str, family: str, when: str)
         elif family not in NOT_COPIED:
             assert stage.stats.failovers == stage.stats.promotions == 1
             assert stage.stats.replayed_tokens <= 8  # those since the buddy was last brought up to date
+        del found
+        stage.check_end()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_next"])
+def test_session_moves_to_a_peer_that_is_clearly_faster(family: str) -> None:
+    """The others come later; nothing fails, and the cache goes along."""
+    with opened(family, hedge=False) as stage:
+        slow, late = stage.swarm.peers[:2], stage.swarm.peers[2:]
+        for peer in slow:
+            peer.device.compute_s = 0.2
+        for peer in late:
+            peer.crash()
+
+        def join(*_: object) -> None:
+            if stage.stats.steps == 3:
+                for peer in late:
+                    stage.swarm.io.run(peer.start())
+                stage.swarm.io.run(asyncio.sleep(6.0))
+                stage.swarm.io.run(stage.layers._handle.swarm.refresh())
+
+        handle = stage.model.get_input_embeddings().register_forward_pre_hook(join)
+        found = generated(stage.model, tokens_of(2, 5), max_new_tokens=40, min_new_tokens=40)
+        handle.remove()
+        assert_equal(
+            result_of(found),
+            result_of(generated(stage.family.local, tokens_of(2, 5), max_new_tokens=40, min_new_tokens=40)),
+        )
+        assert {hop.peer_id for hop in stage.stats.route} == {peer.identity.peer_id for peer in late}
+        assert stage.stats.failovers == 0
+        assert stage.stats.replayed_tokens == 0
+        assert stage.stats.handed_over_tokens > 0
         del found
         stage.check_end()
