@@ -46,7 +46,12 @@ class Search:
     ) -> None:
         self.layout = layout
         self.scale = scale
-        self.heights = [_by_width(layout.heights(capacity)) for capacity in capacities]
+        self.heights, self.forbidden = [], []
+        for capacity in capacities:
+            legal = _by_width(layout.legal(capacity).astype(np.float64))
+            self.heights.append(_by_width(layout.heights(capacity), legal.shape[1]))
+            # added, as no pain may be the least of all where rounding hides what a server relieves
+            self.forbidden.append(np.where(legal > 0, 0.0, np.inf))
         lengths = [layout.longest(capacity) for capacity in capacities]
         self.movable = [index for index, length in enumerate(lengths) if length > 0]
         # those who can be but high and narrow choose first
@@ -100,6 +105,7 @@ class Search:
         pains *= left
         pains += self.sums[:count, None]
         pains += self.behind_windows[:, :width]
+        pains += self.forbidden[index]
         start, further = divmod(int(pains.argmin()), width)
         return start, further
 
@@ -161,12 +167,13 @@ class Search:
         ]
 
 
-def _by_width(heights: Floats) -> Floats:
-    """``[K, K]`` from cut to cut, to ``[starts, widths]`` with the narrowest first, as few as there are."""
-    count = len(heights) - 1
+def _by_width(table: Floats, num_widths: int | None = None) -> Floats:
+    """``[K, K]`` from cut to cut, to ``[starts, widths]`` with the narrowest first; None: as few as there are."""
+    count = len(table) - 1
     padded = np.zeros((count, 2 * count))
-    padded[:, :count] = heights[:-1, 1:]
+    padded[:, :count] = table[:-1, 1:]
     rows = np.arange(count)
     shifted: Floats = padded[rows[:, None], rows[:, None] + rows[None, :]]
-    widest = int(np.max(rows + 1, where=shifted.any(axis=0), initial=1))
-    return np.ascontiguousarray(shifted[:, :widest])
+    if num_widths is None:
+        num_widths = int(np.max(rows + 1, where=shifted.any(axis=0), initial=1))
+    return np.ascontiguousarray(shifted[:, :num_widths])

@@ -6,7 +6,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from remote_modules.plan.search import FINEST, Search
+from remote_modules.plan.search import FINEST, SHARPENING, Search
 from remote_modules.plan.throughput import Capacity, Layout
 from remote_modules.spans import Span
 
@@ -105,3 +105,13 @@ def test_crowd_where_nobody_is_near_is_anybody() -> None:
 def test_server_of_no_speed_is_placed_last() -> None:
     search = Search(LAYOUT, [Capacity(tokens_per_s=0.0, max_blocks=6), PAIR[0]], scale=3.0)
     assert search.movable == [1, 0]
+
+
+@pytest.mark.parametrize("tokens_per_s", [1e-9, 0.0], ids=["hardly any speed", "none"])
+def test_server_that_relieves_next_to_nothing_stays_within_its_capacity(tokens_per_s: float) -> None:
+    """The only span that it may hold is on blocks so fast that no sum shows the difference."""
+    layout = Layout(6, (0, 3, 4, 6))
+    base = np.array([1.0, 1.0, 1.0, 1e4, 1.0, 1.0])
+    search = Search(layout, [Capacity(tokens_per_s=tokens_per_s, max_blocks=1)], scale=1.0, base=base)
+    for sharpness in SHARPENING:
+        assert search.span(search.best_place(0, sharpness)) == Span(3, 4)
