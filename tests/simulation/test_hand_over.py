@@ -145,27 +145,32 @@ def test_buddy_takes_over_when_a_peer_is_lost(mode: str, family: str, when: str)
 @pytest.mark.parametrize("family", ["llama", "qwen3_next"])
 def test_session_moves_to_a_peer_that_is_clearly_faster(family: str) -> None:
     """The others come later; nothing fails, and the cache goes along."""
+    length = {"max_new_tokens": 40, "min_new_tokens": 40}
     with opened(family, hedge=False) as stage:
         slow, late = stage.swarm.peers[:2], stage.swarm.peers[2:]
         for peer in slow:
             peer.device.compute_s = 0.2
-        for peer in late:
-            peer.crash()
+
+        async def crash() -> None:
+            for peer in late:
+                peer.crash()
+            await asyncio.sleep(60.0)  # their leases end
+
+        async def return_later() -> None:
+            for peer in late:
+                await peer.start()
+            await asyncio.sleep(6.0)
+            await stage.layers._handle.swarm.refresh()
 
         def join(*_: object) -> None:
             if stage.stats.steps == 3:
-                for peer in late:
-                    stage.swarm.io.run(peer.start())
-                stage.swarm.io.run(asyncio.sleep(6.0))
-                stage.swarm.io.run(stage.layers._handle.swarm.refresh())
+                stage.swarm.io.run(return_later())
 
+        stage.swarm.io.run(crash())
         handle = stage.model.get_input_embeddings().register_forward_pre_hook(join)
-        found = generated(stage.model, tokens_of(2, 5), max_new_tokens=40, min_new_tokens=40)
+        found = generated(stage.model, tokens_of(2, 5), **length)
         handle.remove()
-        assert_equal(
-            result_of(found),
-            result_of(generated(stage.family.local, tokens_of(2, 5), max_new_tokens=40, min_new_tokens=40)),
-        )
+        assert_equal(result_of(found), result_of(generated(stage.family.local, tokens_of(2, 5), **length)))
         assert {hop.peer_id for hop in stage.stats.route} == {peer.identity.peer_id for peer in late}
         assert stage.stats.failovers == 0
         assert stage.stats.replayed_tokens == 0
