@@ -180,14 +180,14 @@ class Chain:
             stats.waiting_for = ()
 
     async def connect(self, hop: Hop, lane: str, demand: Demand) -> ClientConnection:
-        """The connection to the hop's peer; moves off a peer that is leaving, if anybody else covers its blocks.
+        """The connection to the hop's peer; moves off one that failed or is leaving, if anybody else covers its blocks.
 
         Raises:
-            PeerError: it cannot be reached, or is leaving; the retry loop reroutes.
+            PeerError: it cannot be reached, failed moments ago, or is leaving; the retry loop reroutes.
         """
         swarm, name = self.swarm, short_id(hop.peer_id)
-        is_shut = swarm.open_connection(hop.peer_id, lane) is None and swarm.router.is_backing_off(hop.peer_id)
-        if is_shut and swarm.router.has_route(hop.span, demand, avoid={hop.peer_id}):
+        failed = swarm.router.is_backing_off(hop.peer_id)  # maybe at another hop of this very pass
+        if failed and swarm.router.has_route(hop.span, demand, avoid={hop.peer_id}):
             text = f"peer '{name}' failed moments ago"
             raise PeerRefused(text, peer_id=hop.peer_id, reason=RefusalReason.BUSY)
         connection = await swarm.connect(hop.peer_id, lane)

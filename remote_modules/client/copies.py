@@ -284,6 +284,8 @@ class CacheCopies:
         if len(ops) > MAX_OPS:
             raise self._refused(copy, f"{len(ops)} cache operations behind")
         span = copy.hop.span
+        if swarm.router.is_backing_off(copy.hop.peer_id):
+            raise self._refused(copy, "it failed moments ago")
         connection = await swarm.connect(copy.hop.peer_id, "step")
         if not connection.knows_copies:
             raise self._refused(copy, "it is too old to copy sessions")

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from simulation import test_slow_peers
 
 from remote_modules.client.swarm import Swarm
+from remote_modules.config import ClientConfig
 from remote_modules.errors import PeerUnreachable, RemoteProtocolError
 from remote_modules.net import client_connection
 from remote_modules.server import handler
@@ -122,6 +124,79 @@ def test_peer_that_fails_now_and_then_harms_nobody(fault: FaultLog) -> None:
         figure=failovers / fired,
         unit="failovers for each failure",
         at_most=1.0,
+        clock="virtual",
+    )
+
+
+@pytest.mark.fault("F10")
+@pytest.mark.parametrize("how", ["latency", "compute"])
+def test_slow_peer_costs_little_and_is_not_banned(how: str, fault: FaultLog) -> None:
+    lasts_s, best_s = 30.0, 2 * 0.04  # forward and backward: two delays of 10 ms and 20 ms of computing each
+
+    async def run() -> tuple[int, int, int]:
+        swarm = await test_slow_peers.started(test_slow_peers.SPANS)
+        client = swarm.client()
+        for _ in range(10):
+            await test_slow_peers.train(client, swarm)
+        slow = swarm.peers[0]
+        assert slow.handler is not None
+        asked_before = sum(slow.handler.num_requests.values())
+        if how == "latency":
+            slow.host.delay_s *= 10
+        else:
+            slow.device.compute_s *= 10
+        steps, ends_s = 0, swarm.clock() + lasts_s
+        while swarm.clock() < ends_s:
+            await test_slow_peers.train(client, swarm)
+            steps += 1
+        asked = sum(slow.handler.num_requests.values()) - asked_before
+        assert client.stats.failovers == client.stats.hedges_won
+        assert client.router.breakers.is_usable(slow.identity.peer_id, slow.instance_id, now_s=swarm.clock())
+        await client.aclose()
+        swarm.stop()
+        return steps, asked, client.stats.hedges
+
+    steps, asked, hedges = run_virtual(run())
+    fault.record(
+        "F10",
+        injected=f"{how} of one of two peers is 10 times as long for 30 s",
+        fired=asked,
+        outcome=f"outputs and gradients identical in {steps} training steps; not banned, {hedges} hedges",
+        figure=steps * best_s / lasts_s,
+        unit="of the best other path",
+        at_least=0.7,
+        clock="virtual",
+    )
+
+
+@pytest.mark.fault("F10")
+@pytest.mark.parametrize("hedge", [True, False], ids=["hedged", "not-hedged"])
+def test_request_that_takes_too_long_is_asked_of_another(hedge: bool, fault: FaultLog) -> None:
+    took_s = 1.5
+
+    async def run(hop: int) -> float:
+        swarm = await test_slow_peers.started(test_slow_peers.PAIRS, ClientConfig(hedge=hedge))
+        client = swarm.client()
+        generation = test_slow_peers.Generation(client, swarm)
+        await generation.steps(6)
+        slow = generation.peer(hop)
+        slow.device.compute_s = took_s
+        stall_s = await generation.step() - test_slow_peers.STEP_S
+        assert (client.stats.hedges, client.stats.hedges_won) == ((1, 1) if hedge else (0, 0))
+        assert (generation.peer(hop) is slow) is not hedge
+        await generation.session.close()
+        await client.aclose()
+        swarm.stop()
+        return stall_s
+
+    fault.record(
+        "F10",
+        injected=f"a decode step takes a peer {took_s} s; each hop; hedging {'on' if hedge else 'off'}",
+        fired=2,
+        outcome="tokens identical; " + ("a second peer was asked, and was first" if hedge else "waited for"),
+        figure=max(run_virtual(run(hop)) for hop in (0, 1)),
+        unit="s",
+        at_most=0.5 if hedge else took_s,
         clock="virtual",
     )
 

@@ -19,6 +19,7 @@ from remote_modules import RemoteSequential
 from remote_modules.net.connection import IDLE_CHECK_S, IDLE_DEAD_S
 from remote_modules.testing import FaultyLink, LocalSwarm
 from remote_modules.testing.faulty_link import Fault
+from remote_modules.testing.memory_network import CLIENT
 from remote_modules.testing.simulation import SimulatedPeer
 from remote_modules.testing.virtual_time import run_virtual
 from remote_modules.wire.protocol import Role
@@ -33,11 +34,9 @@ def cut_both(peer: SimulatedPeer) -> None:
 
 
 def cut_one_way(peer: SimulatedPeer, role: Role) -> None:
-    """What this side of each connection sends is lost from now on; nothing can be dialled."""
-    for end in list(peer.host._ends):
-        if end._connection._protocol.role is role:
-            end.write = lambda data: None  # type: ignore[method-assign]
-    peer.host.accept = None
+    """What this side of each connection sends arrives no more, and nobody is told."""
+    sides = [CLIENT], [peer.host.address]
+    peer._swarm.network.partition(*(sides if role is Role.CLIENT else sides[::-1]), is_one_way=True)
 
 
 CUTS: dict[str, tuple[str, Callable[[SimulatedPeer], None]]] = {

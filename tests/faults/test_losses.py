@@ -24,8 +24,8 @@ from simulation.test_kill_modes import (
 from simulation.tiny import call_of
 
 from remote_modules.client.passes import backward, forward
-from remote_modules.errors import NoRouteError
-from remote_modules.testing.simulation import SimulatedPeer
+from remote_modules.errors import SpanUnavailable
+from remote_modules.testing.simulation import SimulatedPeer, SimulatedSwarm
 from remote_modules.testing.virtual_time import run_virtual
 
 from .driving import PROMPT, SPANS, gap_s, generate, in_use, model, new_session, others, reference, swarm_of, watching
@@ -247,11 +247,13 @@ def test_all_replicas_gone_are_waited_for(returns: bool, fault: FaultLog, caplog
         client = swarm.client()
         loop = asyncio.get_running_loop()
         back: list[asyncio.Task[None]] = []
+        waited_for: list[str] = []
 
         def lose(number: int) -> None:
             if number == 5:
                 for peer in swarm.peers[1::3]:
                     peer.crash()
+                loop.call_later(away_s / 2, lambda: waited_for.extend(map(str, client.stats.waiting_for)))
                 if returns:
                     loop.call_later(away_s, lambda: back.append(loop.create_task(swarm.peers[1].start())))
 
@@ -260,11 +262,13 @@ def test_all_replicas_gone_are_waited_for(returns: bool, fault: FaultLog, caplog
                 done = await generate(swarm, client, before=lose)
                 assert done.tokens == reference()
                 assert back
+                assert waited_for == ["3:6"]
+                assert client.stats.waiting_for == ()
                 return done.stall_s - away_s
             began_s = swarm.clock()
-            with pytest.raises(NoRouteError) as caught:
+            with pytest.raises(SpanUnavailable) as caught:
                 await generate(swarm, client, before=lose)
-            assert [str(span) for span in caught.value.missing] == ["3:6"]
+            assert [str(span) for span in caught.value.missing] == waited_for == ["3:6"]
             return swarm.clock() - began_s
         finally:
             await client.aclose()
@@ -277,7 +281,8 @@ def test_all_replicas_gone_are_waited_for(returns: bool, fault: FaultLog, caplog
         "F04",
         injected="crash of both replicas; one back after 20 s" if returns else "crash of both replicas for good",
         fired=2,
-        outcome=f"identical, {len(events)} events" if returns else f"NoRouteError naming 3:6, {len(events)} events",
+        outcome=f"{'identical' if returns else 'SpanUnavailable naming 3:6'}; stats().waiting_for names 3:6 meanwhile, "
+        f"{len(events)} events",
         figure=figure,
         unit="s",
         at_most=2.5 if returns else 122.0,
@@ -348,6 +353,16 @@ def test_peer_killed_after_a_rollback_changes_no_token(mode: str, fault: FaultLo
         )
 
 
+async def crash_of_who_computes(swarm: SimulatedSwarm, span: str) -> SimulatedPeer:
+    """Wait until a peer of ``span`` computes, and crash it."""
+    while True:
+        for peer in swarm.peers:
+            if peer.device.load and str(peer.span) == span:
+                peer.crash()
+                return peer
+        await asyncio.sleep(0.005)
+
+
 @pytest.mark.fault("F08")
 @pytest.mark.parametrize("when", ["forward", "backward"])
 def test_peer_killed_in_training_changes_no_gradient(when: str, fault: FaultLog) -> None:
@@ -361,15 +376,15 @@ def test_peer_killed_in_training_changes_no_gradient(when: str, fault: FaultLog)
         client = swarm.client()
         call, named = call_of(inputs), {"hidden_states": inputs}
         await forward(client, blocks_of(model()), named, call)  # meets the peers
-        loop = asyncio.get_running_loop()
+        losing: list[asyncio.Task[SimulatedPeer]] = []
         if when == "forward":
-            loop.call_later(hop * HOP_S + COMPUTING_S, in_use(swarm, client, hop).crash)
+            losing.append(asyncio.ensure_future(crash_of_who_computes(swarm, SPANS[hop])))
         outputs, _, segments = await forward(client, blocks_of(model()), named, call)
         if when == "backward":
-            order = len(SPANS) - 1 - hop
-            loop.call_later(order * HOP_S + COMPUTING_S, in_use(swarm, client, hop).crash)
+            losing.append(asyncio.ensure_future(crash_of_who_computes(swarm, SPANS[hop])))
         grads, _ = await backward(client, segments, {"hidden_states": torch.ones_like(inputs)}, call)
-        assert client.stats.failovers >= 1
+        assert not (await losing[0]).is_up
+        assert client.stats.failovers == 1
         assert torch.equal(outputs["hidden_states"], expected)
         await client.aclose()
         swarm.stop()

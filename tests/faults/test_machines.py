@@ -202,8 +202,8 @@ def test_blocked_loop_of_a_peer_loses_nothing(
         injected="event loop of the peer in use blocked for 1.5 s",
         fired=len(blocked),
         outcome="tokens identical",
-        figure=after.failovers - before.failovers,
-        unit="failovers",
+        figure=(after.failovers - after.hedges_won) - (before.failovers - before.hedges_won),
+        unit="failovers other than to a quicker peer",
         at_most=0,
     )
 
@@ -532,7 +532,7 @@ def test_real_processes_are_killed_frozen_and_upgraded(
                 with watching(model, time.monotonic) as times:
                     assert torch.equal(generate_and(model, strike), expected)
                 after = layers.stats()
-                assert after.failovers > before.failovers
+                assert after.failovers > before.failovers or name == "SIGTERM"  # it ends what it has begun
                 (peer,) = hit
                 if name == "SIGTERM":
                     assert peer.wait(20.0) == 0

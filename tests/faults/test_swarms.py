@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 import torch
+from simulation import test_fail_nth_await
 from simulation.scenario import blocks_of
 from simulation.swarms import SWARMS, run_seed
 from simulation.tiny import call_of
@@ -14,6 +15,7 @@ from remote_modules.client.passes import forward
 from remote_modules.client.swarm import Swarm
 from remote_modules.errors import DiscoveryError, PeerError
 from remote_modules.plan.leases import CLOCKED_SEQUENCE
+from remote_modules.testing.fault_points import FaultPoints
 from remote_modules.testing.simulated_tracker import LEASE_S
 from remote_modules.testing.simulation import ANNOUNCE_S, SimulatedPeer, SimulatedSwarm
 from remote_modules.testing.virtual_time import run_virtual
@@ -166,7 +168,7 @@ def test_newer_process_of_an_identity_wins(fault: FaultLog, caplog: pytest.LogCa
 
 @pytest.mark.fault("F30")
 def test_rolling_restart_under_load_fails_no_request(fault: FaultLog) -> None:
-    async def run() -> tuple[int, int]:
+    async def run() -> tuple[int, int, int]:
         swarm = await swarm_of(SPANS * 2)
         clients = [swarm.client() for _ in range(4)]
         done: list[int] = []
@@ -193,14 +195,16 @@ def test_rolling_restart_under_load_fails_no_request(fault: FaultLog) -> None:
         for client in clients:
             await client.aclose()
         swarm.stop()
-        return len(swarm.peers), 12 * 20 - sum(done)
+        handed_over = sum(client.stats.handed_over_tokens for client in clients)
+        return len(swarm.peers), 12 * 20 - sum(done), handed_over
 
-    rolled, failed = run_virtual(run())
+    rolled, failed, handed_over = run_virtual(run())
+    assert handed_over > 0
     fault.record(
         "F30",
         injected="drain, end and start of all 6 peers in turn, 4 clients",
         fired=rolled,
-        outcome="240 tokens of 12 generations identical",
+        outcome=f"240 tokens of 12 generations identical; caches of {handed_over} tokens handed over",
         figure=failed,
         unit="failed steps",
         at_most=0,
@@ -352,9 +356,7 @@ def test_overload_is_shared_fairly_and_costs_no_throughput(fault: FaultLog) -> N
 
 @pytest.mark.fault("F41")
 def test_random_schedules_of_faults_change_nothing(fault: FaultLog) -> None:
-    reports = [
-        run_virtual(random_run(tiny_model(4, ALL_SPANS), SWARMS[name], seed)) for name in SWARMS for seed in range(2)
-    ]
+    reports = [run_seed(name, seed) for name in SWARMS for seed in range(2)]
     fault.record(
         "F41",
         injected="random faults of peers, links and tracker; 10 seeds here, 2,000 in tests/simulation",
@@ -362,6 +364,33 @@ def test_random_schedules_of_faults_change_nothing(fault: FaultLog) -> None:
         outcome="tokens and gradients identical, memory returned, passes ended by their deadline",
         figure=sum(len(report.violations) for report in reports),
         unit="violations",
+        at_most=0,
+        clock="virtual",
+    )
+
+
+@pytest.mark.fault("F42")
+@pytest.mark.parametrize("name", test_fail_nth_await.WORK)
+def test_points_fail_one_by_one_and_change_nothing(name: str, fault: FaultLog) -> None:
+    """Every tenth failure; all of them, and every wait cancelled, in tests/simulation."""
+    expected, counted, _ = test_fail_nth_await.undisturbed(name)
+    cases = list(counted.cases())
+    fired, wrong, errors = 0, 0, 0
+    for number, way in cases[::10]:
+        points, failing = FaultPoints({number: way}), test_fail_nth_await.Failing()
+        found = run_virtual(test_fail_nth_await.run(name, points, failing))
+        assert len(points.fired) == 1
+        assert len(failing.errors) <= 1
+        fired += len(points.fired)
+        errors += len(failing.errors)
+        wrong += not torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    fault.record(
+        "F42",
+        injected=f"{name}: {fired} of the {len(cases)} failures of {len(counted.seen)} points, one in each run",
+        fired=fired,
+        outcome=f"result identical, memory returned; {errors} runs told one typed error",
+        figure=wrong,
+        unit="other results",
         at_most=0,
         clock="virtual",
     )

@@ -164,12 +164,18 @@ async def _upgrade(peers: list[SimulatedPeer], weather: Weather, drain_s: float)
 
 
 async def twin(weather: Weather, peer: SimulatedPeer, lasts_s: float) -> None:
-    """Somebody else starts with the same identity elsewhere."""
+    """Another process starts with the same identity: the first gives way, until its operator starts it again."""
     swarm = weather.swarm
     weather.count("twin")
     other = SimulatedPeer(swarm, peer._holding, number=NUM_TWINS + len(weather.begun), identity=peer.identity)
     await other.start()
-    weather.later(lasts_s, other.crash)
+
+    async def sort_out() -> None:
+        other.crash()
+        peer.crash()
+        await restart(peer)
+
+    weather.later(lasts_s, sort_out)
 
 
 async def forget(weather: Weather, peer: SimulatedPeer, lasts_s: float) -> None:

@@ -10,15 +10,16 @@ import msgspec
 import pytest
 import torch
 
+from remote_modules.client.answers import AnswerChecker
 from remote_modules.client.chain import Chain
 from remote_modules.client.history import History
 from remote_modules.client.hop_caches import HopCaches
 from remote_modules.client.session import SessionState
 from remote_modules.client.step import Step
 from remote_modules.net.client_connection import ClientConnection
-from remote_modules.peers import PeerId
+from remote_modules.peers import PeerId, PeerRecord
+from remote_modules.plan import leases
 from remote_modules.plan.breakers import Breakers
-from remote_modules.plan.leases import LeaseTable
 from remote_modules.server.handler import Handler
 from remote_modules.server.sessions import SessionTable
 from remote_modules.wire import framing
@@ -34,12 +35,16 @@ class Mutant:
     Attributes:
         make: makes it.
         kinds: faults under which it shows; None for all.
-        finds: what the simulation says about it, in part.
+        finds: what the simulation says about it, in part; "stall": a pass takes longer than a sound client's ever does.
+        most: how many faults may happen.
+        swarms: where it shows; None for all.
     """
 
     make: Callable[[Patch], None]
     kinds: list[str] | None = None
     finds: str = ""
+    most: int = 5
+    swarms: tuple[str, ...] | None = None
 
 
 def reorder_not_in_history(patch: Patch) -> None:
@@ -151,7 +156,7 @@ def checksum_ignored(patch: Patch) -> None:
 
 def nan_believed(patch: Patch) -> None:
     """Values that are not finite are taken."""
-    patch.setattr(Chain, "_check_finite", lambda self, hop, outputs, like: None)
+    patch.setattr(AnswerChecker, "_check_finite", lambda self, hop, outputs, like: None)
 
 
 def cancelled_pass_keeps_caches(patch: Patch) -> None:
@@ -165,13 +170,22 @@ def orphans_kept(patch: Patch) -> None:
 
 
 def leases_never_end(patch: Patch) -> None:
-    """The tracker lists who was there once, and lets nobody take its place."""
-    patch.setattr(LeaseTable, "_drop_expired", lambda self, now_s: None)
-    patch.setattr(LeaseTable, "_get_live", lambda self, peer_id, now_s: self._leases.get(peer_id))
+    """The tracker lists who was there once, and lets no later instance take its place."""
+    check = leases.check_announced
+
+    def broken(record: PeerRecord, held: leases.Lease) -> tuple[str, ...]:
+        if record.instance_id != held.instance_id:
+            raise leases.StaleRecordError("another instance was here", newest=held.signed)
+        return check(record, held)
+
+    patch.setattr(leases, "check_announced", broken)
+    patch.setattr(leases.LeaseTable, "get", lambda self, peer_id, now_s: self._leases.get(peer_id))
+    patch.setattr(leases.LeaseTable, "lookup", lambda self, model_key, now_s: list(self._leases.values()))
+    patch.setattr(leases.LeaseTable, "_drop_expired", lambda self, now_s: None)
 
 
 def silence_endured(patch: Patch) -> None:
-    """A peer that says nothing is waited for until the end."""
+    """A peer that says nothing is waited for until the end, unless a hedge outruns it."""
     patch.setattr(ClientConnection, "_tick", lambda self: None)
     patch.setattr(ClientConnection, "_expire", lambda self, *args: None)
 
@@ -211,7 +225,7 @@ MUTANTS = {
     "cancelled pass keeps caches": Mutant(cancelled_pass_keeps_caches),
     "orphans kept": Mutant(orphans_kept, finds="I3"),
     "leases never end": Mutant(leases_never_end, finds="I8"),
-    "silence endured": Mutant(silence_endured, kinds=["freeze"], finds="stall"),
+    "silence endured": Mutant(silence_endured, kinds=["suspend"], finds="stall", most=1, swarms=("pairs",)),
     "sessions not freed": Mutant(sessions_not_freed, finds="I3"),
     "connections kept": Mutant(connections_kept, finds="I3, I4"),
     "fork shares history": Mutant(fork_shares_history),

@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from remote_modules.client.session import SessionState
+from remote_modules.client.swarm import Swarm
 from remote_modules.model.stack import cache_argument
+from remote_modules.plan.routing import Demand, Hop
+from remote_modules.spans import Span
 from remote_modules.testing.simulation import SimulatedPeer
 
 from .models import HOP_S, Kill, Stage, family_of, opened
@@ -279,13 +282,22 @@ TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("hop", [0, 1])
 @pytest.mark.parametrize("when", ["forward", "backward"])
 @pytest.mark.parametrize("case", TRAINING)
-def test_loss_of_a_peer_in_training_changes_no_gradient(case: str, when: str, hop: int, moment_s: float) -> None:
+def test_loss_of_a_peer_in_training_changes_no_gradient(
+    case: str, when: str, hop: int, moment_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     family, kwargs = TRAINING[case]
     tokens = tokens_of(2, 7)
     with opened(family) as stage:
         expected = trained(stage.family.local, tokens, lambda: None, **kwargs)
         assert_equal(trained(stage.model, tokens, lambda: None, **kwargs), expected)  # meets the peers
         order = hop if when == "forward" else 1 - hop
+        routes = [stage.stats.route]  # the next pass goes where the last one went, so that the loss hits it
+        share = Swarm.share
+
+        async def share_again(self: Swarm, blocks: Span, demand: Demand) -> tuple[Hop, ...]:
+            return routes.pop() if routes else await share(self, blocks, demand)
+
+        monkeypatch.setattr(Swarm, "share", share_again)
 
         def lose() -> None:
             stage.lose(Kill(hop=hop, call=0, moment_s=moment_s), order * HOP_S + moment_s)

@@ -151,7 +151,8 @@ def test_frozen_peer_is_outrun_long_before_it_is_found_dead() -> None:
         assert await generation.step() < 1.0
         await asyncio.sleep(2.5)
         peer_id, now_s = frozen.identity.peer_id, swarm.clock()
-        assert not client.router.breakers.is_usable(peer_id, "instance-0", now_s=now_s)
+        assert client.router.instance_of(peer_id) == frozen.instance_id
+        assert not client.router.breakers.is_usable(peer_id, frozen.instance_id, now_s=now_s)
         assert client.open_connection(peer_id, "step") is None  # the ping in the background got no answer
         await generation.session.close()
         await client.aclose()
@@ -409,11 +410,11 @@ def fail_some(peer: SimulatedPeer, rng: Random, part: float) -> list[float]:
     executor = peer.handler.executor
     work = executor.run
 
-    async def run_some(priority: Any, job: Any) -> Any:
+    async def run_some(priority: Any, job: Any, **limits: Any) -> Any:
         asked.append(asyncio.get_running_loop().time())
         if rng.random() < part:
             raise RuntimeError("a gray failure")
-        return await work(priority, job)
+        return await work(priority, job, **limits)
 
     executor.run = run_some  # type: ignore[assignment,method-assign]
     return asked
