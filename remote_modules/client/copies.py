@@ -138,7 +138,8 @@ class CacheCopies:
             avoid = self._swarm.leaving_peers() | {peer_id}
             if self._demand is not None and self._swarm.router.has_route(hop.span, self._demand, avoid=avoid):
                 hops = await self._swarm.route(hop.span, self._demand, avoid=avoid)
-                await self.move_hop(hop, hops)
+                if not await self.move_hop(hop, hops):
+                    await asyncio.sleep(RETRY_S)
             else:
                 await asyncio.sleep(RETRY_S)
                 await self._swarm.refresh()
@@ -170,6 +171,8 @@ class CacheCopies:
         source = caches.caches.get(hop.span)
         if hop not in caches.hops or any(source is None or t.source_id != source.session_id for t in targets):
             return False  # it failed meanwhile
+        if any(self._swarm.router.is_backing_off(new.peer_id) for new in hops):
+            return False
         if source is not None:
             late = [target for target in targets if _is_behind(target.cache, source)]
             await self._copy_all(hop, late, targets)

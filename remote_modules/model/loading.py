@@ -24,6 +24,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from transformers.utils import logging as transformers_logging
 
 from remote_modules.errors import CheckpointError, UnsupportedCallError, first_line
+from remote_modules.model.building import building
 from remote_modules.model.checkpoint import INDEX_NAME, Checkpoint
 from remote_modules.model.fingerprint import block_digests
 from remote_modules.model.pruning import KeepBlock, UnknownArgument, kept_tensors, pruned_class
@@ -150,7 +151,7 @@ class _Quantizer:
 
     def _without_blocks(self) -> PreTrainedModel:
         pruned: Any = pruned_class(self._cls, self._stack, lambda block: False)
-        with _quiet_loading():
+        with building, _quiet_loading():
             model: PreTrainedModel = pruned.from_pretrained(
                 None,
                 config=self._config,
@@ -209,7 +210,7 @@ def _load(
     files = checkpoint.part(lambda key: keep_block(where.get(key)) or _is_named(key, further))
     if not files:
         raise CheckpointError(f"checkpoint '{checkpoint.name}' has no tensor of the wanted part of {cls.__name__}")
-    with _partial_folder(checkpoint, files) as folder, _quiet_loading():
+    with _partial_folder(checkpoint, files) as folder, building, _quiet_loading():
         if str(device) != "cpu":
             kwargs["device_map"] = {"": device}
         try:

@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from remote_modules.errors import CheckpointError, first_line
+from remote_modules.model.building import building
 from remote_modules.model.classes import model_class
 from remote_modules.model.sizes import PLAIN, Old, is_token, small_rope, small_value
 
@@ -167,7 +168,7 @@ def tiny_model(config: PreTrainedConfig, *, seed: int = 0, cls: type[PreTrainedM
     """
     if cls is None:
         cls, config = model_class(config)
-    with torch.random.fork_rng(devices=[]):
+    with building, torch.random.fork_rng(devices=[]):  # the generator is the process's own, too
         torch.manual_seed(seed)
         model: PreTrainedModel = cls(config)
         generator = torch.Generator().manual_seed(seed)

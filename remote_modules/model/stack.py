@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from remote_modules.errors import CheckpointError, UnsupportedCallError, first_line
+from remote_modules.model.building import building
 from remote_modules.model.tensors import TensorSpec
 from remote_modules.spans import Span
 
@@ -228,7 +229,7 @@ def meta_skeleton(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTr
         CheckpointError: the config does not describe a model that transformers can build.
     """
     try:
-        with torch.device("meta"):
+        with building, torch.device("meta"):
             return cls(config)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as exc:
         text = first_line(exc)

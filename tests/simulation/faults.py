@@ -205,8 +205,12 @@ def _ailing(make: Callable[[Random], Ailment]) -> Callable[[Weather, SimulatedPe
     return fault
 
 
-def _each(change: Callable[[Any], Any]) -> Callable[[Named], Named]:
-    return lambda named: {name: change(tensor) for name, tensor in named.items()}
+def _each(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def spoil(answer: Any) -> Any:
+        is_named = isinstance(answer, dict)  # what a copy is asked first is the form of a cache
+        return {name: change(tensor) for name, tensor in answer.items()} if is_named else answer
+
+    return spoil
 
 
 slow_device = _ailing(lambda rng: Ailment("slow device", slowness=10.0))
