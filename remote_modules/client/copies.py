@@ -120,10 +120,12 @@ class CacheCopies:
         hops, position = list(self.caches.hops), self.caches.position
         if self._leaving or self.caches.targets or not (hops and position):
             return
+        leaving = self._swarm.leaving_peers()
         better = self._swarm.better_route(hops, demand, position)
         for hop in hops if better is not None else ():
             parts = [new for new in better or () if hop.span.start <= new.span.start and new.span.end <= hop.span.end]
-            if hop not in parts and sum(len(new.span) for new in parts) == len(hop.span):
+            is_whole = sum(len(new.span) for new in parts) == len(hop.span)
+            if hop not in parts and is_whole and leaving.isdisjoint(new.peer_id for new in parts):
                 self._start(partial(self._improve, hop, parts))
 
     async def _improve(self, hop: Hop, hops: Sequence[Hop]) -> None:
