@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers.utils import logging as transformers_logging
 
+from remote_modules.errors import UnsupportedCallError
 from remote_modules.model.checkpoint import open_checkpoint
 from remote_modules.model.classes import model_class
 from remote_modules.model.kv import GrowingLayer, SpanCache
@@ -81,9 +83,17 @@ def copied(form: CacheForm, source: SpanCache, target: SpanCache, blocks: Span, 
     return target
 
 
+# Caches of the oldest release keep counters of their own, or cannot be carried at all: sessions are built by replay.
+REPLAYED_WITH_5_5 = ("mamba2", "zamba2", "qwen3_next", "glm_moe_dsa", "bamba")
+
+
 @pytest.mark.parametrize("model_type", [*GROWING, *HYBRID])
 def test_copy_goes_on_as_the_original(model_type: str) -> None:
     engine = engine_of(model_type)
+    if transformers.__version__.startswith("5.5.") and model_type in REPLAYED_WITH_5_5:
+        with pytest.raises(UnsupportedCallError, match=r"cannot be copied|are not carried"):
+            engine.cache_form(engine.model.span)
+        return
     count = engine.model.stack.num_blocks
     cuts = sorted((engine.model.stack.cuts or frozenset(range(count + 1))) - {0, count})
     for blocks in [Span(0, count), *(Span(cut, count) for cut in cuts[:1])]:
