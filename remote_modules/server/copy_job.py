@@ -200,6 +200,8 @@ class CopyJob:
             if exc.reason is RefusalReason.SESSION_LOST:
                 raise _Moved(str(exc)) from exc
             raise
+        if any(torch.isnan(tensor).any() for tensor in tensors.values() if tensor.is_floating_point()):
+            refuse("the source's cache holds values that are no numbers", RefusalReason.NOT_SERVED)
         self.num_bytes += sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
         return tensors
 
