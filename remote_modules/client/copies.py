@@ -120,16 +120,15 @@ class CacheCopies:
         hops, position = list(self.caches.hops), self.caches.position
         if self._leaving or self.caches.targets or not (hops and position):
             return
-        leaving = self._swarm.leaving_peers()
         better = self._swarm.better_route(hops, demand, position)
-        for hop in hops if better is not None else ():
-            parts = [new for new in better or () if hop.span.start <= new.span.start and new.span.end <= hop.span.end]
+        if better is None:
+            return
+        leaving = self._swarm.leaving_peers()
+        for hop in hops:
+            parts = [new for new in better if hop.span.start <= new.span.start and new.span.end <= hop.span.end]
             is_whole = sum(len(new.span) for new in parts) == len(hop.span)
             if hop not in parts and is_whole and leaving.isdisjoint(new.peer_id for new in parts):
-                self._start(partial(self._improve, hop, parts))
-
-    async def _improve(self, hop: Hop, hops: Sequence[Hop]) -> None:
-        await self.move_hop(hop, hops)
+                self._start(partial(self.move_hop, hop, parts))
 
     async def _leave(self, peer_id: PeerId) -> None:
         """Until the session has nothing there: nobody may cover its blocks yet."""
@@ -335,13 +334,13 @@ class CacheCopies:
         text = f"peer '{short_id(peer_id)}' made no copy: {text}"
         return PeerRefused(text, peer_id=peer_id, reason=RefusalReason.SESSION_LOST)
 
-    def _start(self, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+    def _start(self, work: Callable[[], Coroutine[Any, Any, object]]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(self._guarded(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _guarded(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def _guarded(self, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Nobody awaits the work: what stops it is only logged."""
         try:
             await work()
