@@ -5,23 +5,29 @@ Processes are forked from a server that has torch imported already: twenty of th
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import json
+import logging
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from remote_modules.discovery.http_json import ask, make_session
+from remote_modules.discovery.peers_answer import PEERS_PATH, Heard, PeersReader
 from remote_modules.discovery.tracker_client import TrackerClient
+from remote_modules.errors import DiscoveryError
 from remote_modules.net import loop as loops
 from remote_modules.net.loop import LoopThread
 from remote_modules.peers import PeerRecord
@@ -146,6 +152,11 @@ class View:
     def records(self) -> list[PeerRecord]:
         return self._io.run(self._client.lookup(None))
 
+    def is_listed(self, peer_id: str, by: Sequence[PeerRecord]) -> bool:
+        """Whether one of these peers tells others of ``peer_id``; those that do not answer tell nobody."""
+        answers = self._io.run(_ask_all([f"https://{record.addresses[0]}{PEERS_PATH}" for record in by]))
+        return any(heard.record.peer_id == peer_id for answer in answers for heard in answer)
+
     def close(self) -> None:
         self._io.run(self._client.aclose())
         self._io.stop()
@@ -153,6 +164,18 @@ class View:
 
 async def _tracker_client(url: str) -> TrackerClient:
     return TrackerClient(url)
+
+
+async def _ask_all(urls: Sequence[str]) -> list[list[Heard]]:
+    async def ask_one(session: aiohttp.ClientSession, url: str) -> list[Heard]:
+        try:
+            answer = await ask(session, url, who=url, verify_tls=False)
+            return await PeersReader(url, level=logging.DEBUG).read(answer.body)
+        except DiscoveryError:
+            return []
+
+    async with make_session(1.0) as session:
+        return await asyncio.gather(*(ask_one(session, url) for url in urls))
 
 
 @contextmanager

@@ -7,8 +7,9 @@ Real processes on the emulated hosts of one laboratory (round trips of 10 ms, 10
 memory. They start one after another; all blocks are covered. Then the only holder of some blocks is killed (SIGKILL),
 and the tracker is asked until every block is announced online by a live peer again. A client generates all the time.
 
-* detection: until the dead peer is no longer listed, or until somebody has begun to move, whichever comes first.
-* load: from a mover's first record of its new span to its being online with it.
+* detection: until neither the tracker nor any live peer lists the dead one, or until somebody has claimed a block that
+  was lost, whichever comes first.
+* load: from the first record of a mover that takes such a block to its being online with it.
 * bar: all blocks covered within detection + load + 5 s. Before the next kill the dead peer is started again.
 
 Prints one line of JSON; markdown and progress go to stderr.
@@ -46,6 +47,7 @@ from remote_modules.testing.pace import Pace
 NUM_BLOCKS = 24
 HIDDEN_SIZE = 64
 SLACK_S = 5.0
+SETTLED_S = 20.0  # without a move before a kill, so that no other move counts as healing
 POLL_S = 0.2
 LIMIT_S = 240.0  # then a gap counts as never covered
 REQUEST_TOKENS = 16
@@ -114,17 +116,21 @@ class Follower:
         self._victim = victim
         self._num_blocks = num_blocks
         self._began_s: dict[str, float] = {}
+        self._lost = Span.parse(recovery.lost)
         self.recovery = recovery
 
-    def see(self, records: Sequence[PeerRecord], now_s: float) -> bool:
+    def see(self, view: View, now_s: float) -> bool:
         """Whether all is covered ``now_s`` seconds after the kill."""
-        recovery = self.recovery
-        moving = [r for r in records if r.peer_id in self._spans and self._has_moved(r)]
-        if recovery.detection_s is None and (moving or self._victim not in {r.peer_id for r in records}):
-            recovery.detection_s = now_s
+        recovery, records = self.recovery, view.records()
+        moving = [record for record in records if self._is_taking(record)]
+        if recovery.detection_s is None:
+            is_listed = self._victim in {record.peer_id for record in records}
+            live = [record for record in records if record.peer_id in self._spans]
+            if moving or not (is_listed or view.is_listed(self._victim, live)):
+                recovery.detection_s = now_s
         for record in moving:
             began_s = self._began_s.setdefault(record.peer_id, now_s)
-            if record.state is PeerState.ONLINE and record.span != self._spans[record.peer_id]:
+            if record.state is PeerState.ONLINE:
                 recovery.load_s = max(recovery.load_s or 0.0, now_s - began_s)
                 recovery.movers.append(f"{self._spans[record.peer_id]} to {record.span}")
                 self._spans[record.peer_id] = record.span
@@ -134,8 +140,10 @@ class Follower:
             return True
         return False
 
-    def _has_moved(self, record: PeerRecord) -> bool:
-        return record.span != self._spans[record.peer_id] or record.state is not PeerState.ONLINE
+    def _is_taking(self, record: PeerRecord) -> bool:
+        """Whether it has announced a lost block that it did not hold."""
+        before = self._spans.get(record.peer_id)
+        return before is not None and any(block in record.span and block not in before for block in self._lost)
 
 
 class Load(threading.Thread):
@@ -185,6 +193,8 @@ class Churn:
         self.recoveries: list[Recovery] = []
         self._kinds = {f"p{number}": kind for number, kind in enumerate(kinds)}
         self._limit_s = limit_s
+        self._placed: dict[str, tuple[Span, PeerState]] = {}
+        self._placed_at_s = 0.0
 
     def start(self) -> None:
         """One peer after another, each seeing those before it; then all blocks are covered."""
@@ -202,6 +212,7 @@ class Churn:
 
     def kill_sole_holder(self) -> Recovery:
         """Kill one and wait for its blocks."""
+        wait_until(self._is_settled, self._limit_s, "the swarm to settle")
         records = self.view.records()
         found = sole_holder(records, self.num_blocks)
         if found is None:
@@ -212,7 +223,7 @@ class Churn:
         follower = Follower(records, peer_id, self.num_blocks, recovery)
         self.swarm.kill(host)
         killed_s = time.monotonic()
-        while not follower.see(self.view.records(), time.monotonic() - killed_s):
+        while not follower.see(self.view, time.monotonic() - killed_s):
             if time.monotonic() - killed_s > self._limit_s:
                 break
             time.sleep(POLL_S)
@@ -220,6 +231,14 @@ class Churn:
         say(f"  {recovery}")
         self.start_one(host)
         return recovery
+
+    def _is_settled(self) -> bool:
+        """Whether all is covered, and nobody has moved for a while."""
+        records = self.view.records()
+        placed = {record.peer_id: (record.span, record.state) for record in records}
+        if placed != self._placed or not self._is_covered():
+            self._placed, self._placed_at_s = placed, time.monotonic()
+        return time.monotonic() - self._placed_at_s > SETTLED_S
 
     def _is_covered(self) -> bool:
         return min(coverage(self.view.records(), set(self.swarm.peer_ids.values()), self.num_blocks).values()) > 0

@@ -51,15 +51,19 @@ ALL_STRATEGIES = (
     "3 full, gain 1 %",
     "3 full, gain 20 %",
     "3 full, stops to fetch",
-    "3 full, unheld",
-    "3 full, prompt",
-    "3 full, prompt, short leases",
+    "3 full, long leases",
+    "3 full, one mover",
+    "3 full, slow",
 )
 AT_JOIN, FULL = ALL_STRATEGIES[1:3]
-UNHELD, PROMPT, SHORT_LEASES = ALL_STRATEGIES[-3:]
-UNHELD_RULE = Rule(max_joining=1_000_000)  # joining peers keep nobody from moving
-PROMPT_RULE = Rule(max_joining=1_000_000, check_interval_s=15.0, turn_s=30.0)
-COMPARED = (AT_JOIN, FULL, PROMPT, SHORT_LEASES)
+LONG_LEASES, ONE_MOVER, SLOW = ALL_STRATEGIES[-3:]
+RULES = {
+    "3 full, gain 1 %": Rule(min_gain=0.01),
+    "3 full, gain 20 %": Rule(min_gain=0.2),
+    ONE_MOVER: Rule(servers_per_mover=1_000_000),
+    SLOW: Rule(check_interval_s=60.0, turn_s=120.0),
+}
+COMPARED = (AT_JOIN, FULL, LONG_LEASES, SLOW)
 SECTIONS = ("churn", "gaps", "scale", "routing")
 
 
@@ -68,18 +72,13 @@ def make_strategy(name: str, seed: int) -> Strategy:
         return RandomSpans()
     if name == AT_JOIN:
         return BalanceAtJoin()
-    if name in (PROMPT, SHORT_LEASES):
-        return BalanceAlways(PROMPT_RULE, Random(2000 + seed))
-    if name == UNHELD:
-        return BalanceAlways(UNHELD_RULE, Random(2000 + seed))
-    min_gain = {"3 full, gain 1 %": 0.01, "3 full, gain 20 %": 0.2}.get(name, Rule().min_gain)
-    return BalanceAlways(Rule(min_gain=min_gain), Random(2000 + seed))
+    return BalanceAlways(RULES.get(name, Rule()), Random(2000 + seed))
 
 
 def simulate(conditions: Conditions, strategy: str, seed: int, hours: float) -> tuple[Report, SwarmSimulation]:
     conditions = dataclasses.replace(conditions, fetches_ahead=strategy != "3 full, stops to fetch")
-    if strategy == SHORT_LEASES:
-        conditions = dataclasses.replace(conditions, lease_s=45.0, announce_interval_s=15.0)
+    if strategy == LONG_LEASES:
+        conditions = dataclasses.replace(conditions, lease_s=90.0, announce_interval_s=30.0)
     swarm = SwarmSimulation(
         conditions, make_strategy(strategy, seed), world=Random(seed), decisions=Random(1000 + seed)
     )
@@ -133,7 +132,7 @@ def measure_gaps(num_runs: int) -> list[dict[str, Any]]:
     """
     conditions = Conditions(num_peers=14, mean_life_s=1e12, route_interval_s=HOUR_S)
     rows = []
-    for strategy in (AT_JOIN, FULL, PROMPT):
+    for strategy in (AT_JOIN, FULL, SLOW):
         print(f"gaps: {strategy}", file=sys.stderr)
         times_s, num_never = [], 0
         for seed in range(num_runs):
@@ -197,7 +196,7 @@ def measure_scale(scale: Scale) -> dict[str, Any]:
     )
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began_s, began_cpu_s = time.perf_counter(), time.process_time()
-    report, swarm = simulate(conditions, UNHELD, 1, scale.hours)
+    report, swarm = simulate(conditions, FULL, 1, scale.hours)
     wall_s, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {

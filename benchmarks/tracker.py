@@ -44,7 +44,7 @@ from remote_modules.peers import PeerRecord, PeerState, SignedRecord
 from remote_modules.server.tracker import Tracker
 
 NUM_CLIENTS = 2  # processes
-INTERVAL_S = 30.0  # of announcing: what the back-off of peers grows to
+INTERVAL_S = 15.0  # of announcing: what the back-off of peers grows to
 DIGESTS = tuple(f"{number:032x}" for number in range(10))
 
 
@@ -100,7 +100,7 @@ def _fill_table(num_peers: int, num_rounds: int) -> dict[str, object]:
         key, signature = number.to_bytes(32, "big"), random.randbytes(64)
         body = msgspec.json.encode(SignedRecord(payload=payload, public_key=key, signature=signature))
         signed = decoder.decode(body)
-        await storage.announce(signed, msgspec.msgpack.decode(signed.payload, type=PeerRecord), 90.0)
+        await storage.announce(signed, msgspec.msgpack.decode(signed.payload, type=PeerRecord), 3 * INTERVAL_S)
 
     async def fill() -> tuple[int, float]:
         began_s = time.perf_counter()

@@ -134,7 +134,7 @@ class ServerConfig:
     max_connections: int = 512
     session_idle_s: float = 600.0  # a session without steps for so long is dropped
     orphan_session_s: float = 30.0  # the same once its client's connection is gone
-    announce_interval_s: float = 30.0
+    announce_interval_s: float = 15.0
     drain_s: float = 30.0  # longest wait for running sessions on SIGTERM
     num_threads: int | None = None  # torch threads; None: torch's own choice
     show_progress: bool = False
@@ -173,7 +173,7 @@ class TrackerConfig:
     host: str = "127.0.0.1"
     port: int = 0  # 0: any free one
     storage: str = "memory"  # or redis://, rediss://, unix://: leases that several trackers share
-    lease_s: float = 90.0  # how long an announcement lives; longer once there are too many peers
+    lease_s: float = 45.0  # how long an announcement lives; longer once there are too many peers
     max_records: int = 10_000  # about 2 KiB each
     max_body_bytes: int = 64 * 1024
     max_announces_per_s: float = 2000.0  # of all peers; what is above is told to come back later

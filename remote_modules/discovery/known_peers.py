@@ -20,7 +20,7 @@ from remote_modules.plan.leases import Lease, LeaseTable
 
 __all__ = ["LEASE_S", "KnownPeers"]
 
-LEASE_S = 90.0  # as long as a tracker's, unless that is stretched
+LEASE_S = 45.0  # as long as a tracker's, unless that is stretched
 MAX_KNOWN = 1024  # records held; about 2 KiB each
 
 

@@ -47,28 +47,30 @@ class Rule:
         horizon_s: for how long a placement is taken to be good: the time in which a move must have paid.
         turn_s: how long the next in rank waits for the one before it.
         heal_turn_s: the same while a block is held by nobody.
-        check_interval_s: mean time between two checks.
-        gap_interval_s: mean time between two looks for blocks that nobody holds.
-        max_joining: nobody moves for balance while more servers than that are joining.
+        check_interval_s: least mean time between two checks of a server.
+        max_records_per_s: how many records the checks of all servers together may ask for: larger swarms check less
+            often.
+        servers_per_mover: for so many servers one may move or join; beyond that nobody moves for balance meanwhile.
         num_groups: groups of servers that are tried in an election; 0: single moves only.
     """
 
     min_gain: float = 0.003
     horizon_s: float = 1800.0
-    turn_s: float = 120.0
-    heal_turn_s: float = 10.0
-    check_interval_s: float = 60.0
-    gap_interval_s: float = 5.0
-    max_joining: int = 0
+    turn_s: float = 10.0
+    heal_turn_s: float = 5.0
+    check_interval_s: float = 2.0
+    max_records_per_s: float = 5000.0
+    servers_per_mover: int = 10
     num_groups: int = 40
 
-    def next_check_s(self, rng: Random) -> float:
-        """Time to the next check, so drawn that servers do not check in step."""
-        return self.check_interval_s * rng.uniform(0.5, 1.5)
+    def next_check_s(self, num_servers: int, rng: Random) -> float:
+        """Time to the next check of one of so many, so drawn that they do not check in step."""
+        interval_s = max(self.check_interval_s, num_servers**2 / self.max_records_per_s)
+        return interval_s * rng.uniform(0.5, 1.5)
 
-    def next_look_s(self, rng: Random) -> float:
-        """The same to the next look for gaps."""
-        return self.gap_interval_s * rng.uniform(0.5, 1.5)
+    def max_joining(self, num_servers: int) -> int:
+        """How many others may be joining while one of ``num_servers`` moves for balance."""
+        return num_servers // self.servers_per_mover
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

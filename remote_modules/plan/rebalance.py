@@ -1,8 +1,8 @@
 """Whether a server should move to other blocks, as one of many that ask themselves the same.
 
 `plan.election` ranks the moves that would help, the same for all. The first in rank moves if that pays for its own
-costs, which only it knows; if it does not move, the next ones may, each `Rule.turn_s` later. Nobody moves for balance
-while others are joining. A gap is healed at once, whatever it costs.
+costs, which only it knows; if it does not move, the next ones may, each `Rule.turn_s` later. Only a few move for
+balance at a time, one in a small swarm. A gap is healed at once, whatever it costs.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def decide_move(
         return Stay(f"peer '{short_id(first.peer_id)}' should move", first.peer_id)
     proposal = proposals[rank]
     num_joining = sum(member.state is PeerState.JOINING for member in members)
-    if num_joining > rule.max_joining and not first.is_healing:
+    if num_joining > rule.max_joining(len(members)) and not first.is_healing:
         return Stay(f"{num_joining} joining")
     if waited_s < rank * (rule.heal_turn_s if first.is_healing else rule.turn_s):
         return Stay(f"peer '{short_id(first.peer_id)}' should move, then {rank - 1} others", first.peer_id)

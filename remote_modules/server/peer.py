@@ -55,6 +55,7 @@ _T = TypeVar("_T")
 SWEEP_S = 1.0
 HANDOVER_S = 1.0  # for a session to go elsewhere, taken for the cost of a move
 DRAIN_POLL_S = 0.05
+URGENT_DRAIN_S = 2.0
 MAX_BODY_BYTES = 256 * 1024 * 1024
 PLACEMENT_LOOKUP_S = 3.0
 
@@ -197,10 +198,11 @@ class Peer:
             await asyncio.sleep(DRAIN_POLL_S)
         logger.info("drained sessions_left=%d", len(handler.sessions))
 
-    async def move(self, span: Span) -> None:
+    async def move(self, span: Span, *, is_urgent: bool = False) -> None:
         """Hold other blocks under the same identity: drain, load ``span``, go online as a new instance.
 
         Clients take their sessions elsewhere meanwhile, for at most `ServerConfig.drain_s`; later ones are replayed.
+        Where nobody holds the new blocks, sessions that need them cannot go on: so an urgent move waits for 2 s only.
         Both spans are in memory for a moment if there is room; else the old one is freed first.
 
         Raises:
@@ -211,7 +213,8 @@ class Peer:
         self._plan.check(span)
         old_span = self._span
         async with self._moving:
-            await self._drain(self._running_handler(), self.config.drain_s)
+            drain_s = min(self.config.drain_s, URGENT_DRAIN_S) if is_urgent else self.config.drain_s
+            await self._drain(self._running_handler(), drain_s)
             try:
                 await self._serve(span)
             except (RemoteModulesError, ValueError, RuntimeError, OSError):
@@ -328,12 +331,7 @@ class Peer:
         assert self._executor is not None
         config = self.config
         budget_bytes = config.kv_budget_bytes or free_bytes(loaded.model.device) // 2
-        sessions = SessionTable(
-            KVBudget(budget_bytes, loaded.kv_costs),
-            max_sessions=config.max_sessions,
-            idle_s=config.session_idle_s,
-            orphan_s=config.orphan_session_s,
-        )
+        sessions = SessionTable.configured(config, KVBudget(budget_bytes, loaded.kv_costs))
         return Handler(
             loaded.engine,
             self._executor,

@@ -1,6 +1,6 @@
 """The loop in which a server looks whether it should hold other blocks, and moves.
 
-It looks for gaps every few seconds and for a better balance every minute or so; `plan.rebalance` decides. A move is
+It looks every few seconds for blocks that nobody holds and for a better balance; `plan.rebalance` decides. A move is
 claimed first: announced, and then the swarm is looked up once more, so that of two that moved at the same time one
 takes its claim back before anything is unloaded. Nothing here touches the model: that is the `MovingServer`'s.
 """
@@ -19,11 +19,11 @@ from remote_modules.plan.rebalance import (
     Member,
     Move,
     MoveCost,
+    Proposal,
     Rule,
     Turns,
     decide_move,
     elect,
-    gaps,
     members_of,
     should_yield,
     view_seed,
@@ -56,8 +56,12 @@ class MovingServer(Protocol):
         """Take the claim back: announce itself as online with what it holds."""
         ...
 
-    async def move(self, span: Span) -> None:
-        """Hand sessions over, load ``span``, and announce itself as online with it."""
+    async def move(self, span: Span, *, is_urgent: bool = False) -> None:
+        """Hand sessions over, load ``span``, and announce itself as online with it.
+
+        Args:
+            is_urgent: others wait for these blocks: sessions that are slow to go are replayed elsewhere.
+        """
         ...
 
 
@@ -94,37 +98,30 @@ class Rebalancer:
         self._rng = rng
         self._clock = clock
         self._turns = Turns()
+        self._num_servers = 0
+        self._elected: tuple[int, tuple[Proposal, ...]] = (0, ())  # for which view
         self.num_moves = 0
         self.num_yields = 0
 
     async def run(self) -> None:
         """Look, decide and move, for ever. Failures are logged, and tried again at the next check."""
-        next_check_s = self._clock() + self._rule.next_check_s(self._rng)
         while True:
-            await asyncio.sleep(self._rule.next_look_s(self._rng))
-            is_due = self._clock() >= next_check_s
-            if is_due:
-                next_check_s = self._clock() + self._rule.next_check_s(self._rng)
+            await asyncio.sleep(self._rule.next_check_s(self._num_servers, self._rng))
             try:
-                await self.check(for_balance=is_due)
+                await self.check()
             except (RemoteModulesError, OSError) as exc:
                 level = logging.INFO if isinstance(exc, DiscoveryError) else logging.WARNING
                 logger.log(level, "not rebalanced: %s", exc)
 
-    async def check(self, *, for_balance: bool) -> Span | None:
+    async def check(self) -> Span | None:
         """One check; where the server moved, if it did.
-
-        Args:
-            for_balance: whether to look for more than gaps.
 
         Raises:
             DiscoveryError: the swarm cannot be looked up.
             RemoteModulesError, OSError: the move failed; the claim is taken back.
         """
         members = await self._members()
-        if not (for_balance or gaps(self._layout, members)):
-            return None
-        proposals = elect(self._layout, members, rule=self._rule, rng=Random(view_seed(members)))
+        proposals = self._elect(members)
         decision = decide_move(
             members,
             self._me,
@@ -148,7 +145,7 @@ class Rebalancer:
                 logger.info("stays span=%s: others moved at the same time", old)
                 return None
             logger.info("moves span=%s to=%s: it %s", old, decision.span, decision.reason)
-            await self._server.move(decision.span)
+            await self._server.move(decision.span, is_urgent=decision.is_healing)
             is_moved = True
             self.num_moves += 1
             return decision.span
@@ -156,5 +153,14 @@ class Rebalancer:
             if not is_moved:
                 await self._server.release()
 
+    def _elect(self, members: Sequence[Member]) -> tuple[Proposal, ...]:
+        """The election, made anew only if the swarm has changed."""
+        seed = view_seed(members)
+        if self._elected[0] != seed:
+            self._elected = seed, elect(self._layout, members, rule=self._rule, rng=Random(seed))
+        return self._elected[1]
+
     async def _members(self) -> tuple[Member, ...]:
-        return members_of(await self._lookup(), token_bytes=self._token_bytes)
+        members = members_of(await self._lookup(), token_bytes=self._token_bytes)
+        self._num_servers = len(members)
+        return members

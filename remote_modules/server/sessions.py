@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from remote_modules.config import ServerConfig
 from remote_modules.errors import PeerRefused, RefusalReason
 from remote_modules.model.kv import SpanCache, grown_capacity
 from remote_modules.spans import Span
@@ -130,6 +131,13 @@ class SessionTable:
         self._idle_s = idle_s
         self._orphan_s = orphan_s
         self._sessions: dict[str, Session] = {}
+
+    @classmethod
+    def configured(cls, config: ServerConfig, budget: KVBudget) -> SessionTable:
+        """With the limits of ``config``."""
+        return cls(
+            budget, max_sessions=config.max_sessions, idle_s=config.session_idle_s, orphan_s=config.orphan_session_s
+        )
 
     def __len__(self) -> int:
         return len(self._sessions)

@@ -52,13 +52,13 @@ class Bench:
 
     async def add(self, count: int) -> list[Member]:
         for _ in range(count):
-            server = await self.stack.enter_async_context(record_server(clock=lambda: self.now_s))
+            server = await self.stack.enter_async_context(record_server(lease_s=90.0, clock=lambda: self.now_s))
             self.members.append(Member(len(self.members) + 1, server))
         return self.members
 
     def known(self, *, own: str = "", folder: Path | None = None) -> KnownPeers:
         cache = None if folder is None else PeerCache(folder)
-        return KnownPeers(own_peer_id=own, cache=cache, clock=lambda: self.now_s)
+        return KnownPeers(own_peer_id=own, cache=cache, lease_s=90.0, clock=lambda: self.now_s)
 
     def exchange(self, known: KnownPeers | None = None, **settings: Any) -> ExchangeDiscovery:
         known = known or self.known()

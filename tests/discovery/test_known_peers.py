@@ -19,7 +19,9 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.now_s = 1000.0
-        self.known = KnownPeers(own_peer_id=BOB.peer_id, cache=PeerCache(folder), clock=lambda: self.now_s)
+        self.known = KnownPeers(
+            own_peer_id=BOB.peer_id, cache=PeerCache(folder), lease_s=90.0, clock=lambda: self.now_s
+        )
 
     def hear(self, identity: Identity = ALICE, *, age_s: float = 0.0, via: str = "", **changes: object) -> None:
         record = make_record(identity, **changes)
@@ -45,7 +47,7 @@ def test_peer_is_forgotten_one_lease_after_it_was_known_to_live(world: World) ->
 def test_dead_peer_is_not_kept_alive_by_those_who_talk_about_it(world: World) -> None:
     """Two tables tell each other of a dead peer for ever, one second of network apart."""
     other = World(Path("/nowhere"))
-    other.known = KnownPeers(clock=lambda: world.now_s)
+    other.known = KnownPeers(lease_s=90.0, clock=lambda: world.now_s)
     world.hear()
     for _ in range(300):
         for teller, listener in ((world.known, other.known), (other.known, world.known)):

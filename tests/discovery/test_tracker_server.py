@@ -46,7 +46,7 @@ def run(scenario: Callable[[Bench], Awaitable[None]], **config: Any) -> None:
     async def main() -> None:
         async with aiohttp.ClientSession() as session:
             bench = Bench(session)
-            bench.server = TrackerServer(TrackerConfig(**config), clock=lambda: bench.now_s)
+            bench.server = TrackerServer(TrackerConfig(**{"lease_s": 90.0, **config}), clock=lambda: bench.now_s)
             await bench.server.start()
             try:
                 await scenario(bench)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from random import Random
+from statistics import fmean
 
 import pytest
 
@@ -85,7 +86,7 @@ def test_peer_that_is_not_online_stays(state: PeerState) -> None:
 def test_nobody_moves_for_balance_while_another_joins() -> None:
     members = [*MEMBERS[:3], replace(MEMBERS[3], state=PeerState.JOINING)]
     assert decided(A, BALANCE, members=members) == Stay("1 joining")
-    assert isinstance(decided(A, BALANCE, members=members, rule=replace(RULE, max_joining=1)), Move)
+    assert isinstance(decided(A, BALANCE, members=members, rule=replace(RULE, servers_per_mover=len(members))), Move)
     assert decided(A, HEALING, members=members) == Move(
         Span(4, 8), 3, "covers 3 blocks that nobody holds", is_healing=True
     )
@@ -150,10 +151,16 @@ def test_claim_that_nobody_sees_is_no_move() -> None:
 
 def test_checks_are_spread() -> None:
     rule = Rule(check_interval_s=60.0)
-    times = [rule.next_check_s(Random(seed)) for seed in range(50)]
-    assert all(2.5 <= rule.next_look_s(Random(seed)) <= 7.5 for seed in range(50))
+    times = [rule.next_check_s(8, Random(seed)) for seed in range(50)]
     assert all(30.0 <= time_s <= 90.0 for time_s in times)
     assert max(times) - min(times) > 30.0
+
+
+def test_all_checks_together_ask_for_no_more_records_in_a_larger_swarm() -> None:
+    rule = Rule(check_interval_s=2.0, max_records_per_s=5000.0)
+    for num_servers in (200, 1000, 100_000):
+        mean_s = fmean(rule.next_check_s(num_servers, Random(seed)) for seed in range(2000))
+        assert num_servers * num_servers / mean_s == pytest.approx(5000.0, rel=0.03)
 
 
 @pytest.mark.parametrize("seed", range(20))

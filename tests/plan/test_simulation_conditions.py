@@ -25,7 +25,7 @@ from remote_modules.plan.simulation.conditions import Conditions, draw_capacity
         ({"num_blocks": 5000}, "got 3, 30, 5000"),
         ({"crash_share": 1.5}, "crash_share may be at most 1 and announce_jitter less than 1, got 1.5 and 0.1"),
         ({"announce_jitter": 1.0}, "got 0.5 and 1.0"),
-        ({"lease_s": 33.0}, r"a lease of 33.0 s ends before its renewal: .* got 30.0 s and 0.1"),
+        ({"lease_s": 16.5}, r"a lease of 16.5 s ends before its renewal: .* got 15.0 s and 0.1"),
     ],
 )
 def test_conditions_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -23,7 +23,7 @@ CONDITIONS = Conditions(num_blocks=10, max_span=4)
 LAYOUT = Layout(10)
 CAPACITY = Capacity(tokens_per_s=100.0, max_blocks=4)
 HOLDERS = [Holder(Span(0, 4), 100.0), Holder(Span(2, 6), 50.0), Holder(Span(5, 10), 90.0)]
-RULE = Rule(max_joining=100)
+RULE = Rule(servers_per_mover=1)
 
 
 def view_of(
@@ -61,13 +61,13 @@ def test_newcomer_chooses_what_placement_chooses_from_all_holders() -> None:
 def test_strategies_of_the_join_alone_never_move() -> None:
     (peer,) = serving_peers("0:4")
     for strategy in (RandomSpans(), BalanceAtJoin()):
-        assert strategy.next_check_s(Random(0)) == math.inf
+        assert strategy.next_check_s(8, Random(0)) == math.inf
         assert strategy.reconsider(view_of(HOLDERS), peer) is None
 
 
 def test_checks_come_as_the_rule_says() -> None:
     rng, twin = Random(4), Random(4)
-    assert BalanceAlways(RULE, Random(0)).next_check_s(rng) == RULE.next_check_s(twin)
+    assert BalanceAlways(RULE, Random(0)).next_check_s(8, rng) == RULE.next_check_s(8, twin)
 
 
 @pytest.mark.parametrize("seed", range(8))

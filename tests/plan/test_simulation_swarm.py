@@ -35,6 +35,8 @@ SMALL = Conditions(
     ramp_s=60.0,
     warm_up_s=120.0,
     sample_interval_s=10.0,
+    announce_interval_s=30.0,
+    lease_s=90.0,
     route_interval_s=15.0,
     max_known=20,
 )
@@ -44,7 +46,7 @@ STILL = replace(
 )
 
 
-RULE = Rule(check_interval_s=20.0, turn_s=40.0, max_joining=5, num_groups=0)
+RULE = Rule(check_interval_s=20.0, turn_s=40.0, servers_per_mover=5, num_groups=0)
 
 
 class Ordered(RandomSpans):
@@ -59,7 +61,7 @@ class Ordered(RandomSpans):
     def choose(self, view: View, capacity: Capacity, rng: Random) -> Span:
         return Span.parse(self.spans.pop(0))
 
-    def next_check_s(self, rng: Random) -> float:
+    def next_check_s(self, num_servers: int, rng: Random) -> float:
         return self.check_interval_s
 
     def reconsider(self, view: View, peer: Peer) -> Span | None:

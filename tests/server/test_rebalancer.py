@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from random import Random
+from typing import Any
 
 import msgspec
 import pytest
 
 from remote_modules.errors import DiscoveryError, RemoteModulesError
 from remote_modules.peers import PeerId, PeerRecord, PeerState
-from remote_modules.plan.rebalance import MoveCost, Rule
+from remote_modules.plan.rebalance import Member, MoveCost, Proposal, Rule, elect
 from remote_modules.plan.throughput import Holder, Layout, coverage
+from remote_modules.server import rebalancer
 from remote_modules.server.rebalancer import Rebalancer
 from remote_modules.spans import Span
 from remote_modules.testing.virtual_time import run_virtual
 
 NUM_BLOCKS = 12
 LAYOUT = Layout(NUM_BLOCKS)
-RULE = Rule(check_interval_s=60.0, gap_interval_s=5.0, heal_turn_s=20.0, turn_s=200.0)
+RULE = Rule(check_interval_s=5.0, heal_turn_s=20.0, turn_s=200.0)
 LOAD_S = 30.0
 
 
@@ -30,6 +32,7 @@ class Swarm:
         self.records: dict[str, PeerRecord] = {}
         self.is_down = False
         self.servers: list[FakeServer] = []
+        self.urgent: list[bool] = []
         self.events: list[tuple[float, str, str]] = []
         self.held_back: dict[str, dict[str, PeerRecord]] = {}  # stale views, by who sees them
 
@@ -86,7 +89,8 @@ class FakeServer:
     async def release(self) -> None:
         self.announce(self.span, PeerState.ONLINE, "releases")
 
-    async def move(self, span: Span) -> None:
+    async def move(self, span: Span, *, is_urgent: bool = False) -> None:
+        self.swarm.urgent.append(is_urgent)
         await asyncio.sleep(LOAD_S)
         if self.is_stuck:
             raise RemoteModulesError("disk is full")
@@ -111,7 +115,7 @@ def run_swarm(
 ) -> list[Rebalancer]:
     async def main() -> list[Rebalancer]:
         rebalancers = [server.rebalancer() for server in swarm.servers]
-        tasks = [asyncio.ensure_future(rebalancer.run()) for rebalancer in rebalancers]
+        tasks = [asyncio.ensure_future(one.run()) for one in rebalancers]
         if meanwhile is not None:
             await meanwhile()
         await asyncio.sleep(for_s)
@@ -136,8 +140,9 @@ def crowded(*, number: int = 4) -> Swarm:
 def test_swarm_balances_itself_one_after_the_other() -> None:
     swarm = crowded()
     rebalancers = run_swarm(swarm, 1500.0)
-    assert sum(rebalancer.num_moves for rebalancer in rebalancers) in (1, 2, 3)
+    assert sum(one.num_moves for one in rebalancers) in (1, 2, 3)
     assert min(swarm.serving()) >= 20.0
+    assert not any(swarm.urgent)
     busy: set[str] = set()
     for _, name, what in swarm.events:
         if what.startswith("claims"):
@@ -152,15 +157,16 @@ def test_sole_holder_dies_one_other_covers_its_blocks() -> None:
     swarm.servers.pop()
 
     async def kill() -> None:
-        await asyncio.sleep(10.0)
+        await asyncio.sleep(1.0)  # before anybody looks
         assert swarm.events == []
         del swarm.records["right"]
         assert min(swarm.serving()) == 0.0
 
-    run_swarm(swarm, 1.5 * RULE.gap_interval_s + LOAD_S, meanwhile=kill)
+    run_swarm(swarm, 1.5 * RULE.check_interval_s + LOAD_S, meanwhile=kill)
+    assert swarm.urgent == [True]
     healed = [(at_s, name) for at_s, name, what in swarm.events if what.startswith("claims")]
     assert len(healed) == 1
-    assert healed[0][0] <= 10.0 + 1.5 * RULE.gap_interval_s
+    assert healed[0][0] <= 1.5 * RULE.check_interval_s
     assert min(swarm.serving()) > 0
 
 
@@ -170,7 +176,7 @@ def test_elected_server_does_not_move_the_next_one_heals() -> None:
         FakeServer(swarm, name, "0:6", 60.0)
     swarm.servers = swarm.servers[1:]  # 'a' is first in rank, and hangs
 
-    rebalancers = run_swarm(swarm, RULE.heal_turn_s + 3 * RULE.gap_interval_s + LOAD_S)
+    rebalancers = run_swarm(swarm, RULE.heal_turn_s + 3 * RULE.check_interval_s + LOAD_S)
     assert rebalancers[0].num_moves == 1
     (at_s, name, what), *_ = swarm.events
     assert (name, what) == ("b", "claims 6:12")
@@ -188,7 +194,7 @@ def test_two_with_stale_views_move_at_once_one_gives_way() -> None:
         first, second = swarm.servers[0].rebalancer(), swarm.servers[1].rebalancer()
         view = dict(swarm.records)
         swarm.held_back["b"] = {name: view[name] for name in "bc"}  # does not see 'a'
-        moved = await asyncio.gather(first.check(for_balance=True), second.check(for_balance=True))
+        moved = await asyncio.gather(first.check(), second.check())
         assert (first.num_yields, second.num_yields) == (0, 1)
         return moved[0], moved[1]
 
@@ -233,11 +239,22 @@ def test_tracker_that_is_down_is_waited_for(caplog: pytest.LogCaptureFixture) ->
     assert min(swarm.serving()) >= 20.0
 
 
-def test_nothing_is_done_between_checks_while_all_blocks_are_held() -> None:
+def test_election_is_made_anew_only_for_a_swarm_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     swarm = crowded()
+    elected: list[Sequence[Member]] = []
 
-    async def main() -> Span | None:
-        return await swarm.servers[0].rebalancer().check(for_balance=False)
+    def counted(layout: Layout, members: Sequence[Member], **options: Any) -> tuple[Proposal, ...]:
+        elected.append(members)
+        return elect(layout, members, **options)
 
-    assert run_virtual(main()) is None
-    assert swarm.events == []
+    monkeypatch.setattr(rebalancer, "elect", counted)
+
+    async def main() -> None:
+        last = swarm.servers[-1].rebalancer()
+        for _ in range(3):
+            await last.check()
+        del swarm.records["left-0"]
+        await last.check()
+
+    run_virtual(main())
+    assert [len(members) for members in elected] == [5, 4]

@@ -54,9 +54,9 @@ class Conditions:
     max_span: int = 30
     fetch_s_per_block: float = 5.0
     read_s_per_block: float = 0.5
-    announce_interval_s: float = 30.0
+    announce_interval_s: float = 15.0
     announce_jitter: float = 0.1
-    lease_s: float = 90.0
+    lease_s: float = 45.0
     ramp_s: float = 600.0
     warm_up_s: float = 1800.0
     sample_interval_s: float = 30.0

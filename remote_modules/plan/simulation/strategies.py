@@ -45,8 +45,8 @@ class Strategy(Protocol):
     def choose(self, view: View, capacity: Capacity, rng: Random) -> Span:
         """The span of a newcomer, which is not in ``view`` yet."""
 
-    def next_check_s(self, rng: Random) -> float:
-        """Time until a server checks again whether to move; infinite for never."""
+    def next_check_s(self, num_servers: int, rng: Random) -> float:
+        """Time until one of ``num_servers`` checks again whether to move; infinite for never."""
 
     def reconsider(self, view: View, peer: Peer) -> Span | None:
         """Where a serving peer, which is in ``view``, should move to; None: stay."""
@@ -60,7 +60,7 @@ class RandomSpans:
         start = rng.randint(0, view.layout.num_blocks - length)
         return Span(start, start + length)
 
-    def next_check_s(self, rng: Random) -> float:
+    def next_check_s(self, num_servers: int, rng: Random) -> float:
         return math.inf
 
     def reconsider(self, view: View, peer: Peer) -> Span | None:
@@ -92,8 +92,8 @@ class BalanceAlways(BalanceAtJoin):
         self._version = -1
         self._elected_at_s = -math.inf
 
-    def next_check_s(self, rng: Random) -> float:
-        return self.rule.next_check_s(rng)
+    def next_check_s(self, num_servers: int, rng: Random) -> float:
+        return self.rule.next_check_s(num_servers, rng)
 
     def reconsider(self, view: View, peer: Peer) -> Span | None:
         self._elect(view)

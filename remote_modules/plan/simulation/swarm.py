@@ -200,7 +200,8 @@ class SwarmSimulation:
         return View(self.conditions, self._layout, self.announced, self.members, self._num_changes, self.events.now_s)
 
     def _check_later(self, peer: Peer) -> None:
-        self.events.add(self.events.now_s + self._strategy.next_check_s(self._decisions), self._check, peer)
+        wait_s = self._strategy.next_check_s(len(self.members), self._decisions)
+        self.events.add(self.events.now_s + wait_s, self._check, peer)
 
     def _check(self, peer: Peer) -> None:
         if peer.phase is Phase.GONE:
