@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ class LabSwarm:
         config = {**self._options, "model": self.folder, "host": self.lab.ip[host], **options}
         job: dict[str, Any] = {"kind": "peer", "config": config}
         if pace is not None:
-            job["pace"] = {"block_s": pace.block_s, "token_s": pace.token_s}
+            job["pace"] = asdict(pace)
         self.peers[host] = ForkedChild(self.lab, host, job)
 
     def await_online(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from remote_modules.model.replay import OwnerArguments, SpanModel
+from remote_modules.server.engine import Engine
 from remote_modules.spans import Span
 
 __all__ = ["Pace", "paced"]
@@ -25,14 +26,18 @@ class Pace:
     Attributes:
         block_s: of each block, whatever the request; seconds.
         token_s: of each token (rows x tokens) in each block; seconds.
+        backward_factor: what a backward takes beyond the forward that it recomputes, as a multiple of that. With
+            frozen weights both are about as many operations.
     """
 
     block_s: float
     token_s: float = 0.0
+    backward_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.block_s >= 0 and self.token_s >= 0):
-            raise ValueError(f"a pace must not be negative, got {self.block_s!r} and {self.token_s!r}")
+        if not (self.block_s >= 0 and self.token_s >= 0 and self.backward_factor >= 0):
+            numbers = f"{self.block_s!r}, {self.token_s!r} and {self.backward_factor!r}"
+            raise ValueError(f"a pace must not be negative, got {numbers}")
 
     def seconds(self, num_blocks: int, num_tokens: int) -> float:
         return num_blocks * (self.block_s + num_tokens * self.token_s)
@@ -40,8 +45,8 @@ class Pace:
 
 @contextmanager
 def paced(pace: Pace) -> Iterator[None]:
-    """Every span of this process takes at least as long as ``pace`` says. What a backward adds is not paced."""
-    run = SpanModel.run
+    """Every span of this process takes at least as long as ``pace`` says."""
+    run, backward = SpanModel.run, Engine.backward
 
     def paced_run(self: SpanModel, inputs: Any, blocks: Span, arguments: OwnerArguments, cache: Any = None) -> Any:
         ends_s = time.perf_counter() + pace.seconds(len(blocks), arguments.rows * arguments.num_tokens)
@@ -49,8 +54,17 @@ def paced(pace: Pace) -> Iterator[None]:
         time.sleep(max(0.0, ends_s - time.perf_counter()))
         return outputs
 
+    def paced_backward(self: Engine, blocks: Span, tensors: Any, arguments: OwnerArguments) -> Any:
+        forward_s = pace.seconds(len(blocks), arguments.rows * arguments.num_tokens)
+        ends_s = time.perf_counter() + (1.0 + pace.backward_factor) * forward_s
+        grads = backward(self, blocks, tensors, arguments)  # runs the forward, paced
+        time.sleep(max(0.0, ends_s - time.perf_counter()))
+        return grads
+
     SpanModel.run = paced_run  # type: ignore[method-assign]
+    Engine.backward = paced_backward  # type: ignore[method-assign]
     try:
         yield
     finally:
         SpanModel.run = run  # type: ignore[method-assign]
+        Engine.backward = backward  # type: ignore[method-assign]

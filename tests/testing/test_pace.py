@@ -30,21 +30,29 @@ def test_paced_peer_answers_the_same_later_and_announces_its_pace(tmp_path: Path
     folder = save_tiny(tmp_path)
     hidden = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
 
-    def answer() -> tuple[torch.Tensor, float, float]:
+    def answer() -> tuple[torch.Tensor, torch.Tensor, float, float, float]:
         with LocalSwarm(folder, spans=["0:4"]) as swarm:
             with RemoteSequential.from_swarm(folder, trackers=swarm.trackers, mdns=False) as layers:
                 layers(hidden)
                 began_s = time.perf_counter()
                 output = layers(hidden)
                 took_s = time.perf_counter() - began_s
+                inputs = hidden.clone().requires_grad_()
+                loss = layers(inputs).sum()
+                began_s = time.perf_counter()
+                loss.backward()
+                backward_s = time.perf_counter() - began_s
                 (record,) = layers._handle.swarm.router.records.values()
-        return output, took_s, record.decode_tokens_per_s
+        assert inputs.grad is not None
+        return output, inputs.grad, took_s, backward_s, record.decode_tokens_per_s
 
-    plain, _, fast = answer()
+    plain, plain_grad, _, _, fast = answer()
     original: Callable[..., Any] = SpanModel.run
     with paced(Pace(0.02)):
-        slow, took_s, speed = answer()
+        slow, slow_grad, took_s, backward_s, speed = answer()
     assert SpanModel.run is original
     assert torch.equal(plain, slow)
+    assert torch.equal(plain_grad, slow_grad)
     assert took_s >= 4 * 0.02
+    assert backward_s >= 2 * 4 * 0.02
     assert speed <= 1 / 0.02 < fast
