@@ -6,13 +6,13 @@ import aiohttp
 import msgspec
 
 from remote_modules.discovery.addresses import usable_addresses
-from remote_modules.discovery.http_json import ask
+from remote_modules.discovery.http_json import ask, make_session
 from remote_modules.discovery.known_peers import KnownPeers
 from remote_modules.errors import DiscoveryError, RemoteProtocolError
 from remote_modules.identity import verify_record
 from remote_modules.peers import MAX_ADDRESSES, PeerRecord, SignedRecord, check_address, is_loopback
 
-__all__ = ["RECORD_PATH", "fetch_record", "reached_at"]
+__all__ = ["RECORD_PATH", "answers", "fetch_record", "reached_at"]
 
 RECORD_PATH = "/api/v1/record"
 
@@ -41,6 +41,19 @@ async def fetch_record(session: aiohttp.ClientSession, address: str, *, known: K
     if known is not None:
         known.hear(signed, record, via="127.0.0.1" if is_loopback(host) else host)
     return record
+
+
+async def answers(record: PeerRecord, *, timeout_s: float) -> bool:
+    """Whether the peer of ``record`` answers at one of its addresses."""
+    async with make_session(timeout_s) as session:
+        for address in record.addresses:
+            try:
+                found = await fetch_record(session, address)
+            except DiscoveryError:
+                continue
+            if found.peer_id == record.peer_id:
+                return True
+    return False
 
 
 def reached_at(record: PeerRecord, address: str) -> PeerRecord:

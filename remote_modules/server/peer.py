@@ -26,6 +26,7 @@ import torch
 from remote_modules.config import ClientConfig, ServerConfig
 from remote_modules.discovery.exchange_site import ExchangeSite
 from remote_modules.discovery.known_peers import KnownPeers
+from remote_modules.discovery.record_fetch import answers
 from remote_modules.errors import DiscoveryError, RemoteModulesError
 from remote_modules.identity import Certificate, Identity
 from remote_modules.net.addresses import dialable_host
@@ -58,6 +59,7 @@ DRAIN_POLL_S = 0.05
 URGENT_DRAIN_S = 2.0
 MAX_BODY_BYTES = 256 * 1024 * 1024
 PLACEMENT_LOOKUP_S = 3.0
+PROBE_S = 3.0
 
 
 def package_version() -> str:
@@ -230,6 +232,7 @@ class Peer:
             self._identity.peer_id,
             Layout.of(plan.num_blocks, plan.cuts),
             lookup=lambda: asyncio.wait_for(self._discovery.lookup(plan.key), PLACEMENT_LOOKUP_S),
+            answers=lambda record: answers(record, timeout_s=PROBE_S),
             token_bytes=plan.token_bytes,
             rule=Rule(),
             rng=Random(),

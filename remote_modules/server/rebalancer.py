@@ -2,7 +2,9 @@
 
 It looks every few seconds for blocks that nobody holds and for a better balance; `plan.rebalance` decides. A move is
 claimed first: announced, and then the swarm is looked up once more, so that of two that moved at the same time one
-takes its claim back before anything is unloaded. Nothing here touches the model: that is the `MovingServer`'s.
+takes its claim back before anything is unloaded. Before that, those who hold the blocks that it leaves must answer: one
+of them may have crashed, and be listed until its lease ends. Nothing here touches the model: that is the
+`MovingServer`'s.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from random import Random
 from typing import Protocol
 
 from remote_modules.errors import DiscoveryError, RemoteModulesError
-from remote_modules.peers import PeerId, PeerRecord
+from remote_modules.peers import PeerId, PeerRecord, PeerState
 from remote_modules.plan.rebalance import (
     Member,
     Move,
@@ -71,6 +73,7 @@ class Rebalancer:
     Args:
         layout: with the sizes of blocks only if all servers announce the same room; usually without.
         lookup: the records of all servers of the model, this one's own among them.
+        answers: whether the peer of a record can be reached now.
         token_bytes: of one token between blocks.
         rule: the same for all servers of the model.
         rng: spreads the checks.
@@ -84,6 +87,7 @@ class Rebalancer:
         layout: Layout,
         *,
         lookup: Callable[[], Awaitable[Sequence[PeerRecord]]],
+        answers: Callable[[PeerRecord], Awaitable[bool]],
         token_bytes: int,
         rule: Rule,
         rng: Random,
@@ -93,12 +97,13 @@ class Rebalancer:
         self._me = me
         self._layout = layout
         self._lookup = lookup
+        self._answers = answers
         self._token_bytes = token_bytes
         self._rule = rule
         self._rng = rng
         self._clock = clock
         self._turns = Turns()
-        self._num_servers = 0
+        self._records: Sequence[PeerRecord] = ()
         self._elected: tuple[int, tuple[Proposal, ...]] = (0, ())  # for which view
         self.num_moves = 0
         self.num_yields = 0
@@ -106,7 +111,7 @@ class Rebalancer:
     async def run(self) -> None:
         """Look, decide and move, for ever. Failures are logged, and tried again at the next check."""
         while True:
-            await asyncio.sleep(self._rule.next_check_s(self._num_servers, self._rng))
+            await asyncio.sleep(self._rule.next_check_s(len(self._records), self._rng))
             try:
                 await self.check()
             except (RemoteModulesError, OSError) as exc:
@@ -137,6 +142,10 @@ class Rebalancer:
 
     async def _move(self, decision: Move) -> Span | None:
         old = self._server.span
+        bare = await self._left_bare([block for block in old if block not in decision.span])
+        if bare is not None:
+            logger.info("stays span=%s: nobody else who holds block %d answers", old, bare)
+            return None
         await self._server.claim(decision.span)
         is_moved = False
         try:
@@ -153,6 +162,23 @@ class Rebalancer:
             if not is_moved:
                 await self._server.release()
 
+    async def _left_bare(self, blocks: Sequence[int]) -> int | None:
+        """One of ``blocks`` whose other holders do not answer, though some are listed; None if there is no such."""
+        others = [
+            record
+            for record in self._records
+            if record.peer_id != self._me
+            and record.state is PeerState.ONLINE
+            and any(block in record.span for block in blocks)
+        ]
+        answers = await asyncio.gather(*(self._answers(record) for record in others))
+        alive = [record.span for record, is_alive in zip(others, answers, strict=True) if is_alive]
+        for block in blocks:
+            is_listed = any(block in record.span for record in others)
+            if is_listed and not any(block in span for span in alive):
+                return block
+        return None
+
     def _elect(self, members: Sequence[Member]) -> tuple[Proposal, ...]:
         """The election, made anew only if the swarm has changed."""
         seed = view_seed(members)
@@ -161,6 +187,5 @@ class Rebalancer:
         return self._elected[1]
 
     async def _members(self) -> tuple[Member, ...]:
-        members = members_of(await self._lookup(), token_bytes=self._token_bytes)
-        self._num_servers = len(members)
-        return members
+        self._records = await self._lookup()
+        return members_of(self._records, token_bytes=self._token_bytes)

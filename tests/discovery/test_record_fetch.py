@@ -11,7 +11,7 @@ from discovery_support import RecordServer, forge, http_server, make_signed, rec
 from records import make_identity, make_record
 
 from remote_modules.discovery.http_json import make_session
-from remote_modules.discovery.record_fetch import RECORD_PATH, fetch_record, reached_at
+from remote_modules.discovery.record_fetch import RECORD_PATH, answers, fetch_record, reached_at
 from remote_modules.errors import DiscoveryError
 
 ALICE = make_identity(1)
@@ -29,6 +29,18 @@ def test_record_of_a_loopback_peer_comes_over_http() -> None:
             assert await fetch(peer.address) == make_record(ALICE)
 
     asyncio.run(main())
+
+
+def test_peer_answers_at_any_of_its_addresses_and_nobody_else_in_its_place() -> None:
+    async def main() -> list[bool]:
+        async with record_server() as peer:
+            peer.signed = make_signed(ALICE)
+            here = make_record(ALICE, addresses=("127.0.0.1:1", peer.address))
+            other = make_record(make_identity(2), addresses=(peer.address,))
+            found = [await answers(record, timeout_s=2.0) for record in (here, other)]
+        return [*found, await answers(here, timeout_s=2.0)]
+
+    assert asyncio.run(main()) == [True, False, False]
 
 
 def test_record_of_any_other_peer_comes_over_tls_with_its_own_certificate(tmp_path: Path) -> None:

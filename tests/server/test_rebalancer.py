@@ -33,11 +33,17 @@ class Swarm:
         self.is_down = False
         self.servers: list[FakeServer] = []
         self.urgent: list[bool] = []
+        self.silent: set[str] = set()  # listed, but they do not answer
+        self.num_asked = 0
         self.events: list[tuple[float, str, str]] = []
         self.held_back: dict[str, dict[str, PeerRecord]] = {}  # stale views, by who sees them
 
     def put(self, record: PeerRecord) -> None:
         self.records[record.peer_id] = record
+
+    async def answers(self, record: PeerRecord) -> bool:
+        self.num_asked += 1
+        return record.peer_id not in self.silent
 
     def lookup_of(self, name: str) -> Callable[[], Awaitable[Sequence[PeerRecord]]]:
         async def lookup() -> Sequence[PeerRecord]:
@@ -103,6 +109,7 @@ class FakeServer:
             PeerId(self.name),
             LAYOUT,
             lookup=self.swarm.lookup_of(self.name),
+            answers=self.swarm.answers,
             token_bytes=100,
             rule=RULE,
             rng=Random(self.name),
@@ -201,6 +208,25 @@ def test_two_with_stale_views_move_at_once_one_gives_way() -> None:
     assert run_virtual(main()) == (Span(6, 12), None)
     assert [what for _, name, what in swarm.events if name == "b"] == ["claims 6:12", "releases"]
     assert min(swarm.serving()) == 10.0
+
+
+def test_nobody_leaves_blocks_to_one_that_is_listed_but_does_not_answer(caplog: pytest.LogCaptureFixture) -> None:
+    swarm = Swarm()
+    for name in ("a", "b"):
+        FakeServer(swarm, name, "0:6", 60.0)
+    swarm.servers[1:] = []
+    swarm.silent.add("b")
+    caplog.set_level("INFO")
+
+    async def lease_ends() -> None:
+        await asyncio.sleep(60.0)
+        assert swarm.events == []
+        swarm.silent.clear()
+
+    run_swarm(swarm, 60.0, meanwhile=lease_ends)
+    assert swarm.num_asked > 1
+    assert "stays span=0:6: nobody else who holds block 0 answers" in caplog.text
+    assert swarm.events[0][1:] == ("a", "claims 6:12")
 
 
 def test_move_that_fails_takes_the_claim_back_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
