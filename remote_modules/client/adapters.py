@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from remote_modules.model.adapters import AdapterSet, collect, encode_entries
+from remote_modules.model.adapter_reading import collect
+from remote_modules.model.adapters import AdapterSet, encode_entries
 from remote_modules.model.shadow import is_shadow
 from remote_modules.spans import Span
 

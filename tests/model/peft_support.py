@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from remote_modules.model.adapted import applied
-from remote_modules.model.adapters import collect, decode, encode
+from remote_modules.model.adapter_reading import collect
+from remote_modules.model.adapters import decode, encode
 from remote_modules.model.shadow import shadow_block
 from remote_modules.model.stack import find_stack, meta_skeleton
 

@@ -15,7 +15,8 @@ from torch import nn
 from model.peft_support import FAMILIES, adapted, local_model, remote_twin, token_ids, train, trainable
 from remote_modules.errors import UnsupportedCallError
 from remote_modules.model.adapted import applied, check_fit
-from remote_modules.model.adapters import Adapter, Entry, Ia3, Lora, ParameterLora
+from remote_modules.model.adapter_entries import Entry, Ia3, Lora, ParameterLora
+from remote_modules.model.adapters import Adapter
 
 pytestmark = [
     # peft asks transformers in a way that it will not answer in version 6.

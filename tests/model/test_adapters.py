@@ -26,14 +26,11 @@ from torch import nn
 
 from model.peft_support import adapted, local_model, remote_twin, token_ids
 from remote_modules.errors import RemoteProtocolError, UnsupportedCallError
+from remote_modules.model.adapter_entries import Entry, Ia3, Lora, ParameterLora
+from remote_modules.model.adapter_reading import collect
 from remote_modules.model.adapters import (
     Adapter,
     AdapterSet,
-    Entry,
-    Ia3,
-    Lora,
-    ParameterLora,
-    collect,
     content_hash,
     decode,
     decode_entries,

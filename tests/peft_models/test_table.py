@@ -57,7 +57,7 @@ def test_every_method_and_family_is_in_some_cell() -> None:
 
 def test_a_wrong_cell_is_told_from_a_right_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = table.save_family(tmp_path / "llama", "llama")
-    monkeypatch.setattr("remote_modules.model.adapted._ia3_scale", lambda items: torch.ones(()))
+    monkeypatch.setattr("remote_modules.model.adapted.ia3_scale", lambda items: torch.ones(()))
     with InlineSwarm(folder, ["0:4"]) as swarm:
         row = table.compare(folder, swarm, "llama", "IA3", tmp_path / "adapter")
     assert not row.is_right

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from remote_modules.errors import PeerRefused, RefusalReason
-from remote_modules.model.adapters import Adapter, Ia3, Lora, encode_entries
+from remote_modules.model.adapter_entries import Ia3, Lora
+from remote_modules.model.adapters import Adapter, encode_entries
 from remote_modules.server.adapter_store import AdapterStore
 from remote_modules.server.checks import RequestTensors
 from remote_modules.wire.messages import CallMeta
