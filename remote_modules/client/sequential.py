@@ -128,6 +128,16 @@ class RemoteSequential(nn.ModuleList):
         """The blocks that run remotely."""
         return self._blocks
 
+    @property
+    def hidden_size(self) -> int:
+        """D of the hidden states."""
+        return self._handle.hidden_size
+
+    @property
+    def hidden_dims(self) -> tuple[str, ...]:
+        """What the dimensions of the hidden states are; see `TensorSpec`."""
+        return self._handle.stack.hidden.dims
+
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
         """Run all remote blocks, without a KV cache; differentiable.
 
@@ -146,7 +156,8 @@ class RemoteSequential(nn.ModuleList):
             raise ValueError(f"max_tokens must be positive, got {max_tokens}")
         self._check_alone(self._blocks)
         state, handle = self._new_state(), self._handle
-        return InferenceSession(state, handle.io, hidden_size=handle.hidden_size, max_tokens=max_tokens)
+        read = lambda: self._adapters.read(self._remote_blocks)  # noqa: E731
+        return InferenceSession(state, handle.io, read, hidden_size=handle.hidden_size, max_tokens=max_tokens)
 
     def stats(self) -> ClientStats:
         """Counters since creation, the route, and the last steps' waterfall."""
@@ -267,7 +278,13 @@ class RemoteSequential(nn.ModuleList):
         return call_arguments(call, self._handle.stack, self._adapters.read(self._remote_blocks))
 
     def _remote_blocks(self) -> dict[int, nn.Module]:
-        return dict(zip(self._blocks, filter(is_shadow, self), strict=True))
+        shadows = list(filter(is_shadow, self))
+        if len(shadows) != len(self._blocks):
+            others = [(i, type(one).__name__) for i, one in enumerate(self) if any(map(is_shadow, one.modules()))]
+            index, name = next((pair for pair in others if not is_shadow(self[pair[0]])), (-1, ""))
+            what = f"block {index} is wrapped in a {name}" if name else f"{len(shadows)} of {self._blocks} are left"
+            raise UnsupportedCallError(f"{what}; call slices of the remote blocks, and what is between them, instead")
+        return dict(zip(self._blocks, shadows, strict=True))
 
     def _pass(self, blocks: Span, call: OwnerCall, arguments: CallArguments) -> Named:
         self._handle.stack.check_cuts(blocks)

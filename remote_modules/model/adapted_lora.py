@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -12,14 +11,14 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from remote_modules.errors import UnsupportedCallError
-from remote_modules.model.adapted_item import Item
+from remote_modules.model.adapted_item import Batch, Item
 
 __all__ = ["lora_output"]
 
 _QUANTIZED = ("Linear4bit", "Linear8bitLt")  # of bitsandbytes; known by name, as it need not be installed
 
 
-def lora_output(items: Sequence[Item], x: torch.Tensor, result: torch.Tensor, seed: int | None) -> torch.Tensor:
+def lora_output(items: Sequence[Item], x: torch.Tensor, result: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Output of the layer, from its input and its own output. Any shape before the features."""
     dtype = result.dtype
     is_quantized = type(items[0].module).__name__ in _QUANTIZED
@@ -29,22 +28,22 @@ def lora_output(items: Sequence[Item], x: torch.Tensor, result: torch.Tensor, se
         if casts and item.entry.cast_input:
             x = x.to(down.dtype)
         if item.entry.is_dora:
-            result = _dora(item, x, result, seed)
+            result = _dora(item, x, result, batch)
             if is_quantized and casts:
                 result = result.to(dtype)
         else:
-            update = F.linear(F.linear(_dropped(item, x, seed), down), up) * item.entry.scaling
+            update = F.linear(F.linear(_dropped(item, x, batch), down), up) * item.entry.scaling
             result = result + (update.to(dtype) if is_quantized and casts else update)
     output: torch.Tensor = result if is_quantized else result.to(dtype)
     return output
 
 
-def _dora(item: Item, x: torch.Tensor, result: torch.Tensor, seed: int | None) -> torch.Tensor:
+def _dora(item: Item, x: torch.Tensor, result: torch.Tensor, batch: Batch) -> torch.Tensor:
     down, up, magnitude = item.tensors
     module, scaling = item.module, item.entry.scaling
     base: torch.Tensor | None = result
     if item.entry.dropout > 0:
-        x, base = _dropped(item, x, seed), None
+        x, base = _dropped(item, x, batch), None
     identity = torch.eye(down.shape[1], device=down.device, dtype=down.dtype)
     update = F.linear(F.linear(identity, down), up).T.to(x.dtype)
     weight = _weight(module).to(x.dtype)
@@ -72,14 +71,11 @@ def _weight(module: Any) -> torch.Tensor:
     return weight
 
 
-def _dropped(item: Item, x: torch.Tensor, seed: int | None) -> torch.Tensor:
+def _dropped(item: Item, x: torch.Tensor, batch: Batch) -> torch.Tensor:
     """``x`` with dropout. The mask is drawn on the CPU, so that a peer with another device draws the same."""
     entry = item.entry
     if entry.dropout == 0.0:
         return x
-    text = f"{seed} {entry.block} {entry.module} {item.number}"
-    digest = hashlib.sha256(text.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    keep = torch.rand(x.shape, generator=generator) >= entry.dropout
+    keep = batch.uniform(item, x.shape) >= entry.dropout
     dropped: torch.Tensor = x * keep.to(x.device, x.dtype) / (1.0 - entry.dropout)
     return dropped

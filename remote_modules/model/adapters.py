@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 
 from remote_modules.errors import RemoteProtocolError, first_line
-from remote_modules.model.adapter_entries import Entry, Lora, check_entries, check_tensors
+from remote_modules.model.adapter_entries import Entry, check_entries, check_tensors
 
 __all__ = ["Adapter", "AdapterSet", "content_hash", "decode", "decode_entries", "encode", "encode_entries"]
 
@@ -40,7 +40,7 @@ class AdapterSet:
     @property
     def has_dropout(self) -> bool:
         """Whether a pass needs a seed."""
-        return any(isinstance(entry, Lora) and entry.dropout > 0 for entry in self.entries)
+        return any(entry.is_random for entry in self.entries)
 
     @property
     def version(self) -> tuple[tuple[int, int], ...]:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from remote_modules.model.adapted import applied
+from remote_modules.model.adapted_item import Batch
 from remote_modules.model.adapter_reading import collect
 from remote_modules.model.adapters import decode, encode
 from remote_modules.model.shadow import shadow_block
@@ -60,7 +61,7 @@ class Peer:
         if data is None:
             return self.real(hidden, *args, **kwargs), ()
         adapter = decode(data).leaves("cpu", requires_grad=grad)
-        with applied({self.index: self.real}, adapter, seed=self.seed):
+        with applied({self.index: self.real}, adapter, Batch(seed=self.seed)):
             return self.real(hidden, *args, **kwargs), adapter.tensors
 
 
