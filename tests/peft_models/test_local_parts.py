@@ -130,6 +130,28 @@ def test_module_between_slices_over_sockets_with_a_killed_peer(checkpoint: Path,
             assert_trained_alike(ours, theirs)
 
 
+def test_sessions_of_slices_generate_with_the_module_between_them(doubled: InlineSwarm, local: PreTrainedModel) -> None:
+    base = doubled.load()
+    layers: Any = base.model.layers
+    ours, theirs = Between(base, layers), Hooked(local)
+    theirs.adapter.load_state_dict(ours.adapter.state_dict())
+    tokens, outputs = table.prompt(num_tokens=5), []
+    with torch.no_grad(), ours.first.session() as first, ours.rest.session() as rest:
+        new = tokens
+        for step in range(5):
+            if step == 2:
+                crash(doubled, layers.stats().route[-1].peer_id)
+            hidden = rest.step(ours.adapter(first.step(base.model.embed_tokens(new))))
+            new = base.lm_head(base.model.norm(hidden[:, -1:])).argmax(-1)
+            outputs.append(new)
+        assert first.position == rest.position == 9
+    expected = theirs.base.generate(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=5, do_sample=False
+    )
+    assert layers.stats().failovers >= 1
+    assert torch.equal(torch.cat(outputs, dim=1), expected[:, 5:])
+
+
 class Wrapped(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
