@@ -30,7 +30,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from remote_modules.errors import RemoteModulesError, first_line
 from remote_modules.testing.inline_swarm import InlineSwarm
 
-__all__ = ["FAMILIES", "METHODS", "VIRTUAL", "Row", "compare", "same_dropout", "save_family", "table"]
+__all__ = [
+    "FAMILIES",
+    "METHODS",
+    "VIRTUAL",
+    "Row",
+    "add_deep_prompts",
+    "compare",
+    "same_dropout",
+    "save_family",
+    "table",
+]
 
 SPANS = ("0:1", "1:3", "3:4")
 MAX_DIFFERENCE = 1e-6

@@ -10,7 +10,6 @@ from torch import nn
 from remote_modules.client.sequential import RemoteSequential
 from remote_modules.errors import UnsupportedCallError
 from remote_modules.model.block_prompt import BlockPrompt
-from remote_modules.model.shadow import is_shadow
 
 __all__ = ["DeepPrompts"]
 
@@ -55,7 +54,7 @@ class DeepPrompts(nn.Module):
         size = layers.hidden_size
         if layers.hidden_dims != ("B", "T", "1H"):
             raise UnsupportedCallError(f"deep prompts need hidden states [B, T, D], here they are {layers.hidden_dims}")
-        blocks = dict(zip(layers.blocks, filter(is_shadow, layers), strict=True))
+        blocks = layers.remote_blocks()
         taken = [index for index, block in blocks.items() if _NAME in block._modules]
         if taken:
             raise ValueError(f"block {taken[0]} has a deep prompt already; remove() that one first")

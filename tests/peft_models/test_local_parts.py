@@ -16,7 +16,7 @@ from remote_modules import RemoteSequential, UnsupportedCallError
 from remote_modules.testing import LocalSwarm
 from remote_modules.testing.inline_swarm import InlineSwarm
 
-from .conftest import adapted, assert_equal, crash, layers_of, logits, lora, table, train_step, whole
+from .conftest import adapted, assert_equal, crash, gradients, layers_of, logits, lora, shake, table, train_step, whole
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -153,23 +153,104 @@ def test_sessions_of_slices_generate_with_the_module_between_them(doubled: Inlin
 
 
 class Wrapped(nn.Module):
+    """A block between two adapters, in the place of the block."""
+
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
+        torch.manual_seed(6)
+        self.before, self.after = Bottleneck(), Bottleneck()
 
-    def forward(self, hidden: torch.Tensor, **kwargs: Any) -> Any:
-        return hidden if isinstance(self.block, nn.Identity) else self.block(hidden, **kwargs)
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output: torch.Tensor = self.after(self.block(self.before(hidden), *args, **kwargs))
+        return output
 
 
-def test_block_that_is_wrapped_in_a_models_loop_is_refused_by_name(swarm: InlineSwarm) -> None:
-    model = swarm.load()
-    model.model.layers[1] = Wrapped(model.model.layers[1])
+def wrapped(model: Any, *indices: int) -> Any:
+    """With adapters around some blocks; nothing else is trained."""
+    model.requires_grad_(False)
+    for index in indices:
+        model.model.layers[index] = Wrapped(model.model.layers[index])
+    return model
+
+
+@pytest.mark.parametrize("indices", [(0,), (1,), (3,), (1, 2), (0, 1, 2, 3)])
+def test_wrapped_blocks_in_a_models_loop_are_those_of_a_local_model(
+    indices: tuple[int, ...], swarm: InlineSwarm, local: PreTrainedModel
+) -> None:
+    models = wrapped(swarm.load(), *indices), wrapped(local, *indices)
+    found: list[list[Any]] = []
+    for model in models:
+        optimizer, seen = torch.optim.AdamW(table.trainable(model).values(), lr=1e-2), []
+        for _ in range(3):
+            loss, grads = train_step(model)
+            seen += [loss, *grads.values()]
+            optimizer.step()
+        found.append(seen)
+    assert len(found[0]) == 3 * (1 + 12 * len(indices))
+    assert all(torch.equal(torch.as_tensor(one), torch.as_tensor(other)) for one, other in zip(*found, strict=True))
+    assert torch.equal(*(table.generated(model) for model in models))
+    assert torch.equal(*(table.generated(model, num_beams=3) for model in models))
+    mask = torch.ones_like(table.prompt())
+    mask[0, :3] = 0
+    assert torch.equal(*(logits(model, attention_mask=mask) for model in models))
+
+
+def test_wrapped_block_with_lora_and_deep_prompts_and_lost_peers(doubled: InlineSwarm, local: PreTrainedModel) -> None:
+    models = []
+    for model in (doubled.load(), local):
+        table.add_deep_prompts(model)
+        models.append(adapted(wrapped(model, 1), lora()).train())
+        for name, parameter in models[-1].named_parameters():
+            parameter.requires_grad_(any(part in name for part in ("lora_", "deep_prompt", "before", "after")))
+        torch.manual_seed(8)
+        shake(models[-1])
+    remote, oracle = models
+    loss = remote(input_ids=table.prompt(), labels=table.prompt()).loss
+    layers = layers_of(remote)
+    for hop in layers.stats().route:
+        crash(doubled, hop.peer_id)
+    loss.backward()
+    assert_equal((loss.item(), gradients(remote)), train_step(oracle))
+    names = " ".join(gradients(remote))
+    assert all(part in names for part in ("q_proj", "before", "after", "deep_prompt"))
+    assert layers.stats().failovers >= 1
+
+
+def test_peer_lost_in_a_generation_with_a_wrapped_block(doubled: InlineSwarm, local: PreTrainedModel) -> None:
+    remote, oracle = wrapped(doubled.load(), 1), wrapped(local, 1)
+    outputs = []
+    for model in (remote, oracle):
+        with torch.no_grad():
+            first = model(input_ids=table.prompt(), use_cache=True)
+            if model is remote:
+                crash(doubled, remote.model.layers.stats().route[-1].peer_id)
+            second = model(input_ids=table.prompt()[:, :2], past_key_values=first.past_key_values, use_cache=True)
+        outputs.append(second.logits)
+    assert remote.model.layers.stats().failovers >= 1
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)  # replay feeds the same tokens in other portions
+
+
+def test_what_wrapped_blocks_cannot_do_is_refused_by_name(swarm: InlineSwarm) -> None:
+    model = wrapped(swarm.load(), 1)
+    layers, hidden = model.model.layers, torch.zeros(1, 2, 32)
+    with pytest.raises(
+        UnsupportedCallError, match="output_hidden_states=True is not carried where remote blocks are wra"
+    ):
+        logits(model, output_hidden_states=True)
+    with pytest.raises(UnsupportedCallError, match="are wrapped in other modules; call them through the model"):
+        layers(hidden)
+    with pytest.raises(UnsupportedCallError, match="are wrapped in other modules; call them through the model"):
+        layers.session()
+    with pytest.raises(ValueError, match="are wrapped in other modules; take the slices before and after"):
+        layers[0:2]
+    assert layers[2:4](layers[1](layers[0:1](hidden))).shape == hidden.shape
+    layers[1] = nn.Identity()
     for _ in range(2):
-        with pytest.raises(UnsupportedCallError, match=r"block 1 is wrapped in a Wrapped; call slices"):
+        with pytest.raises(UnsupportedCallError, match="3 of the remote blocks 0:4 are left in their list"):
+            layers(hidden)
+        with pytest.raises(UnsupportedCallError, match="3 of the remote blocks 0:4 are left in their list"):
             logits(model)
-    model.model.layers[1] = Wrapped(nn.Identity())
-    with pytest.raises(UnsupportedCallError, match=r"3 of 0:4 are left; call slices"):
-        logits(model)
 
 
 def test_work_between_blocks_in_a_models_loop_is_refused_by_name(swarm: InlineSwarm) -> None:
