@@ -21,7 +21,7 @@ from remote_modules.model.adapted_lycoris import updated_output
 from remote_modules.model.adapted_oft import rotated_input
 from remote_modules.model.adapted_parameter import adapted_parameter
 from remote_modules.model.adapted_prompt import prompted_arguments
-from remote_modules.model.adapter_entries import Entry, Ia3, LoHa, LoKr, Lora, Oft, ParameterLora, Prompt
+from remote_modules.model.adapter_entries import Entry, Ia3, LayerEntry, LoHa, LoKr, Lora, Oft, ParameterLora, Prompt
 from remote_modules.model.adapters import Adapter
 
 __all__ = ["applied", "check_fit"]
@@ -95,7 +95,7 @@ def _check_parameter(entry: ParameterLora, tensors: Sequence[torch.Tensor], modu
         raise UnsupportedCallError(f"adapter of '{entry.parameter}' at {where} is for {got}, expected {expected}")
 
 
-def _check_layer(entry: Entry, tensors: Sequence[torch.Tensor], module: nn.Module) -> None:
+def _check_layer(entry: LayerEntry, tensors: Sequence[torch.Tensor], module: nn.Module) -> None:
     where = f"'{entry.place}' of block {entry.block}"
     if isinstance(module, nn.Linear):
         own = (module.out_features, module.in_features)

@@ -18,6 +18,7 @@ __all__ = [
     "MAX_NEUMANN_TERMS",
     "Entry",
     "Ia3",
+    "LayerEntry",
     "LoHa",
     "LoKr",
     "Lora",
@@ -41,7 +42,12 @@ Sizes: TypeAlias = tuple[int | None, int | None]
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What all kinds share."""
+    """What all kinds share.
+
+    Each kind also has: ``place``, its path in the block, "" for the block itself; ``tensor_names``; and ``fits``:
+    whether tensors of these shapes can belong to it and to each other. Kinds for linear layers have ``sizes``: output
+    and input size of the layer, None for any.
+    """
 
     takes_conv1d: ClassVar[bool] = False  # whether peft adapts transformers' transposed linear layer, too
 
@@ -51,23 +57,6 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def is_random(self) -> bool:
         """Whether a pass needs a seed."""
         return False
-
-    @property
-    def place(self) -> str:
-        """Path in the block; "" for the block itself."""
-        raise NotImplementedError
-
-    @property
-    def tensor_names(self) -> tuple[str, ...]:
-        raise NotImplementedError
-
-    def fits(self, shapes: Shapes) -> bool:
-        """Whether tensors of these shapes can belong to it and to each other."""
-        raise NotImplementedError
-
-    def sizes(self, shapes: Shapes) -> Sizes:
-        """Output and input size of the linear layer that it is for; None: any."""
-        raise NotImplementedError
 
 
 class _AtModule(_Entry, frozen=True, forbid_unknown_fields=True):
@@ -278,7 +267,8 @@ class Prompt(_Entry, frozen=True, tag="prompt", forbid_unknown_fields=True):
         return len(shapes[0]) == 2 and shapes[0][0] <= MAX_RANK
 
 
-Entry: TypeAlias = Lora | ParameterLora | Ia3 | LoHa | LoKr | Oft | Prompt
+LayerEntry: TypeAlias = Lora | Ia3 | LoHa | LoKr | Oft
+Entry: TypeAlias = LayerEntry | ParameterLora | Prompt
 
 
 def _is_product(left: Sequence[int], right: Sequence[int]) -> bool:
