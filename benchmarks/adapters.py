@@ -1,4 +1,4 @@
-"""What peft does on models with remote blocks, against the same on a local model: families x methods.
+"""What peft and `DeepPrompts` do on remote blocks, against the same on a local model: families x methods.
 
     python benchmarks/adapters.py [--family llama ...] [--method LoRA ...] [--output docs/adapters.md]
 
@@ -11,137 +11,42 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
-import re
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from peft import (
-    IA3Config,
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    TaskType,
-    get_peft_model,
-    get_peft_model_state_dict,
-)
+from _adapter_cases import DEEP, FAMILIES, METHODS, NUM_BLOCKS, VIRTUAL, VOCABULARY, method_config, save_family
+from _adapter_oracles import add_deep_prompts, deep_prompts, same_dropout
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from remote_modules.errors import RemoteModulesError, first_line
 from remote_modules.testing.inline_swarm import InlineSwarm
 
-__all__ = ["FAMILIES", "METHODS", "Row", "compare", "save_family", "table"]
+__all__ = [
+    "FAMILIES",
+    "METHODS",
+    "VIRTUAL",
+    "Row",
+    "add_deep_prompts",
+    "compare",
+    "same_dropout",
+    "save_family",
+    "table",
+]
 
-NUM_BLOCKS, VOCABULARY = 4, 96
 SPANS = ("0:1", "1:3", "3:4")
 MAX_DIFFERENCE = 1e-6
+MAX_RELATIVE = 1e-2  # in bfloat16
+LOW_PRECISION = ("llama", "mixtral", "gpt2")
 NUM_STEPS = 3
-VIRTUAL = ("prompt tuning", "p-tuning", "prefix tuning")  # virtual tokens; no parameter in a block
-_LORA: dict[str, dict[str, Any]] = {
-    "LoRA q/v": {},
-    "LoRA all-linear": {"target_modules": "all-linear"},
-    "LoRA some layers": {"layers_to_transform": [1, 3]},
-    "rsLoRA": {"use_rslora": True},
-    "DoRA": {"use_dora": True},
-    "LoRA dropout": {"lora_dropout": 0.25},
-}
-METHODS = (*_LORA, "LoRA experts", "IA3", *VIRTUAL)
-
-_SHORT: dict[str, Any] = {"vocab_size": VOCABULARY, "initializer_range": 0.15, "pad_token_id": 0, "bos_token_id": 1}
-_SHORT |= {"eos_token_id": None}  # else a generation ends when it likes
-_NO_GROUPS = _SHORT | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": NUM_BLOCKS}
-_NO_GROUPS |= {"num_attention_heads": 4, "max_position_embeddings": 128}
-_COMMON = _NO_GROUPS | {"num_key_value_heads": 2, "head_dim": 8}
-_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One architecture.
-
-    Attributes:
-        config: of the tiny model.
-        query_value: layers that LoRA adapts.
-        scaled, feedforward: layers that IA3 scales, and those of them whose input it scales.
-        experts: fused parameters of experts.
-    """
-
-    config: Mapping[str, Any]
-    query_value: tuple[str, ...] = ("q_proj", "v_proj")
-    scaled: tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
-    feedforward: tuple[str, ...] = ("down_proj",)
-    experts: tuple[str, ...] = ()
-
-
-_FUSED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-_GPT2 = {"n_embd": 32, "n_layer": NUM_BLOCKS, "n_head": 4, "n_positions": 128}
-_QKV = ("query_key_value",)
-_BLOOM = {"hidden_size": 32, "n_layer": NUM_BLOCKS, "n_head": 4}
-_UP_DOWN = ("query_key_value", "dense_4h_to_h")
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(_COMMON),
-    "qwen3": Family(_COMMON),
-    "gemma2": Family(
-        _COMMON | {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * (NUM_BLOCKS // 2)}
-    ),
-    "phi3": Family(_COMMON, ("qkv_proj",), ("qkv_proj", "down_proj")),
-    "mixtral": Family(_COMMON | _EXPERTS, scaled=("k_proj", "v_proj"), feedforward=(), experts=_FUSED),
-    "qwen3_moe": Family(_COMMON | _EXPERTS, scaled=("k_proj", "v_proj"), feedforward=(), experts=_FUSED),
-    "gpt2": Family(_SHORT | _GPT2 | _NO_DROPOUT, ("c_attn",), ("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
-    "gpt_neox": Family(_NO_GROUPS, _QKV, _UP_DOWN, ("dense_4h_to_h",)),
-    "bloom": Family(_SHORT | _BLOOM, _QKV, _UP_DOWN, ("dense_4h_to_h",)),
-    "falcon": Family(_NO_GROUPS, _QKV, _UP_DOWN, ("dense_4h_to_h",)),
-}
-
-
-def save_family(folder: Path, family: str, **changes: Any) -> Path:
-    """Write a random checkpoint of ``family`` into ``folder`` and return it."""
-    transformers_logging.disable_progress_bar()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family].config, **changes))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:  # norms and biases: else all alike
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
-    return folder
-
-
-def method_config(family: str, method: str) -> PeftConfig | None:
-    """What to give `get_peft_model`; None where the method has nothing to adapt."""
-    known = FAMILIES[family]
-    kind: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM}
-    if method in VIRTUAL:
-        options = {**kind, "num_virtual_tokens": 4}
-        if method == "prompt tuning":
-            return PromptTuningConfig(**options)
-        if method == "p-tuning":
-            return PromptEncoderConfig(**options, encoder_hidden_size=16)
-        return PrefixTuningConfig(**options)
-    if method == "IA3":
-        return IA3Config(**kind, target_modules=list(known.scaled), feedforward_modules=list(known.feedforward))
-    if method == "LoRA experts":
-        if not known.experts:
-            return None
-        return LoraConfig(**kind, r=2, target_modules=[], target_parameters=list(known.experts))
-    return LoraConfig(**{**kind, "r": 4, "lora_alpha": 8, "target_modules": list(known.query_value), **_LORA[method]})
 
 
 @dataclass(slots=True)
@@ -151,6 +56,7 @@ class Row:
     Attributes:
         losses: of the steps, local and remote.
         gradient: largest difference in the first step.
+        relative: largest norm of the difference in one tensor, relative to the tensor's.
         logits: largest difference after the adapter was saved by one model and loaded by the other: remote to local,
             local to remote.
         local_error: why the method does not work on the local model, with the installed peft.
@@ -158,6 +64,7 @@ class Row:
 
     losses: tuple[list[float], list[float]] = ([], [])
     gradient: float = 0.0
+    relative: float = 0.0
     are_keys_equal: bool = False
     logits: tuple[float, float] = (0.0, 0.0)
     is_greedy_equal: bool = False
@@ -177,6 +84,9 @@ class Row:
         )
 
 
+Rows = Mapping[tuple[str, str], Row | None]
+
+
 @dataclass(slots=True)
 class _Trained:
     model: PeftModel
@@ -190,18 +100,21 @@ def compare(folder: Path, swarm: InlineSwarm, family: str, method: str, scratch:
     if config is None:
         return None
     row = Row()
+    is_deep = method == DEEP
     try:
-        local = _trained(_local(folder), config)
-    except RuntimeError as exc:
+        local = _trained(_local(folder), config, is_deep)
+    except (RuntimeError, ValueError, TypeError) as exc:
         row.local_error = first_line(exc)
     try:
-        remote = _trained(swarm.load(), config)
-    except (RuntimeError, RemoteModulesError) as exc:
+        remote = _trained(swarm.load(), config, is_deep)
+    except (RuntimeError, ValueError, TypeError, RemoteModulesError) as exc:
         row.remote_error = first_line(exc)
     if row.local_error or row.remote_error:
         return row
     row.losses = (local.losses, remote.losses)
-    row.gradient = max(_difference(grad, remote.gradients[name]) for name, grad in local.gradients.items())
+    pairs = [(grad, remote.gradients[name]) for name, grad in local.gradients.items()]
+    row.gradient = max(_difference(*pair) for pair in pairs)
+    row.relative = max(float((one - other).norm() / one.norm().clamp(min=1e-30)) for one, other in pairs)
     states = get_peft_model_state_dict(local.model), get_peft_model_state_dict(remote.model)
     row.are_keys_equal = list(states[0]) == list(states[1]) and local.gradients.keys() == remote.gradients.keys()
     logits = _logits(local.model), _logits(remote.model)
@@ -219,10 +132,12 @@ def _local(folder: Path) -> PreTrainedModel:
     return model
 
 
-def _trained(model: PreTrainedModel, config: PeftConfig) -> _Trained:
+def _trained(model: PreTrainedModel, config: PeftConfig, is_deep: bool) -> _Trained:
     """Three AdamW steps from random adapters."""
     torch.manual_seed(1)
     peft_model = get_peft_model(model, copy.deepcopy(config))
+    if is_deep:
+        add_deep_prompts(model)
     with torch.no_grad():
         for parameter in trainable(peft_model).values():
             parameter.add_(torch.randn_like(parameter) * 0.1)  # one matrix of LoRA begins with zeros
@@ -251,42 +166,16 @@ def prompt(rows: int = 2, num_tokens: int = 9) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (rows, num_tokens), generator=torch.Generator().manual_seed(3))
 
 
-class _SameDropout(nn.Dropout):
-    """Draws the mask that a peer draws for the same layer."""
-
-    def __init__(self, p: float, path: str, seed: int) -> None:
-        super().__init__(p)
-        digest = hashlib.sha256(f"{seed} {path} 0".encode()).digest()
-        self.generator_seed = int.from_bytes(digest[:7], "little")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        keep = torch.rand(x.shape, generator=torch.Generator().manual_seed(self.generator_seed)) >= self.p
-        return x * keep / (1.0 - self.p)
-
-
-_BLOCK_PATH = re.compile(r"\.(\d+)\.(.+)")  # the first number in a name is the block's
-
-
-@contextmanager
-def same_dropout(model: nn.Module, *, seed: int) -> Iterator[None]:
-    """Inside, the dropouts of local LoRA layers draw the masks that peers draw."""
-    kept: list[tuple[nn.ModuleDict, str, nn.Module]] = []
-    for path, layer in model.named_modules():
-        for name, dropout in dict(getattr(layer, "lora_dropout", {})).items():
-            match = _BLOCK_PATH.search(path)
-            if isinstance(dropout, nn.Dropout) and dropout.training and match is not None:
-                kept.append((layer.lora_dropout, name, dropout))
-                layer.lora_dropout[name] = _SameDropout(dropout.p, f"{match[1]} {match[2]}", seed)
-    with patch("remote_modules.client.adapters.secrets.randbits", return_value=seed):
-        yield
-    for place, name, dropout in kept:
-        place[name] = dropout
-
-
 def _reloaded(trained: PeftModel, other: PreTrainedModel, folder: Path) -> torch.Tensor:
     """Logits of ``other`` with the adapter that ``trained`` saved."""
     trained.save_pretrained(str(folder))
-    return _logits(PeftModel.from_pretrained(other, folder).eval())
+    loaded = PeftModel.from_pretrained(other, folder).eval()
+    if deep_prompts(trained):
+        add_deep_prompts(other)
+        with torch.no_grad():
+            for own, given in zip(deep_prompts(loaded), deep_prompts(trained), strict=True):
+                own.copy_(given)
+    return _logits(loaded)
 
 
 def _logits(model: nn.Module) -> torch.Tensor:
@@ -307,6 +196,19 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max())
 
 
+def run(families: Sequence[str], methods: Sequence[str], dtype: torch.dtype) -> Rows:
+    """All cells, and a line for each on the way."""
+    rows: dict[tuple[str, str], Row | None] = {}
+    for family in families:
+        with tempfile.TemporaryDirectory() as name:
+            folder = save_family(Path(name) / "model", family, dtype)
+            with InlineSwarm(folder, SPANS) as swarm:
+                for method in methods:
+                    row = rows[family, method] = compare(folder, swarm, family, method, Path(name) / method)
+                    print(f"{family:10} {method:22} {_name(dtype):9} {_cell(row, dtype)}", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
@@ -315,18 +217,12 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    rows: dict[tuple[str, str], Row | None] = {}
     began_s = time.perf_counter()
-    for family in options.family:
-        with tempfile.TemporaryDirectory() as name:
-            folder = save_family(Path(name) / "model", family)
-            with InlineSwarm(folder, SPANS) as swarm:
-                for method in options.method:
-                    row = rows[family, method] = compare(folder, swarm, family, method, Path(name) / method)
-                    print(f"{family:10} {method:16} {_cell(row)}", flush=True)
+    whole = run(options.family, options.method, torch.float32)
+    half = run([name for name in LOW_PRECISION if name in options.family], options.method, torch.bfloat16)
     print(f"{time.perf_counter() - began_s:.0f} s")
     if options.output is not None:
-        options.output.write_text(table(rows))
+        options.output.write_text(table(whole, half))
 
 
 _HEAD = """# Adapters on remote blocks
@@ -345,32 +241,57 @@ all blocks in this process and once with the blocks on {peers} peers (`{spans}`)
 | generation | greedy, and three beams: equal tokens |
 
 **exact**: all of it, with a gradient difference of 0.0. **–**: the method has nothing to adapt there. "LoRA dropout"
-gives the local model the masks that a peer draws from the request's seed. Falcon's blocks share one key head, for which
-peft makes too many. Versions: torch {torch}, transformers {transformers}, peft {peft}.
+gives the local model the masks that a peer draws from the request's seed. "LoRA head, embeddings" and "modules_to_save"
+train head and embeddings at the client beside LoRA in the blocks. "deep prompts" are `DeepPrompts` in all blocks
+together with prompt tuning, against hooks on local blocks. The linear layers of gpt2 are transposed, which peft adapts
+with some methods only; Falcon's blocks share one key head, for which peft makes too many. Versions: torch {torch},
+transformers {transformers}, peft {peft}.
 """
 
 
-def table(rows: Mapping[tuple[str, str], Row | None]) -> str:
+_HALF = """## bfloat16
+
+The same with weights and hidden states in bfloat16, and adapters of the dtype that peft gives them. A cell is the
+largest norm of the difference of one tensor's gradient in the first step, relative to that of the gradient; **exact**
+is a difference of 0.0.
+"""
+
+
+def table(whole: Rows, half: Rows) -> str:
     """As Markdown."""
+    notes: list[str] = []
+    lines = [_HEAD.format(**_facts()), *_lines(whole, torch.float32, notes)]
+    found = [row for row in whole.values() if row is not None]
+    num_right = sum(row.is_right and not row.local_error for row in found)
+    largest = max(row.gradient for row in found)
+    lines += ["", f"{num_right} of {len(found)} cells are right; the largest gradient difference is {largest:g}.", ""]
+    if half:
+        lines += [_HALF, *_lines(half, torch.bfloat16, notes), ""]
+    numbered = [f"{number}. {text}" for number, text in enumerate(notes, 1)]
+    return "\n".join([*lines, *numbered]).rstrip() + "\n"
+
+
+def _lines(rows: Rows, dtype: torch.dtype, notes: list[str]) -> list[str]:
     families = list(dict.fromkeys(family for family, _ in rows))
     methods = list(dict.fromkeys(method for _, method in rows))
-    notes: list[str] = []
-    lines = [_HEAD.format(**_facts()), f"| | {' | '.join(methods)} |", "|---" * (len(methods) + 1) + "|"]
+    lines = [f"| | {' | '.join(methods)} |", "|---" * (len(methods) + 1) + "|"]
     for family in families:
         cells = []
         for method in methods:
             row = rows[family, method]
             if row is not None and (row.local_error or row.remote_error):
-                notes.append(f"{len(notes) + 1}. {family}, {method}: {_cell(row)}")
-                cells.append(f"{'fails locally' if row.is_right else 'WRONG'} ({len(notes)})")
+                text = f"{family}, {method}: {_cell(row, dtype)}"
+                if text not in notes:
+                    notes.append(text)
+                cells.append(f"{'fails locally' if row.is_right else 'WRONG'} ({notes.index(text) + 1})")
             else:
-                cells.append(_cell(row))
+                cells.append(_cell(row, dtype))
         lines.append(f"| {family} | {' | '.join(cells)} |")
-    found = [row for row in rows.values() if row is not None]
-    num_right = sum(row.is_right and not row.local_error for row in found)
-    largest = max(row.gradient for row in found)
-    lines += ["", f"{num_right} of {len(found)} cells are right; the largest gradient difference is {largest:g}.", ""]
-    return "\n".join([*lines, *notes]).rstrip() + "\n"
+    return lines
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _facts() -> dict[str, Any]:
@@ -386,13 +307,17 @@ def _facts() -> dict[str, Any]:
     }
 
 
-def _cell(row: Row | None) -> str:
+def _cell(row: Row | None, dtype: torch.dtype) -> str:
     if row is None:
         return "–"
     if row.local_error and row.remote_error:
-        return f"fails locally: {row.local_error} (remotely: {row.remote_error})"
+        remotely = "the same" if row.remote_error == row.local_error else row.remote_error
+        return f"fails locally: {row.local_error} (remotely: {remotely})"
     if row.remote_error or row.local_error:
         return f"WRONG: local '{row.local_error}' remote '{row.remote_error}'"
+    if dtype != torch.float32:
+        text = "exact" if row.relative == 0.0 else f"{row.relative:.1e}"
+        return text if row.relative <= MAX_RELATIVE else f"WRONG {text}"
     return "exact" if row.is_right and row.gradient == 0.0 else ("right" if row.is_right else f"WRONG {row}")
 
 

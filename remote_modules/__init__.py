@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from remote_modules.client.deep_prompts import DeepPrompts
     from remote_modules.client.inference_session import InferenceSession
     from remote_modules.client.loader import load
     from remote_modules.client.sequential import RemoteSequential
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ClientConfig",
     "ClientStats",
+    "DeepPrompts",
     "InferenceSession",
     "NoRouteError",
     "PeerError",
@@ -49,6 +51,7 @@ __all__ = [
 _HOMES = {
     "ClientConfig": "config",
     "ClientStats": "client.stats",
+    "DeepPrompts": "client.deep_prompts",
     "InferenceSession": "client.inference_session",
     "RemoteSequential": "client.sequential",
     "Server": "server.server",

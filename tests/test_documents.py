@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -94,6 +94,19 @@ def test_readme_python_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str
     losses = [float(loss) for loss in re.findall(r"^\d (\d+\.\d+)$", output, re.MULTILINE)]
     assert len(losses) == 3
     assert losses[-1] < losses[0]
+
+
+def test_python_of_the_training_page_runs() -> None:
+    transformers_logging.disable_progress_bar()
+    namespace: dict[str, Any] = {}
+    with LocalSwarm("pydoc-2m", spans=["0:4", "4:8"]) as swarm:
+        for block in blocks("python"):
+            if block.document.name == "trainable.md":
+                text = block.text.replace(SOURCES, f"trackers={swarm.trackers}, mdns=False")
+                exec(compile(text, str(block), "exec"), namespace)
+    assert namespace["tokens"].shape == (1, 9)
+    assert all(prompt.abs().max() > 0 for prompt in namespace["prompts"].parameters())
+    assert all(parameter.grad is not None for parameter in namespace["adapter"].parameters())
 
 
 COMMANDS = [

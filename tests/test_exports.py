@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "remote_modules"
 
 PUBLIC = {
-    *("RemoteSequential", "load", "InferenceSession", "ClientConfig", "ClientStats"),
+    *("RemoteSequential", "load", "InferenceSession", "ClientConfig", "ClientStats", "DeepPrompts"),
     *("Server", "ServerConfig", "Tracker", "TrackerConfig"),
     *("RemoteModulesError", "NoRouteError", "PeerError", "ProtocolError", "SessionError", "UnsupportedCallError"),
 }
@@ -36,6 +36,16 @@ TESTED_BY = {
     "discovery.storage": "tests/discovery/test_storage_contract.py",
     "discovery.tracker_replies": "tests/discovery/test_tracker_server.py",
     "discovery.http_json": "tests/discovery/test_tracker_client.py",
+    "model.adapted_ia3": "tests/model/test_adapted.py",
+    "model.adapted_item": "tests/model/test_adapted.py",
+    "model.adapted_lora": "tests/model/test_adapted.py",
+    "model.adapted_lycoris": "tests/model/test_adapted.py",
+    "model.adapted_oft": "tests/model/test_adapted.py",
+    "model.adapted_parameter": "tests/model/test_adapted.py",
+    "model.adapted_prompt": "tests/model/test_adapted.py",
+    "model.adapter_entries": "tests/model/test_adapters.py",
+    "model.adapter_reading": "tests/model/test_adapters.py",
+    "model.block_prompt": "tests/peft_models/test_deep_prompts.py",
     "net.client_connection": "tests/net/test_connection.py",  # one side is tested with the other
     "server.arguments": "tests/server/test_named_tensors.py",
     "server.cache_device": "tests/server/test_copies.py",

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from remote_modules.model.adapters import AdapterSet, collect, encode_entries
+from remote_modules.model.adapter_reading import collect
+from remote_modules.model.adapters import AdapterSet, encode_entries
 from remote_modules.model.shadow import is_shadow
 from remote_modules.spans import Span
 
@@ -95,8 +96,9 @@ class AdapterWatch:
             UnsupportedCallError: one that is not carried.
         """
         if self._seen != _last_change:
-            self._seen = _last_change
+            seen = _last_change
             self._has_any = any(not is_shadow(part) for block in blocks_now().values() for part in block.modules())
+            self._seen = seen  # not before: a refusal must come again
         found = collect(blocks_now()) if self._has_any else None
         if found is None:
             self._last = None

@@ -24,6 +24,7 @@ from remote_modules.client.call import CallArguments, Named
 from remote_modules.client.connect import SwarmHandle, connect_swarm
 from remote_modules.client.inference_session import InferenceSession, check_hidden_states
 from remote_modules.client.owner_call import argument_of, call_arguments, own
+from remote_modules.client.runs import has_wrapped, remote_blocks, run_at
 from remote_modules.client.session import SessionState
 from remote_modules.client.stats import ClientStats
 from remote_modules.config import ClientConfig
@@ -44,6 +45,8 @@ from remote_modules.model.stack import find_stack
 from remote_modules.spans import Span
 
 __all__ = ["RemoteSequential"]
+
+_WRAPPED = "some of these blocks are wrapped in other modules"
 
 
 class RemoteSequential(nn.ModuleList):
@@ -128,6 +131,16 @@ class RemoteSequential(nn.ModuleList):
         """The blocks that run remotely."""
         return self._blocks
 
+    @property
+    def hidden_size(self) -> int:
+        """D of the hidden states."""
+        return self._handle.hidden_size
+
+    @property
+    def hidden_dims(self) -> tuple[str, ...]:
+        """What the dimensions of the hidden states are; see `TensorSpec`."""
+        return self._handle.stack.hidden.dims
+
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
         """Run all remote blocks, without a KV cache; differentiable.
 
@@ -138,6 +151,7 @@ class RemoteSequential(nn.ModuleList):
         Raises:
             PeerError, NoRouteError: the swarm could not do it within the deadline.
         """
+        self._check_unwrapped()
         return self._run_alone(self._blocks, hidden_states, kwargs)
 
     def session(self, *, max_tokens: int | None = None) -> InferenceSession:
@@ -145,8 +159,10 @@ class RemoteSequential(nn.ModuleList):
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be positive, got {max_tokens}")
         self._check_alone(self._blocks)
-        state, handle = self._new_state(), self._handle
-        return InferenceSession(state, handle.io, hidden_size=handle.hidden_size, max_tokens=max_tokens)
+        self._check_unwrapped()
+        state, handle = self._new_state(self._blocks), self._handle
+        read = lambda: self._adapters.read(self.remote_blocks)  # noqa: E731
+        return InferenceSession(state, handle.io, read, hidden_size=handle.hidden_size, max_tokens=max_tokens)
 
     def stats(self) -> ClientStats:
         """Counters since creation, the route, and the last steps' waterfall."""
@@ -173,6 +189,8 @@ class RemoteSequential(nn.ModuleList):
         if (first, last, step) == (0, len(self), 1):
             return self
         modules = list(self)[first:last]
+        if has_wrapped(modules):
+            raise ValueError(f"{_WRAPPED}; take the slices before and after it")
         if step != 1 or not modules or not all(map(is_shadow, modules)):
             raise ValueError(f"a slice of remote blocks must be contiguous and not empty, got {index}")
         offset = self._blocks.start - next(i for i, module in enumerate(self) if is_shadow(module))
@@ -199,7 +217,8 @@ class RemoteSequential(nn.ModuleList):
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if call is None:
             return self._run_alone(Span(index, index + 1), hidden_states, {})
-        if index == self._blocks.start:
+        if call.run is None or index in (self._blocks.start, call.run.end):
+            call.run = run_at(self, self._blocks, index)
             if stack.hides_past and call.use_cache:
                 raise UnsupportedCallError(_refusal(self._handle))
             call.entry = {"hidden_states": hidden_states}
@@ -215,10 +234,10 @@ class RemoteSequential(nn.ModuleList):
             call.sides[side.name(index)] = argument_of(args, kwargs, side.key)
         if call.record:
             return self._run_recording(call, index, values)
-        if index < self._blocks.end - 1:
+        if index < call.run.end - 1:
             call.passed = hidden_states
             return stack.pack({"hidden_states": hidden_states})
-        return stack.pack(self._run_all(call, values))
+        return stack.pack(self._run_all(call, values, call.run))
 
     def _run_recording(self, call: OwnerCall, index: int, values: tuple[Any, ...]) -> Any:
         """All blocks run when the first is called, and each returns its true output, for transformers to record."""
@@ -233,7 +252,9 @@ class RemoteSequential(nn.ModuleList):
                 kind = self._handle.model_config.model_type
                 raise UnsupportedCallError(f"output_{name}=True is not carried for '{kind}', which {why}; leave it off")
             record_once(self)
-            call.outputs = self._run_all(call, values)
+            if call.run != self._blocks:
+                raise UnsupportedCallError(f"output_{name}=True is not carried where remote blocks are wrapped")
+            call.outputs = self._run_all(call, values, self._blocks)
         outputs = call.outputs
         if index < self._blocks.end - 1:
             outputs = {"hidden_states": outputs[f"record.hidden_states.{index}"]}
@@ -244,30 +265,31 @@ class RemoteSequential(nn.ModuleList):
             show_router_logits(self._handle.skeleton, block, logits)
         return stack.pack(outputs)
 
-    def _run_all(self, call: OwnerCall, values: tuple[Any, ...]) -> Named:
-        """Run all remote blocks; ``values`` are the arguments of one, among them the cache that the owner made."""
+    def _run_all(self, call: OwnerCall, values: tuple[Any, ...], blocks: Span) -> Named:
+        """Run all of ``blocks``; ``values`` are the arguments of one, among them the cache that the owner made."""
         cache, is_given = plain_cache(call.cache), call.cache is not None
         if cache is None:
             cache = next((plain_cache(value) for value in values if isinstance(value, Cache)), None)
             if cache is None or self._handle.stack.no_cache:
-                return self._pass(self._blocks, call, self._arguments(call))
-        state, past = self._state_of(cache)
+                return self._pass(blocks, call, self._arguments(call))
+        state, past = self._state_of(cache, blocks)
         if not torch.is_grad_enabled() or (is_given and not past):
             return self._step(call, state)
         # Training calls leave the model's use_cache default on and drop the cache: open nothing on the peers, but let a
         # caller who does keep it go on from the history.
         state.needs_grad = any(tensor.requires_grad for tensor in past.values())
         arguments = self._arguments(call)
-        output = self._pass(self._blocks, call, replace(arguments, past=past))
+        output = self._pass(blocks, call, replace(arguments, past=past))
         state.needs_grad = output["hidden_states"].requires_grad
         state.remember(own(call.entry), replace(arguments, sides=own(call.sides)))
         return output
 
     def _arguments(self, call: OwnerCall) -> CallArguments:
-        return call_arguments(call, self._handle.stack, self._adapters.read(self._remote_blocks))
+        return call_arguments(call, self._handle.stack, self._adapters.read(self.remote_blocks))
 
-    def _remote_blocks(self) -> dict[int, nn.Module]:
-        return dict(zip(self._blocks, filter(is_shadow, self), strict=True))
+    def remote_blocks(self) -> dict[int, nn.Module]:
+        """The modules that stand for the remote blocks, by index in the model."""
+        return remote_blocks(self, self._blocks)
 
     def _pass(self, blocks: Span, call: OwnerCall, arguments: CallArguments) -> Named:
         self._handle.stack.check_cuts(blocks)
@@ -305,25 +327,30 @@ class RemoteSequential(nn.ModuleList):
             kind = self._handle.model_config.model_type
             raise UnsupportedCallError(f"blocks of '{kind}' take more than hidden states; call them through the model")
 
-    def _state_of(self, cache: Any) -> tuple[SessionState, Named]:
+    def _check_unwrapped(self) -> None:
+        self.remote_blocks()
+        if has_wrapped(self):
+            raise UnsupportedCallError(f"{_WRAPPED}; call them through the model")
+
+    def _state_of(self, cache: Any, blocks: Span) -> tuple[SessionState, Named]:
         """The session that ``cache`` stands for; on its first use, also the keys and values that it began with."""
         stack = self._handle.stack
         if stack.no_cache:
             raise UnsupportedCallError(_refusal(self._handle))
-        layers = stack.layers_of(self._blocks)
+        layers = stack.layers_of(blocks)
         link, past = link_of(cache, layers), {}
         if link is None:
-            link, past = self._new_state(), take(cache, layers)
+            link, past = self._new_state(blocks), take(cache, layers)
             adopt_cache(cache, layers, stack.num_layers, link, is_taken=bool(past))
             link.begin_with(own(past))
             link.masks_may_end = all(isinstance(cache.layers[index], RemoteLinearLayer) for index in layers)
-        if not isinstance(link, SessionState) or link.swarm is not self._handle.swarm or link.blocks != self._blocks:
+        if not isinstance(link, SessionState) or link.swarm is not self._handle.swarm or link.blocks != blocks:
             raise UnsupportedCallError("this KV cache belongs to another set of remote blocks; start with an empty one")
         return link, past
 
-    def _new_state(self) -> SessionState:
-        self._handle.stack.check_cuts(self._blocks)
-        return SessionState(self._handle.swarm, self._blocks, self._handle.io.call_soon)
+    def _new_state(self, blocks: Span) -> SessionState:
+        self._handle.stack.check_cuts(blocks)
+        return SessionState(self._handle.swarm, blocks, self._handle.io.call_soon)
 
     def _new_block(self, index: int) -> nn.Module:
         return self._handle.shadow(index, _Proxy(self, index).run)

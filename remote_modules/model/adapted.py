@@ -6,46 +6,49 @@ operations, so that outputs and gradients are equal to the last bit.
 
 from __future__ import annotations
 
-import hashlib
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from remote_modules.errors import UnsupportedCallError
-from remote_modules.model.adapters import Adapter, Entry, Lora, ParameterLora
+from remote_modules.model.adapted_ia3 import ia3_input, ia3_output
+from remote_modules.model.adapted_item import Batch, Item
+from remote_modules.model.adapted_lora import lora_output
+from remote_modules.model.adapted_lycoris import updated_output
+from remote_modules.model.adapted_oft import rotated_input
+from remote_modules.model.adapted_parameter import adapted_parameter
+from remote_modules.model.adapted_prompt import prompted_arguments
+from remote_modules.model.adapter_entries import Entry, Ia3, LayerEntry, LoHa, LoKr, Lora, Oft, ParameterLora, Prompt
+from remote_modules.model.adapters import Adapter
 
 __all__ = ["applied", "check_fit"]
 
-_QUANTIZED = ("Linear4bit", "Linear8bitLt")  # of bitsandbytes; known by name, as it need not be installed
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NO_BATCH = Batch()
 
 
 @contextmanager
-def applied(blocks: Mapping[int, nn.Module], adapter: Adapter, *, seed: int | None = None) -> Iterator[None]:
+def applied(blocks: Mapping[int, nn.Module], adapter: Adapter, batch: Batch = _NO_BATCH) -> Iterator[None]:
     """Inside, ``blocks`` compute with ``adapter``; gradients flow to its tensors if they require them.
 
     The tensors must be on the device of the blocks. Not for two threads at once: the blocks themselves are changed.
 
     Args:
         blocks: real decoder blocks by index; entries of other blocks are left out.
-        seed: decides the dropout masks, together with block and module. The same in forward and recomputation.
+        batch: what request this is; the same in forward and recomputation.
 
     Raises:
         UnsupportedCallError: an entry does not fit its block, or there is dropout and no seed.
     """
     targets = _targets(blocks, adapter)
-    if seed is None and any(isinstance(item.entry, Lora) and item.entry.dropout for items in targets for item in items):
+    if batch.seed is None and any(item.entry.is_random for items in targets for item in items):
         raise UnsupportedCallError("adapters with dropout need a seed in the request")
     with ExitStack() as hooks:
         for items in targets:
-            for handle in _install(items, seed):
+            for handle in _install(items, batch):
                 hooks.callback(handle)
         yield
 
@@ -55,200 +58,97 @@ def check_fit(blocks: Mapping[int, nn.Module], adapter: Adapter) -> None:
     _targets(blocks, adapter)
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """One entry and the module that it changes."""
-
-    entry: Any
-    tensors: Sequence[torch.Tensor]
-    module: Any
-    number: int  # among those of the module
-
-
-def _targets(blocks: Mapping[int, nn.Module], adapter: Adapter) -> list[list[_Item]]:
+def _targets(blocks: Mapping[int, nn.Module], adapter: Adapter) -> list[list[Item]]:
     """Items by module, in order of the entries."""
-    found: dict[tuple[int, str], list[_Item]] = {}
+    found: dict[tuple[int, str], list[Item]] = {}
     for entry, tensors in adapter.items():
         block = blocks.get(entry.block)
         if block is None:
             continue
         try:
-            module = block.get_submodule(entry.module)
+            module = block.get_submodule(entry.place)
         except AttributeError:
-            raise UnsupportedCallError(f"block {entry.block} has no module '{entry.module}' to adapt") from None
+            raise UnsupportedCallError(f"block {entry.block} has no module '{entry.place}' to adapt") from None
         _check_fit(entry, tensors, module)
-        items = found.setdefault((entry.block, entry.module), [])
-        items.append(_Item(entry, tensors, module, len(items)))
+        items = found.setdefault((entry.block, entry.place), [])
+        items.append(Item(entry, tensors, module, len(items)))
     return list(found.values())
 
 
 def _check_fit(entry: Entry, tensors: Sequence[torch.Tensor], module: nn.Module) -> None:
-    where = f"'{entry.module}' of block {entry.block}"
     if isinstance(entry, ParameterLora):
-        parameter = module._parameters.get(entry.parameter)
-        if parameter is None or parameter.dim() not in (2, 3) or parameter.dtype not in _PLAIN_DTYPES:
-            raise UnsupportedCallError(f"{where} has no parameter '{entry.parameter}' that can be adapted")
-        experts = parameter.shape[0] if parameter.dim() == 3 else 1
-        sizes = list(parameter.shape[-2:])
-        expected = [experts, *(reversed(sizes) if entry.is_in_out and parameter.dim() == 3 else sizes)]
-        got = [entry.num_experts, tensors[1].shape[0], tensors[0].shape[1]]
-        if got != expected:
-            raise UnsupportedCallError(f"adapter of '{entry.parameter}' at {where} is for {got}, expected {expected}")
-        return
+        _check_parameter(entry, tensors, module)
+    elif not isinstance(entry, Prompt):  # the size of hidden states is seen when there are some
+        _check_layer(entry, tensors, module)
+
+
+def _check_parameter(entry: ParameterLora, tensors: Sequence[torch.Tensor], module: nn.Module) -> None:
+    where = f"'{entry.module}' of block {entry.block}"
+    parameter = module._parameters.get(entry.parameter)
+    if parameter is None or parameter.dim() not in (2, 3) or parameter.dtype not in _PLAIN_DTYPES:
+        raise UnsupportedCallError(f"{where} has no parameter '{entry.parameter}' that can be adapted")
+    experts = parameter.shape[0] if parameter.dim() == 3 else 1
+    sizes = list(parameter.shape[-2:])
+    expected = [experts, *(reversed(sizes) if entry.is_in_out and parameter.dim() == 3 else sizes)]
+    got = [entry.num_experts, tensors[1].shape[0], tensors[0].shape[1]]
+    if got != expected:
+        raise UnsupportedCallError(f"adapter of '{entry.parameter}' at {where} is for {got}, expected {expected}")
+
+
+def _check_layer(entry: LayerEntry, tensors: Sequence[torch.Tensor], module: nn.Module) -> None:
+    where = f"'{entry.place}' of block {entry.block}"
     if isinstance(module, nn.Linear):
-        size_out, size_in = module.out_features, module.in_features
-    elif isinstance(module, Conv1D):
-        size_in, size_out = module.weight.shape
+        own = (module.out_features, module.in_features)
+    elif isinstance(module, Conv1D) and entry.takes_conv1d:
+        own = (module.weight.shape[1], module.weight.shape[0])
     else:
         raise UnsupportedCallError(f"{where} is a {type(module).__name__}, adapters are carried for linear layers")
-    if isinstance(entry, Lora):
-        got, expected = [tensors[1].shape[0], tensors[0].shape[1]], [size_out, size_in]
-    else:
-        got, expected = [tensors[0].numel()], [size_in if entry.is_feedforward else size_out]
+    pairs = [pair for pair in zip(entry.sizes([tensor.shape for tensor in tensors]), own, strict=True) if pair[0]]
+    got, expected = [size for size, _ in pairs], [size for _, size in pairs]
     if got != expected:
         raise UnsupportedCallError(f"adapter of {where} is for sizes {got}, expected {expected}")
 
 
-def _install(items: Sequence[_Item], seed: int | None) -> list[Callable[[], None]]:
+def _install(items: Sequence[Item], batch: Batch) -> list[Callable[[], None]]:
     """Hook the module of ``items``; returns what undoes it."""
     module, first = items[0].module, items[0].entry
     if isinstance(first, ParameterLora):
-        names = {item.entry.parameter for item in items}
-
-        def leave(module: nn.Module, *_: object) -> None:
-            for name in names:
-                module.__dict__.pop(name, None)
-
-        def enter(module: nn.Module, args: object) -> None:
-            for name in sorted(names):  # an attribute of the instance hides the parameter, which stays as it is
-                module.__dict__[name] = _adapted_parameter([item for item in items if item.entry.parameter == name])
-
-        handles = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
-        return [*(handle.remove for handle in handles), lambda: leave(module)]
-    if isinstance(first, Lora):
-        return [module.register_forward_hook(lambda module, args, out: _lora(items, args[0], out, seed)).remove]
-    if first.is_feedforward:
-        return [module.register_forward_pre_hook(lambda module, args: (_ia3_input(items, args[0]), *args[1:])).remove]
-    return [module.register_forward_hook(lambda module, args, out: (out * _ia3_scale(items)).to(out.dtype)).remove]
+        return _install_parameters(items)
+    if isinstance(first, Prompt):
+        change = lambda module, args, kwargs: prompted_arguments(items, args, kwargs, batch)  # noqa: E731
+        return [module.register_forward_pre_hook(change, with_kwargs=True).remove]
+    handles = []
+    if isinstance(first, Oft):
+        rotate = lambda module, args: (rotated_input(items, args[0]), *args[1:])  # noqa: E731
+        handles.append(module.register_forward_pre_hook(rotate))
+        handles.append(module.register_forward_hook(lambda module, args, out: out.to(args[0].dtype)))
+    elif isinstance(first, Ia3) and first.is_feedforward:
+        handles.append(module.register_forward_pre_hook(lambda module, args: (ia3_input(items, args[0]), *args[1:])))
+    else:
+        output = _OUTPUTS[type(first)]
+        handles.append(module.register_forward_hook(lambda module, args, out: output(items, args[0], out, batch)))
+    return [handle.remove for handle in handles]
 
 
-# --- LoRA -----------------------------------------------------------------------------------------------------------
+_OUTPUTS: dict[type, Callable[[Sequence[Item], torch.Tensor, torch.Tensor, Batch], torch.Tensor]] = {
+    Lora: lora_output,
+    Ia3: ia3_output,
+    LoHa: updated_output,
+    LoKr: updated_output,
+}
 
 
-def _lora(items: Sequence[_Item], x: torch.Tensor, result: torch.Tensor, seed: int | None) -> torch.Tensor:
-    """Output of the layer, from its input and its own output. Any shape before the features."""
-    dtype = result.dtype
-    is_quantized = type(items[0].module).__name__ in _QUANTIZED
-    casts = not (is_quantized and torch.is_autocast_enabled())
-    for item in items:
-        down, up = item.tensors[:2]
-        if casts and item.entry.cast_input:
-            x = x.to(down.dtype)
-        if item.entry.is_dora:
-            result = _dora(item, x, result, seed)
-            if is_quantized and casts:
-                result = result.to(dtype)
-        else:
-            update = F.linear(F.linear(_dropped(item, x, seed), down), up) * item.entry.scaling
-            result = result + (update.to(dtype) if is_quantized and casts else update)
-    output: torch.Tensor = result if is_quantized else result.to(dtype)
-    return output
+def _install_parameters(items: Sequence[Item]) -> list[Callable[[], None]]:
+    module = items[0].module
+    names = {item.entry.parameter for item in items}
 
+    def leave(module: nn.Module, *_: object) -> None:
+        for name in names:
+            module.__dict__.pop(name, None)
 
-def _dora(item: _Item, x: torch.Tensor, result: torch.Tensor, seed: int | None) -> torch.Tensor:
-    down, up, magnitude = item.tensors
-    module, scaling = item.module, item.entry.scaling
-    base: torch.Tensor | None = result
-    if item.entry.dropout > 0:
-        x, base = _dropped(item, x, seed), None
-    identity = torch.eye(down.shape[1], device=down.device, dtype=down.dtype)
-    update = F.linear(F.linear(identity, down), up).T.to(x.dtype)
-    weight = _weight(module).to(x.dtype)
-    by_output = weight.T if isinstance(module, Conv1D) else weight
-    total = by_output + scaling * update.detach()
-    norm = torch.linalg.norm(total, dim=1).to(total.dtype).detach()
-    scale = (magnitude / norm).view(1, -1)
-    lora = F.linear(F.linear(x, down), up)
-    if base is None:
-        base = F.linear(x, by_output)
-    elif module.bias is not None:
-        base = base - module.bias
-    output: torch.Tensor = result + ((scale - 1) * base + scale * lora * scaling)
-    return output
+    def enter(module: nn.Module, args: object) -> None:
+        for name in sorted(names):  # an attribute of the instance hides the parameter, which stays as it is
+            module.__dict__[name] = adapted_parameter([item for item in items if item.entry.parameter == name])
 
-
-def _weight(module: Any) -> torch.Tensor:
-    """In full precision where it is quantized."""
-    weight: torch.Tensor = module.weight
-    if type(module).__name__ == "Linear4bit":
-        dequantize: Any = sys.modules["bitsandbytes"].functional.dequantize_4bit
-        weight = dequantize(module.weight.data, module.weight.quant_state)
-    elif type(module).__name__ == "Linear8bitLt":
-        raise UnsupportedCallError("DoRA on peers that hold 8-bit weights is not carried; use LoRA or other peers")
-    return weight
-
-
-def _dropped(item: _Item, x: torch.Tensor, seed: int | None) -> torch.Tensor:
-    """``x`` with dropout. The mask is drawn on the CPU, so that a peer with another device draws the same."""
-    entry = item.entry
-    if entry.dropout == 0.0:
-        return x
-    text = f"{seed} {entry.block} {entry.module} {item.number}"
-    digest = hashlib.sha256(text.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    keep = torch.rand(x.shape, generator=generator) >= entry.dropout
-    dropped: torch.Tensor = x * keep.to(x.device, x.dtype) / (1.0 - entry.dropout)
-    return dropped
-
-
-def _adapted_parameter(items: Sequence[_Item]) -> torch.Tensor:
-    """The parameter with all its updates, in its own shape and dtype."""
-    entry, module = items[0].entry, items[0].module
-    weight: torch.Tensor = module._parameters[entry.parameter]
-    if len(items) == 1 and entry.num_experts > 1:
-        left, right = _factors(items[0])
-        left, right = left.to(weight.dtype), right.to(weight.dtype)
-        with torch.autocast(device_type=weight.device.type, enabled=False):
-            folded: torch.Tensor = torch.baddbmm(weight, left, right, alpha=entry.scaling)
-            return folded
-    update = _update(items[0]).to(weight.dtype)
-    for item in items[1:]:
-        update = update + _update(item).to(weight.dtype)
-    return weight + update
-
-
-def _factors(item: _Item) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two whose product is the update without scaling: ``[E, out, r]``, ``[E, r, in]`` or both transposed."""
-    down, up = item.tensors
-    experts = item.entry.num_experts
-    a = down.reshape(experts, -1, down.shape[-1])
-    b = up.reshape(up.shape[0], -1, experts).permute(2, 0, 1)
-    return (a.transpose(-2, -1), b.transpose(-2, -1)) if item.entry.is_in_out else (b, a)
-
-
-def _update(item: _Item) -> torch.Tensor:
-    down, up = item.tensors
-    experts, scaling = item.entry.num_experts, item.entry.scaling
-    if experts == 1:
-        is_slow = up.device.type == "cpu" and up.dtype in (torch.float16, torch.bfloat16)
-        product: torch.Tensor = (up.float() @ down.float() if is_slow else up @ down) * scaling
-        return product.to(up.dtype)
-    a = down.reshape(experts, -1, down.shape[-1])
-    b = up.reshape(up.shape[0], -1, experts)
-    update: torch.Tensor = torch.einsum("ore,eri->eio" if item.entry.is_in_out else "ore,eri->eoi", b, a) * scaling
-    return update
-
-
-# --- IA3 ------------------------------------------------------------------------------------------------------------
-
-
-def _ia3_scale(items: Sequence[_Item]) -> torch.Tensor:
-    scale: torch.Tensor = items[0].tensors[0].flatten()
-    for item in items[1:]:
-        scale = scale * item.tensors[0].flatten()
-    return scale
-
-
-def _ia3_input(items: Sequence[_Item], x: torch.Tensor) -> torch.Tensor:
-    scaled: torch.Tensor = x.to(items[-1].tensors[0].dtype) * _ia3_scale(items)
-    return scaled.to(x.dtype)
+    handles = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    return [*(handle.remove for handle in handles), lambda: leave(module)]

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from remote_modules.errors import UnsupportedCallError
 from remote_modules.model.stack import CACHE_ARGUMENTS, INPUT_ARGUMENTS, bind_owner_call
+from remote_modules.spans import Span
 
 __all__ = ["OwnerCall", "OwnerCapture", "keep_recording", "plain_cache", "record_once", "watch_registrations"]
 
@@ -48,6 +49,7 @@ class OwnerCall:
         passed: what the previous remote block returned, to detect work between blocks.
         entry: what entered the first remote block, by the names that travel.
         sides: side inputs of the blocks called so far, by the names that travel.
+        run: the remote blocks that run as one pass, of which the current one is; `client.runs`.
         outputs: what the blocks returned, when they ran before they were called.
     """
 
@@ -63,6 +65,7 @@ class OwnerCall:
     passed: torch.Tensor | None = field(default=None, repr=False)
     entry: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     sides: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    run: Span | None = None
     outputs: dict[str, torch.Tensor] | None = field(default=None, repr=False)
 
 

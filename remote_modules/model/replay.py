@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from remote_modules.errors import UnsupportedCallError, first_line
 from remote_modules.model.adapted import applied
+from remote_modules.model.adapted_item import Batch
 from remote_modules.model.adapters import Adapter
 from remote_modules.model.kv import SpanCache
 from remote_modules.model.quantization import compute_dtype
@@ -47,6 +48,7 @@ class OwnerArguments:
         autocast: dtype of an enclosing `torch.autocast`, or None.
         record: what to return of each block beside the output: ``"hidden_states"``, ``"router_logits"``.
         adapter, seed: applied to the blocks; see `model.adapted`.
+        first_row: number of the first row in the client's batch, of which this is a part.
         with_grad: whether the caller records a gradient; who runs the blocks sets the grad mode accordingly.
     """
 
@@ -61,6 +63,7 @@ class OwnerArguments:
     record: tuple[str, ...] = ()
     adapter: Adapter | None = None
     seed: int | None = None
+    first_row: int = 0
     with_grad: bool = False
 
 
@@ -209,7 +212,7 @@ class SpanModel:
         self._rotary.write(self._rotary.initial if cache is None or cache.rotary is None else cache.rotary)
         taps = self._taps.recording("router_logits" in arguments.record)
         try:
-            with self._adapted(arguments), self._autocast(arguments.autocast), taps as logits:
+            with self._adapted(arguments, cache), self._autocast(arguments.autocast), taps as logits:
                 self._owner(**self._owner_call(arguments, cache))
         except _SpanDone as done:
             output = done.output
@@ -273,10 +276,17 @@ class SpanModel:
         # not of zero stride: some owners scale it in place
         return torch.zeros((rows, num_tokens, self.hidden_size), dtype=self.dtype, device=self.device)
 
-    def _adapted(self, arguments: OwnerArguments) -> AbstractContextManager[object]:
+    def _adapted(self, arguments: OwnerArguments, cache: SpanCache | None) -> AbstractContextManager[object]:
         if arguments.adapter is None:
             return nullcontext()
-        return applied(self.blocks, arguments.adapter, seed=arguments.seed)
+        batch = Batch(
+            rows=arguments.rows,
+            num_tokens=arguments.num_tokens,
+            first_row=arguments.first_row,
+            position=0 if cache is None else cache.length,
+            seed=arguments.seed,
+        )
+        return applied(self.blocks, arguments.adapter, batch)
 
     def _autocast(self, dtype: torch.dtype | None) -> AbstractContextManager[object]:
         if dtype is None:

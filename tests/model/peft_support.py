@@ -18,7 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from remote_modules.model.adapted import applied
-from remote_modules.model.adapters import collect, decode, encode
+from remote_modules.model.adapted_item import Batch
+from remote_modules.model.adapter_reading import collect
+from remote_modules.model.adapters import decode, encode
 from remote_modules.model.shadow import shadow_block
 from remote_modules.model.stack import find_stack, meta_skeleton
 
@@ -59,7 +61,7 @@ class Peer:
         if data is None:
             return self.real(hidden, *args, **kwargs), ()
         adapter = decode(data).leaves("cpu", requires_grad=grad)
-        with applied({self.index: self.real}, adapter, seed=self.seed):
+        with applied({self.index: self.real}, adapter, Batch(seed=self.seed)):
             return self.real(hidden, *args, **kwargs), adapter.tensors
 
 

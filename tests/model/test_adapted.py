@@ -9,13 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+)
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from model.peft_support import FAMILIES, adapted, local_model, remote_twin, token_ids, train, trainable
 from remote_modules.errors import UnsupportedCallError
 from remote_modules.model.adapted import applied, check_fit
-from remote_modules.model.adapters import Adapter, Entry, Ia3, Lora, ParameterLora
+from remote_modules.model.adapted_item import Batch
+from remote_modules.model.adapter_entries import Entry, Ia3, LoHa, LoKr, Lora, Oft, ParameterLora, Prompt
+from remote_modules.model.adapters import Adapter
 
 pytestmark = [
     # peft asks transformers in a way that it will not answer in version 6.
@@ -53,6 +65,12 @@ def ia3(family: str) -> IA3Config:
     return IA3Config(target_modules=targets, feedforward_modules=feedforward, fan_in_fan_out=family == "gpt2")
 
 
+def other(kind: type[PeftConfig], family: str, **changes: Any) -> PeftConfig:
+    """One of the methods that adapt plain linear layers only, which gpt2 has none of."""
+    targets = ATTENTION.get(family, ["q_proj", "v_proj"])
+    return kind(**({"target_modules": targets} | changes))
+
+
 def parameter_lora(name: str, num_experts: int = 1) -> ParameterLora:
     return ParameterLora(block=0, module="layer", parameter=name, scaling=1.0, num_experts=num_experts, is_in_out=False)
 
@@ -67,6 +85,26 @@ METHODS: dict[str, Callable[[str], list[PeftConfig]]] = {
     "two": lambda family: [lora(family), lora(family, r=2, lora_alpha=3)],
     "two ia3": lambda family: [ia3(family), ia3(family)],
 }
+UPDATES: dict[str, Callable[[str], list[PeftConfig]]] = {
+    "loha": lambda family: [other(LoHaConfig, family, r=4, alpha=6)],
+    "two loha": lambda family: [other(LoHaConfig, family, r=4), other(LoHaConfig, family, r=2, alpha=3)],
+    "lokr": lambda family: [other(LoKrConfig, family, r=2, alpha=3)],
+    "lokr, both in factors": lambda family: [
+        other(LoKrConfig, family, r=1, decompose_both=True, decompose_factor=4, init_weights="lycoris")
+    ],
+    "lokr, both whole": lambda family: [other(LoKrConfig, family, r=64)],
+    "two lokr": lambda family: [other(LoKrConfig, family, r=2), other(LoKrConfig, family, r=1)],
+    "oft": lambda family: [other(OFTConfig, family, r=0, oft_block_size=8)],
+    "oft, shared": lambda family: [other(OFTConfig, family, r=0, oft_block_size=4, block_share=True)],
+    "oft, exact": lambda family: [other(OFTConfig, family, r=4, oft_block_size=0, use_cayley_neumann=False)],
+    "oft, three terms": lambda family: [other(OFTConfig, family, r=0, oft_block_size=8, num_cayley_neumann_terms=3)],
+    "oft, seven terms": lambda family: [other(OFTConfig, family, r=0, oft_block_size=8, num_cayley_neumann_terms=7)],
+    "two oft": lambda family: [
+        other(OFTConfig, family, r=0, oft_block_size=8),
+        other(OFTConfig, family, r=0, oft_block_size=4, module_dropout=0.5),  # which peft does not look at
+    ],
+}
+METHODS |= UPDATES
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -83,6 +121,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_is_that_of_peft_on_local_blocks(method: str, family: str, folder: Path) -> None:
     model = local_model(folder, family)
     configs = METHODS[method](family)
+    if family == "gpt2" and method in UPDATES:  # its layers are transposed
+        for one in (copy.deepcopy(model), remote_twin(model)):
+            with pytest.raises((TypeError, ValueError), match="not supported|Unsupported layer type|not implemented"):
+                adapted(one, *configs)
+        return
     local, remote = adapted(copy.deepcopy(model), *configs), adapted(remote_twin(model), *configs)
     assert [name for name, _ in trainable(local)] == [name for name, _ in trainable(remote)]
     local.train()
@@ -98,8 +141,10 @@ def test_training_is_that_of_peft_on_local_blocks(method: str, family: str, fold
         assert state.keys() == expected.keys()
 
 
-@pytest.mark.parametrize("method", ["lora", "all-linear", "dora", "ia3"])
+@pytest.mark.parametrize("method", ["lora", "all-linear", "dora", "ia3", "loha", "lokr, both in factors", "oft"])
 def test_files_go_both_ways(method: str, family: str, folder: Path, tmp_path: Path) -> None:
+    if family == "gpt2" and method in UPDATES:
+        family = "llama"
     model = local_model(folder, family)
     local, remote = (
         adapted(copy.deepcopy(model), *METHODS[method](family)),
@@ -121,7 +166,7 @@ def logits(model: nn.Module) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("method", ["lora", "all-linear", "dora", "ia3", "two"])
+@pytest.mark.parametrize("method", ["lora", "all-linear", "dora", "ia3", "two", *UPDATES])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_that_of_peft(method: str, dtype: torch.dtype, folder: Path) -> None:
     model: Any = local_model(folder, "llama").to(dtype=dtype)  # type: ignore[call-arg]
@@ -131,7 +176,7 @@ def test_low_precision_is_that_of_peft(method: str, dtype: torch.dtype, folder: 
     assert train(remote, steps=2)[0] == train(local, steps=2)[0]
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "loha", "lokr", "oft"])
 def test_autocast_is_that_of_peft(method: str, folder: Path) -> None:
     model = local_model(folder, "llama")
     losses = []
@@ -174,7 +219,7 @@ def test_dropout_is_decided_by_seed_block_and_module() -> None:
     blocks = {0: holder(layer), 1: holder(layer)}
 
     def output(seed: int, **changes: Any) -> torch.Tensor:
-        with applied(blocks, lora_of(layer, dropout=0.5, **changes), seed=seed):
+        with applied(blocks, lora_of(layer, dropout=0.5, **changes), Batch(seed=seed)):
             return layer(x)  # type: ignore[no-any-return]
 
     assert torch.equal(output(1), output(1))
@@ -185,12 +230,72 @@ def test_dropout_is_decided_by_seed_block_and_module() -> None:
         pass
 
 
+def test_mask_of_a_row_does_not_depend_on_the_rows_around_it() -> None:
+    layer = nn.Linear(5, 7)
+    adapter = lora_of(layer, dropout=0.5)
+    x = torch.ones(6, 3, 5)
+
+    def output(x: torch.Tensor, **batch: int) -> torch.Tensor:
+        with applied({0: holder(layer)}, adapter, Batch(seed=1, num_tokens=3, **batch)):
+            return layer(x)  # type: ignore[no-any-return]
+
+    whole = output(x, rows=6)
+    assert len({tuple(row.flatten().tolist()) for row in whole}) == 6
+    parts = [output(x[:1], rows=1), output(x[1:4], rows=3, first_row=1), output(x[4:], rows=2, first_row=4)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(output(x.flatten(0, 1), rows=6), whole.flatten(0, 1))
+    chosen = x.flatten(0, 1)[:4]  # tokens that an expert gets
+    assert torch.equal(output(chosen, rows=6), output(chosen, rows=6))
+    assert not torch.equal(output(chosen, rows=6), output(chosen, rows=6, first_row=6))
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "lokr, scaled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_of_outputs_is_that_of_peft(kind: str, dtype: torch.dtype, folder: Path, monkeypatch: Any) -> None:
+    """With every second output left out."""
+    model: Any = local_model(folder, "llama").to(dtype=dtype)  # type: ignore[call-arg]
+    options: dict[str, Any] = {"rank_dropout_scale": True} if kind == "lokr, scaled" else {}
+    config = other(LoHaConfig if kind == "loha" else LoKrConfig, "llama", r=2, rank_dropout=0.5, **options)
+    local, remote = adapted(copy.deepcopy(model), config), adapted(remote_twin(model, dtype=dtype), config)
+    assert torch.equal(logits(local.eval()), logits(remote.eval()))
+    undropped = adapted(copy.deepcopy(model), other(type(config), "llama", r=2))
+    blocks: Any = remote.get_submodule("base_model.model.model.layers")
+    for block in blocks:
+        block.forward.__self__.seed = 1
+    draws = []
+
+    def draw(count: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        draws.append(generator)
+        return (torch.arange(1, count + 1) % 2).float()
+
+    monkeypatch.setattr("torch.rand", draw)
+    losses = [train(one.train(), steps=2)[0] for one in (local, remote)]
+    assert losses[0] == losses[1] != train(undropped.train(), steps=2)[0]
+    assert {generator is None for generator in draws} == {True, False}  # peft and peers
+
+
+def test_dropout_of_outputs_is_the_same_in_all_parts_of_a_batch() -> None:
+    layer = nn.Linear(4, 6)
+    entry = LoHa(block=0, module="layer", scaling=1.0, rank_dropout=0.5)
+    torch.manual_seed(0)
+    adapter = adapter_of(entry, torch.randn(6, 2), torch.randn(2, 4), torch.randn(6, 2), torch.randn(2, 4))
+    x = torch.ones(2, 4)
+    outputs = []
+    for seed, first_row in ((1, 0), (1, 2), (2, 0)):
+        with applied({0: holder(layer)}, adapter, Batch(seed=seed, rows=2, first_row=first_row)):
+            outputs.append(layer(x))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    with pytest.raises(UnsupportedCallError, match="need a seed"), applied({0: holder(layer)}, adapter):
+        pass
+
+
 def test_dropout_keeps_the_mean_and_drops_its_share() -> None:
     layer = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(layer.weight)
     entry = Lora(block=0, module="layer", scaling=1.0, dropout=0.25)
-    with applied({0: holder(layer)}, adapter_of(entry, torch.ones(1, 1), torch.ones(1, 1)), seed=3):
-        output = layer(torch.ones(100_000, 1))
+    with applied({0: holder(layer)}, adapter_of(entry, torch.ones(1, 1), torch.ones(1, 1)), Batch(seed=3)):
+        output = layer(torch.ones(4, 25_000, 1))
     assert set(output.unique().tolist()) == {0.0, torch.tensor(4 / 3).item()}
     assert abs(output.mean().item() - 1.0) < 0.01
 
@@ -216,13 +321,17 @@ def test_dropout_with_dora_of_a_trained_probability_is_that_of_peft(folder: Path
         (Lora(block=0, module="norm", scaling=1.0), [[2, 5], [7, 2]], "'norm' of block 0 is a LayerNorm"),
         (Ia3(block=0, module="layer", is_feedforward=True), [[1, 7]], r"is for sizes \[7\], expected \[5\]"),
         (Ia3(block=0, module="layer", is_feedforward=False), [[5, 1]], r"is for sizes \[5\], expected \[7\]"),
+        (LoHa(block=0, module="layer", scaling=1.0), [[7, 2], [2, 6], [7, 2], [2, 6]], r"\[7, 6\], expected \[7, 5\]"),
+        (LoKr(block=0, module="layer", scaling=1.0), [[7, 5], [1, 1], [1, 2]], r"\[7, 10\], expected \[7, 5\]"),
+        (Oft(block=0, module="layer", size=2, num_inputs=4), [[2, 1]], r"is for sizes \[4\], expected \[5\]"),
+        (LoHa(block=0, module="turned", scaling=1.0), [[7, 2], [2, 5], [7, 2], [2, 5]], "is a Conv1D"),
         (parameter_lora("nothing"), [[2, 5], [7, 2]], "has no parameter 'nothing' that can be adapted"),
         (parameter_lora("bias"), [[2, 5], [7, 2]], "has no parameter 'bias' that can be adapted"),
         (parameter_lora("weight", 2), [[2, 5], [7, 2]], r"is for \[2, 7, 5\], expected \[1, 7, 5\]"),
     ],
 )
 def test_entry_that_does_not_fit_is_refused(entry: Entry, shapes: list[list[int]], message: str) -> None:
-    block = nn.ModuleDict({"layer": nn.Linear(5, 7), "norm": nn.LayerNorm(5)})
+    block = nn.ModuleDict({"layer": nn.Linear(5, 7), "norm": nn.LayerNorm(5), "turned": Conv1D(7, 5)})
     adapter = adapter_of(entry, *(torch.ones(shape) for shape in shapes))
     with pytest.raises(UnsupportedCallError, match=message):
         check_fit({0: block}, adapter)
@@ -257,6 +366,41 @@ def test_blocks_of_other_spans_are_left_out() -> None:
     layer = nn.Linear(5, 7)
     with applied({1: holder(layer)}, lora_of(layer, block=0)):
         assert not layer._forward_hooks
+
+
+class Shifted(nn.Module):
+    """A block that takes its hidden states by position or by name."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * 2
+
+
+def test_prompt_is_added_at_the_first_positions_of_the_cache() -> None:
+    block, prompt, x = Shifted(), torch.randn(3, 5, requires_grad=True), torch.randn(2, 4, 5)
+    adapter = adapter_of(Prompt(block=0), prompt)
+    expected = x.clone()
+    expected[:, :3] += prompt.detach()
+    with applied({0: block}, adapter):
+        assert torch.equal(block(x), expected * 2)
+        output = block(hidden_states=x)
+    assert torch.equal(output, expected * 2)
+    output.sum().backward()
+    assert prompt.grad is not None
+    assert torch.equal(prompt.grad, torch.full((3, 5), 4.0))  # two rows, doubled
+    parts = []
+    for position, part in ((0, x[:, :2]), (2, x[:, 2:3]), (3, x[:, 3:])):
+        with applied({0: block}, adapter, Batch(position=position)):
+            parts.append(block(part))
+    assert torch.equal(torch.cat(parts, dim=1), expected * 2)
+    assert not block._forward_pre_hooks
+
+
+@pytest.mark.parametrize("shape", [[4, 5], [2, 4, 6], [2, 1, 4, 5]])
+def test_prompt_that_does_not_fit_hidden_states_is_refused(shape: list[int]) -> None:
+    block = Shifted()
+    with applied({7: block}, adapter_of(Prompt(block=7), torch.ones(3, 5))):
+        with pytest.raises(UnsupportedCallError, match=r"prompt of block 7 is \[3, 5\], but hidden states are \["):
+            block(torch.ones(shape))
 
 
 class Linear8bitLt(nn.Linear):

@@ -26,14 +26,11 @@ from torch import nn
 
 from model.peft_support import adapted, local_model, remote_twin, token_ids
 from remote_modules.errors import RemoteProtocolError, UnsupportedCallError
+from remote_modules.model.adapter_entries import Entry, Ia3, LoHa, LoKr, Lora, Oft, ParameterLora, Prompt
+from remote_modules.model.adapter_reading import collect
 from remote_modules.model.adapters import (
     Adapter,
     AdapterSet,
-    Entry,
-    Ia3,
-    Lora,
-    ParameterLora,
-    collect,
     content_hash,
     decode,
     decode_entries,
@@ -49,8 +46,25 @@ EXPERTS: Entry = ParameterLora(
     block=2, module="mlp.experts", parameter="gate_up_proj", scaling=1.0, num_experts=2, is_in_out=True
 )
 IA3: Entry = Ia3(block=3, module="mlp.down_proj", is_feedforward=True)
-ENTRIES = [LORA, DORA, EXPERTS, IA3]
-SHAPES = [[2, 5], [7, 2], [3, 5], [7, 3], [7], [4, 5], [7, 4], [1, 5]]
+LOHA: Entry = LoHa(block=4, module="mlp.up_proj", scaling=2.0, rank_dropout=0.5)
+LOKR: Entry = LoKr(block=5, module="mlp.up_proj", scaling=2.0, is_w1_whole=True, is_w2_whole=False)
+FACTORS: Entry = LoKr(block=5, module="mlp.gate_proj", scaling=2.0, is_w1_whole=False, is_w2_whole=True)
+OFT: Entry = Oft(block=6, module="mlp.up_proj", size=3, num_inputs=6, neumann_terms=0)
+SHARED: Entry = Oft(block=6, module="mlp.gate_proj", size=4, num_inputs=8, is_shared=True)
+PROMPT: Entry = Prompt(block=6)
+ENTRIES = [LORA, DORA, EXPERTS, IA3, LOHA, LOKR, FACTORS, OFT, SHARED, PROMPT]
+SHAPES = [
+    *([2, 5], [7, 2]),
+    *([3, 5], [7, 3], [7]),
+    *([4, 5], [7, 4]),
+    [1, 5],
+    *([6, 2], [2, 5], [6, 2], [2, 5]),
+    *([2, 3], [3, 1], [1, 4]),
+    *([2, 1], [1, 3], [3, 4]),
+    [2, 3],
+    [1, 6],
+    [3, 5],
+]
 
 
 def tensors() -> list[torch.Tensor]:
@@ -130,6 +144,43 @@ def test_fused_experts_are_read_by_parameter(tmp_path: Path) -> None:
     }
 
 
+def test_updates_of_low_rank_and_rotations_are_read(tmp_path: Path) -> None:
+    loha = LoHaConfig(target_modules=["q_proj"], r=2, alpha=3, rank_dropout=0.25)
+    model = model_with(tmp_path, loha)
+    assert collected(model.train()).entries[0] == LoHa(
+        block=0, module="self_attn.q_proj", scaling=1.5, rank_dropout=0.25
+    )
+    assert collected(model).has_dropout
+    assert not collected(model.eval()).has_dropout
+    layer: Any = blocks_of(model)[0].get_submodule("self_attn.q_proj")
+    assert collected(model).parameters[1] is layer.hada_w1_b["a0"]
+    lokr = LoKrConfig(target_modules=["v_proj"], r=1, alpha=3, decompose_both=True, rank_dropout_scale=True)
+    found = collected(model_with(tmp_path, lokr))
+    assert found.entries[0] == LoKr(
+        block=0, module="self_attn.v_proj", scaling=3.0, is_w1_whole=False, scales_dropout=True
+    )
+    assert [list(tensor.shape) for tensor in found.parameters[:4]] == [[4, 1], [1, 4], [4, 1], [1, 8]]
+    oft = OFTConfig(target_modules=["v_proj"], oft_block_size=8, r=0, use_cayley_neumann=False)
+    assert collected(model_with(tmp_path, oft)).entries[0] == Oft(
+        block=0, module="self_attn.v_proj", size=8, num_inputs=32, neumann_terms=0
+    )
+
+
+def test_convolutions_are_refused_by_name(tmp_path: Path) -> None:
+    model = remote_twin(local_model(tmp_path, "llama"))
+    block: Any = model.model.layers[1]
+    configs: list[tuple[str, PeftConfig]] = [
+        ("loha", LoHaConfig(r=2, target_modules=["conv"])),
+        ("lokr", LoKrConfig(r=2, target_modules=["conv"])),
+        ("oft", OFTConfig(oft_block_size=4, target_modules=["conv"])),
+    ]
+    for kind, config in configs:
+        holder: Any = nn.ModuleDict({"conv": nn.Conv1d(4, 4, 3) if kind != "oft" else nn.Conv2d(4, 4, 3)})
+        block.mlp.up_proj = get_peft_model(holder, config).get_submodule("base_model.model.conv")
+        with pytest.raises(UnsupportedCallError, match=rf"peft.tuners.{kind}.layer.Conv.d at 'mlp.up_proj' of block 1"):
+            collect(dict(enumerate(model.model.layers)))
+
+
 def test_disabled_adapters_are_none(tmp_path: Path) -> None:
     model = model_with(tmp_path, LoraConfig(target_modules=["q_proj"]))
     with model.disable_adapter():
@@ -158,13 +209,15 @@ def test_version_changes_with_the_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (LoHaConfig(target_modules=["q_proj"]), r"peft.tuners.loha.layer.Linear at 'self_attn.q_proj' of block 0"),
-        (LoKrConfig(target_modules=["q_proj"]), r"peft.tuners.lokr.layer.Linear at 'self_attn.q_proj'"),
-        (OFTConfig(target_modules=["q_proj"], oft_block_size=4, r=0), r"peft.tuners.oft.layer.Linear at"),
+        (LoHaConfig(target_modules=["q_proj"], module_dropout=0.1), r"module_dropout at 'self_attn.q_proj' of block 0"),
+        (LoKrConfig(target_modules=["q_proj"], module_dropout=0.1), r"module_dropout at 'self_attn.q_proj' of block 0"),
+        (OFTConfig(target_modules=["q_proj"], oft_block_size=4, r=0, coft=True), r"coft at 'self_attn.q_proj'"),
+        (OFTConfig(target_modules=["q_proj"], oft_block_size=1, r=0), r"oft_block_size 1 at 'self_attn.q_proj'"),
+        (OFTConfig(target_modules=["q_proj"], num_cayley_neumann_terms=65), r"is 65, at most 64 are carried"),
         (VeraConfig(target_modules=["q_proj"], r=4), r"peft.tuners.vera.layer.Linear at"),
         (LoraConfig(target_modules=["q_proj"], lora_bias=True), r"lora_bias at 'self_attn.q_proj' of block 0"),
     ],
-    ids=["loha", "lokr", "oft", "vera", "lora_bias"],
+    ids=["loha", "lokr", "coft", "oft_block_size", "terms", "vera", "lora_bias"],
 )
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True.*:UserWarning")
 def test_what_is_not_carried_is_refused_by_name(config: PeftConfig, named: str, tmp_path: Path) -> None:
@@ -212,7 +265,7 @@ def test_bytes_give_the_same_adapter() -> None:
     assert all(torch.equal(one, other) for one, other in zip(adapter.tensors, tensors(), strict=True))
     assert encode(ENTRIES, tensors()) == data
     assert decode_entries(encode_entries(ENTRIES)) == ENTRIES
-    assert [len(own) for _, own in adapter.items()] == [2, 3, 2, 1]
+    assert [len(own) for _, own in adapter.items()] == [2, 3, 2, 1, 4, 3, 3, 1, 1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -279,7 +332,8 @@ def test_too_many_bytes_are_refused() -> None:
         ({"scaling": "x"}, "malformed"),
         ({"scaling": 1e999}, "malformed"),
         ({"dropout": 1.0}, "malformed"),
-        ({"type": "loha"}, "malformed"),
+        ({"type": "nothing"}, "malformed"),
+        ({"type": "loha"}, "unknown field"),
         ({"more": 1}, "malformed"),
     ],
 )
@@ -287,6 +341,28 @@ def test_entries_out_of_bounds_are_refused(change: dict[str, Any], message: str)
     entry = msgspec.to_builtins(LORA) | change
     with pytest.raises(RemoteProtocolError, match=message):
         decode_entries(json.dumps([entry]))
+
+
+@pytest.mark.parametrize(
+    ("entry", "change"),
+    [
+        (OFT, {"size": 1}),
+        (OFT, {"size": 2**24}),
+        (OFT, {"num_inputs": 2**24}),
+        (OFT, {"neumann_terms": 65}),
+        (OFT, {"neumann_terms": -1}),
+        (LOHA, {"rank_dropout": 1.0}),
+        (LOHA, {"scaling": 1e999}),
+        (LOKR, {"rank_dropout": -0.1}),
+        (LOKR, {"is_w1_whole": 1}),
+        (PROMPT, {"module": "mlp"}),
+        (PROMPT, {"block": 2**16}),
+    ],
+)
+def test_entries_of_other_methods_out_of_bounds_are_refused(entry: Entry, change: dict[str, Any]) -> None:
+    data = json.dumps([msgspec.to_builtins(entry) | change])
+    with pytest.raises(RemoteProtocolError, match="malformed|claims scaling"):
+        decode_entries(data)
 
 
 def test_numbers_of_entries_are_bounded() -> None:
@@ -316,15 +392,31 @@ def test_two_kinds_at_one_module_are_refused() -> None:
         (IA3, [[5]]),
         (IA3, [[5, 1]]),
         (IA3, [[2, 5]]),
+        (LOHA, [[6, 2], [2, 5], [6, 3], [3, 5]]),
+        (LOHA, [[6, 2], [3, 5], [6, 2], [3, 5]]),
+        (LOHA, [[6, 2], [2], [6, 2], [2]]),
+        (LOHA, [[6, 0], [0, 5], [6, 0], [0, 5]]),
+        (LOKR, [[2], [3, 1], [1, 4]]),
+        (LOKR, [[2, 3], [3, 1], [2, 4]]),
+        (LOKR, [[2, 3], [3, 70_000], [70_000, 4]]),
+        (FACTORS, [[2, 1], [1, 3], [3, 4, 1]]),
+        (OFT, [[3, 3]]),
+        (OFT, [[2, 2]]),
+        (OFT, [[6]]),
+        (Oft(block=0, module="mlp", size=4, num_inputs=6), [[1, 6]]),
+        (SHARED, [[2, 6]]),
+        (PROMPT, [[5]]),
+        (PROMPT, [[0, 5]]),
+        (PROMPT, [[65_537, 1]]),
     ],
 )
 def test_shapes_that_do_not_fit_each_other_are_refused(entry: Entry, shapes: list[list[int]]) -> None:
-    with pytest.raises(RemoteProtocolError, match=f"'{entry.module}' of block {entry.block} claims shapes"):
+    with pytest.raises(RemoteProtocolError, match=f"'{entry.place}' of block {entry.block} claims shapes"):
         Adapter.of([entry], [torch.ones(shape) for shape in shapes])
 
 
 def test_tensors_that_do_not_belong_are_refused() -> None:
-    with pytest.raises(RemoteProtocolError, match="has 7 tensors, its 4 entries need 8"):
+    with pytest.raises(RemoteProtocolError, match="has 7 tensors, its 10 entries need 21"):
         Adapter.of(ENTRIES, tensors()[:7])
     data = safetensors.torch.save(
         {"0.A": torch.ones(2, 5), "0.C": torch.ones(7, 2)},

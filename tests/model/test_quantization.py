@@ -11,6 +11,9 @@ from tiny_models import save_tiny
 from torch import nn
 
 from model.support import opened, opened_files, run_span
+from remote_modules.model.adapted import applied
+from remote_modules.model.adapter_entries import Entry, LoHa, LoKr, Oft
+from remote_modules.model.adapters import Adapter
 from remote_modules.model.loading import load_span
 from remote_modules.model.quantization import (
     QuantizedExperts,
@@ -281,3 +284,33 @@ def test_tensors_of_another_block_are_refused(quantization: str, llama_folder: P
     del state["input_layernorm.weight"]
     with pytest.raises(ValueError, match="lack 'input_layernorm.weight'"):
         restore_block(meta_skeleton(cls, config).model.layers[0], state, "cpu")
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_updates_and_rotations_leave_quantized_weights_alone(quantization: str, llama_folder: Path) -> None:
+    layer: Any = blocks_of(llama_folder, quantization=quantization)[0].get_submodule("self_attn.q_proj")
+    size_out, size_in = layer.out_features, layer.in_features
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.1
+
+    x = draw(2, 3, size_in)
+    first, second = (draw(size_out, 2), draw(2, size_in)), (draw(size_out, 2), draw(2, size_in))
+    update = (first[0] @ first[1]) * (second[0] @ second[1]) * 2.0
+    turned = torch.zeros(size_in // 4, 4, 4)
+    triangle = draw(size_in // 4, 6)
+    rows, columns = torch.triu_indices(4, 4, 1)
+    turned[:, rows, columns] = triangle
+    skew, identity = turned - turned.mT, torch.eye(4)
+    rotation = torch.block_diag(*((identity - part) @ torch.linalg.inv(identity + part) for part in skew))
+    left, right = draw(size_out // 4, 4), draw(4, size_in // 4)
+    cases: list[tuple[Entry, list[torch.Tensor], torch.Tensor]] = [
+        (LoHa(0, "q", 2.0), [*first, *second], layer(x) + x @ update.T),
+        (LoKr(0, "q", 0.5, is_w2_whole=True), [left, right], layer(x) + x @ (torch.kron(left, right) * 0.5).T),
+        (Oft(0, "q", 4, size_in, neumann_terms=0), [triangle], layer(x @ rotation)),
+    ]
+    for entry, tensors, expected in cases:
+        with applied({0: nn.ModuleDict({"q": layer})}, Adapter((entry,), tuple(tensors))):
+            torch.testing.assert_close(layer(x), expected.to(x.dtype), rtol=1e-2, atol=1e-2)
+            assert not torch.equal(layer(x), layer.forward(x))

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from model.support import Trace, opened, run_span, span_model, stack_of
 from remote_modules.errors import UnsupportedCallError
+from remote_modules.model.adapter_entries import Lora
+from remote_modules.model.adapters import Adapter
 from remote_modules.model.kv import SpanCache
 from remote_modules.model.loading import load_client_part
 from remote_modules.model.replay import SpanModel
@@ -272,6 +274,26 @@ def test_one_row_of_positions_serves_all(llama: Whole) -> None:
     part = span_model(llama.folder, "0:4")
     output = run_span(part, llama.trace[0], position_ids=positions, use_cache=False)
     assert torch.equal(output, llama.trace[NUM_BLOCKS])
+
+
+def test_dropout_of_a_row_is_the_same_alone_as_in_its_batch(llama: Whole) -> None:
+    llama(token_ids())
+    part, carried = llama.cuts[0][0], llama.trace.carried(0)
+    hidden = carried["hidden_states"]
+    rows, _, size = hidden.shape
+    draw = torch.Generator().manual_seed(2)
+    tensors = [torch.randn(2, size, generator=draw), torch.randn(size, 2, generator=draw)]
+    adapter = Adapter((Lora(0, "self_attn.q_proj", 1.0, dropout=0.5),), tuple(tensors))
+    arguments = llama.trace.arguments(adapter=adapter, seed=5)
+    with torch.inference_mode():
+        together = part.run(carried, part.span, arguments)["hidden_states"]
+        alone = [
+            part.run({"hidden_states": hidden[row : row + 1]}, part.span, replace(arguments, rows=1, first_row=row))
+            for row in range(rows)
+        ]
+        other = part.run({"hidden_states": hidden[1:]}, part.span, replace(arguments, rows=rows - 1))
+    torch.testing.assert_close(torch.cat([one["hidden_states"] for one in alone]), together, rtol=1e-4, atol=1e-4)
+    assert (other["hidden_states"] - together[1:]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", ["llama", "ctrl", "gemma2", "bloom", "mamba"])

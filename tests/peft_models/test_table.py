@@ -21,14 +21,14 @@ pytestmark = [
 
 # Each method on some architecture, each architecture with some methods.
 CELLS = {
-    "llama": ["LoRA some layers", "rsLoRA", "LoRA dropout", "p-tuning"],
-    "gpt2": ["LoRA all-linear", "DoRA", "IA3", "prefix tuning"],
-    "bloom": ["LoRA all-linear", "prompt tuning", "prefix tuning"],
-    "gemma2": ["LoRA q/v", "prefix tuning"],
+    "llama": ["LoRA some layers", "rsLoRA", "LoRA dropout", "p-tuning", "LoHa", "deep prompts"],
+    "gpt2": ["LoRA all-linear", "DoRA", "IA3", "prefix tuning", "modules_to_save"],
+    "bloom": ["LoKr", "LoRA all-linear", "prompt tuning", "prefix tuning"],
+    "gemma2": ["LoRA q/v", "deep prompts", "prefix tuning"],
     "qwen3_moe": ["LoRA experts", "LoRA all-linear"],
     "mixtral": ["LoRA experts", "IA3"],
     "falcon": ["LoRA dropout", "prefix tuning"],
-    "qwen3": ["LoRA q/v"],
+    "qwen3": ["OFT", "LoRA q/v", "LoRA head, embeddings"],
     "phi3": ["DoRA"],
     "gpt_neox": ["IA3", "prefix tuning"],
 }
@@ -57,7 +57,7 @@ def test_every_method_and_family_is_in_some_cell() -> None:
 
 def test_a_wrong_cell_is_told_from_a_right_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = table.save_family(tmp_path / "llama", "llama")
-    monkeypatch.setattr("remote_modules.model.adapted._ia3_scale", lambda items: torch.ones(()))
+    monkeypatch.setattr("remote_modules.model.adapted_ia3._ia3_scale", lambda items: torch.ones(()))
     with InlineSwarm(folder, ["0:4"]) as swarm:
         row = table.compare(folder, swarm, "llama", "IA3", tmp_path / "adapter")
     assert not row.is_right

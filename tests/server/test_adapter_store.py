@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from remote_modules.errors import PeerRefused, RefusalReason
-from remote_modules.model.adapters import Adapter, Ia3, Lora, encode_entries
+from remote_modules.model.adapter_entries import Entry, LoHa, LoKr, Lora, Oft, Prompt
+from remote_modules.model.adapters import Adapter, encode_entries
 from remote_modules.server.adapter_store import AdapterStore
 from remote_modules.server.checks import RequestTensors
 from remote_modules.wire.messages import CallMeta
@@ -28,7 +29,7 @@ BLOCKS: Mapping[int, nn.Module] = {1: Block(), 2: Block()}
 ENTRY = Lora(1, "proj", 0.5)
 
 
-def brought(*entries: Lora | Ia3, tensors: list[torch.Tensor] | None = None, seed: int = 0) -> RequestTensors:
+def brought(*entries: Entry, tensors: list[torch.Tensor] | None = None, seed: int = 0) -> RequestTensors:
     """A request with an adapter; by default a LoRA whose tensors fit."""
     generator = torch.Generator().manual_seed(seed)
     if tensors is None:
@@ -124,6 +125,29 @@ def test_least_recently_used_adapter_is_dropped(used: str) -> None:
     of(store, used, connection_id=1 if used == "a" else 2)
     of(store, "c", brought())
     assert (is_held(store, "a"), is_held(store, "b", 2), is_held(store, "c")) == (used == "a", used == "b", True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "shapes", "text"),
+    [
+        (LoHa(1, "proj", 1.0), [[9, 1], [1, 8], [9, 1], [1, 8]], "is for sizes [9, 8], expected [8, 8]"),
+        (LoHa(1, "proj", 1.0), [[8, 1], [1, 8], [8, 2], [1, 8]], "claims shapes"),
+        (LoHa(1, "norm", 1.0), [[8, 1], [1, 8], [8, 1], [1, 8]], "'norm' of block 1 is a LayerNorm"),
+        (LoKr(1, "proj", 1.0), [[4, 4], [4, 1], [1, 2]], "is for sizes [16, 8], expected [8, 8]"),
+        (LoKr(1, "proj", 1.0, is_w2_whole=True), [[60_000, 1], [60_000, 8]], "is for sizes [3600000000, 8]"),
+        (Oft(1, "proj", 2, 16), [[8, 1]], "is for sizes [16], expected [8]"),
+        (Oft(1, "proj", 2, 8), [[8, 1]], "claims shapes [[8, 1]]"),
+        (Oft(1, "proj", 1, 8), [[8, 1]], "malformed"),
+        (Prompt(1), [[2, 8, 1]], "claims shapes [[2, 8, 1]]"),
+    ],
+)
+def test_entries_that_do_not_fit_are_refused_before_anything_is_computed(
+    entry: Entry, shapes: list[list[int]], text: str
+) -> None:
+    request = brought(entry, tensors=[torch.ones(shape) for shape in shapes])
+    reason, got = refusal_of(lambda: of(AdapterStore(max_bytes=10 * BYTES), "a", request))
+    assert reason is RefusalReason.BAD_REQUEST
+    assert text in got
 
 
 def test_adapter_larger_than_the_store_serves_its_request_and_the_next() -> None:

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoConfig
 
 from remote_modules.errors import PeerRefused, RefusalReason
-from remote_modules.model.adapters import Lora, encode_entries
+from remote_modules.model.adapter_entries import Lora
+from remote_modules.model.adapters import encode_entries
 from remote_modules.model.classes import serving_class
 from remote_modules.model.probe import probe_stack, tiny_twin
 from remote_modules.model.replay import SpanModel

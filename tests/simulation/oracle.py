@@ -12,7 +12,8 @@ import torch
 
 from remote_modules.client.adapters import CallAdapter
 from remote_modules.client.call import CallArguments
-from remote_modules.model.adapters import AdapterSet, Lora
+from remote_modules.model.adapter_entries import Lora
+from remote_modules.model.adapters import AdapterSet
 
 from .tiny import PAD, VOCABULARY, TinyModel, call_of
 
