@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     )
     from remote_modules.server.server import Server
     from remote_modules.server.tracker import Tracker
+    from remote_modules.training.lightning import RemoteModulesCallback
+    from remote_modules.training.trainer import RemoteModulesTrainerCallback
 
 __all__ = [
     "ClientConfig",
@@ -35,7 +37,9 @@ __all__ = [
     "NoRouteError",
     "PeerError",
     "ProtocolError",
+    "RemoteModulesCallback",
     "RemoteModulesError",
+    "RemoteModulesTrainerCallback",
     "RemoteSequential",
     "Server",
     "ServerConfig",
@@ -50,6 +54,8 @@ _HOMES = {
     "ClientConfig": "config",
     "ClientStats": "client.stats",
     "InferenceSession": "client.inference_session",
+    "RemoteModulesCallback": "training.lightning",
+    "RemoteModulesTrainerCallback": "training.trainer",
     "RemoteSequential": "client.sequential",
     "Server": "server.server",
     "ServerConfig": "config",
