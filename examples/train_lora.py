@@ -15,16 +15,18 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from licence_texts import licence_texts, windows
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from remote_modules import load
+from remote_modules import ClientConfig, load
 from remote_modules.model.checkpoint import built_in_path
 from remote_modules.testing import LocalSwarm
 
+ALONE = ClientConfig(peer_cache=None)  # no peers of other swarms that this machine remembers
 NUM_TOKENS = 128  # of a window
 BATCH = 8  # windows
 PROMPTS = ("Redistribution and use in", "You may not")
@@ -37,15 +39,15 @@ def model_of(options: argparse.Namespace) -> Iterator[PreTrainedModel]:
     if options.local:
         yield AutoModelForCausalLM.from_pretrained(built_in_path())
         return
-    with LocalSwarm("pydoc-2m", spans=SPANS, mode=options.peers, num_threads=1) as swarm:
-        model = load("pydoc-2m", trackers=swarm.trackers, mdns=False)
+    with LocalSwarm(built_in_path(), spans=SPANS, mode=options.peers, num_threads=1) as swarm:
+        model = load(built_in_path(), trackers=swarm.trackers, mdns=False, config=ALONE)
         yield model
         print(f"swarm: {model.model.layers.stats()}")
         model.model.layers.close()
 
 
 @torch.no_grad()
-def perplexity(model: torch.nn.Module, rows: torch.Tensor) -> float:
+def perplexity(model: Any, rows: torch.Tensor) -> float:
     """Of all tokens of ``rows`` ``[N, T]`` but the first of each."""
     model.eval()
     batches = rows.split(BATCH)
@@ -53,7 +55,7 @@ def perplexity(model: torch.nn.Module, rows: torch.Tensor) -> float:
     return math.exp(sum(losses) / len(rows))
 
 
-def train(model: torch.nn.Module, rows: torch.Tensor, num_steps: int, rate: float) -> None:
+def train(model: Any, rows: torch.Tensor, num_steps: int, rate: float) -> None:
     """``num_steps`` steps of AdamW on batches of ``rows`` in an order that a seed decides; the rate falls to zero."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
@@ -70,7 +72,7 @@ def train(model: torch.nn.Module, rows: torch.Tensor, num_steps: int, rate: floa
             print(f"step {step}: loss {loss.item():.6f}")
 
 
-def show(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, when: str) -> None:
+def show(model: Any, tokenizer: Any, when: str) -> None:
     """Print what the model writes after each prompt; a seed decides the draws."""
     for prompt in PROMPTS:
         torch.manual_seed(0)
@@ -99,7 +101,7 @@ def main() -> None:
 
     with model_of(options) as model:
         torch.manual_seed(0)
-        adapted = get_peft_model(
+        adapted: Any = get_peft_model(
             model, LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules="all-linear")
         )
         before = perplexity(adapted, held_out)

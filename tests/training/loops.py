@@ -124,7 +124,7 @@ def accelerated(model: Any, data: torch.Tensor, folder: Path) -> list[float]:
     """With gradient accumulation: the optimizer steps after each second batch."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
-    loader = DataLoader(data, batch_size=BATCH)  # type: ignore[arg-type]  # a tensor is a dataset
+    loader: Any = DataLoader(data, batch_size=BATCH)  # type: ignore[arg-type]  # a tensor is a dataset
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     model.train()
     losses = []
@@ -184,7 +184,8 @@ def trainer_of_transformers(model: Any, data: torch.Tensor, folder: Path, **chan
 def supervised(model: Any, data: torch.Tensor, folder: Path, **changes: Any) -> list[float]:
     """TRL. Its defaults are bf16 and gradient checkpointing."""
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     texts = Dataset.from_dict({"text": [" ".join(map(str, row.tolist())) for row in data]})
     trainer = recording(SFTTrainer)(
