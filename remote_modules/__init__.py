@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     )
     from remote_modules.server.server import Server
     from remote_modules.server.tracker import Tracker
+    from remote_modules.training.lightning import RemoteModulesCallback
+    from remote_modules.training.trainer import RemoteModulesTrainerCallback
 
 __all__ = [
     "ClientConfig",
@@ -37,7 +39,9 @@ __all__ = [
     "NoRouteError",
     "PeerError",
     "ProtocolError",
+    "RemoteModulesCallback",
     "RemoteModulesError",
+    "RemoteModulesTrainerCallback",
     "RemoteSequential",
     "Server",
     "ServerConfig",
@@ -53,6 +57,8 @@ _HOMES = {
     "ClientStats": "client.stats",
     "DeepPrompts": "client.deep_prompts",
     "InferenceSession": "client.inference_session",
+    "RemoteModulesCallback": "training.lightning",
+    "RemoteModulesTrainerCallback": "training.trainer",
     "RemoteSequential": "client.sequential",
     "Server": "server.server",
     "ServerConfig": "config",

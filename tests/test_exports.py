@@ -21,13 +21,22 @@ PACKAGE = ROOT / "remote_modules"
 
 PUBLIC = {
     *("RemoteSequential", "load", "InferenceSession", "ClientConfig", "ClientStats", "DeepPrompts"),
-    *("Server", "ServerConfig", "Tracker", "TrackerConfig"),
+    *("Server", "ServerConfig", "Tracker", "TrackerConfig", "RemoteModulesCallback", "RemoteModulesTrainerCallback"),
     *("RemoteModulesError", "NoRouteError", "PeerError", "ProtocolError", "SessionError", "UnsupportedCallError"),
 }
 # What importing the package, or what a program needs to parse its arguments, must not load.
-HEAVY = ("torch", "transformers", "aiohttp", "zeroconf", "huggingface_hub", "cryptography", "prometheus_client")
+HEAVY = (
+    "torch",
+    "transformers",
+    "aiohttp",
+    "zeroconf",
+    "huggingface_hub",
+    "cryptography",
+    "prometheus_client",
+    "lightning",
+)
 
-MIRRORED = ("wire", "plan", "discovery", "net", "model", "client", "server")
+MIRRORED = ("wire", "plan", "discovery", "net", "model", "client", "server", "training")
 # Source files, or whole folders of them, without a test file of their own, and the tests that are theirs.
 TESTED_BY = {
     "client": "tests/swarm",  # needs peers: whole swarms over sockets there, and under virtual time in tests/simulation

@@ -26,6 +26,7 @@ MAY_USE: dict[str, set[str]] = {
     "model": set(),
     "client": {"wire", "plan", "discovery", "net", "model"},
     "server": {"wire", "plan", "discovery", "net", "model"},
+    "training": {"client"},  # what loops log of a client
     "testing": {"wire", "plan", "discovery", "net", "model", "client", "server"},
     "cli": {"wire", "plan", "discovery", "net", "model", "client", "server", "testing"},
 }
@@ -36,8 +37,9 @@ EXEMPT = {"__init__", "__main__"}
 
 IMPURE = {"asyncio", "socket", "threading", "time", "random", "secrets", "selectors", "ssl", "subprocess", "datetime"}
 USERS_OF: dict[str, set[str]] = {
-    "torch": {"wire.tensors", "net.client_connection", "model", "client", "server", "cli"},
-    "transformers": {"model", "client", "cli", "testing"},
+    "torch": {"wire.tensors", "net.client_connection", "model", "client", "training.swarm_metrics", "server", "cli"},
+    "transformers": {"model", "client", "cli", "testing", "training.trainer"},
+    "lightning": {"training.lightning"},
     "aiohttp": {"net", "discovery"},
     "zeroconf": {"discovery"},
     "huggingface_hub": {"model"},

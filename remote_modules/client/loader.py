@@ -18,6 +18,7 @@ from remote_modules.spans import Span
 __all__ = ["load"]
 
 _HUB_OPTIONS = ("revision", "cache_dir", "token")
+_HEAD_OPTIONS = ("num_labels", "id2label", "label2id", "problem_type")  # fields of the config
 
 
 def load(
@@ -37,7 +38,8 @@ def load(
         model: hub id or local checkpoint folder.
         auto_class: whose class to build, such as `AutoModelForSequenceClassification`.
         trackers, mdns, peers, invite, config: as in `RemoteSequential.from_swarm`.
-        from_pretrained_kwargs: ``dtype``, ``revision``, ``cache_dir``, ``token`` and what else `from_pretrained` takes.
+        from_pretrained_kwargs: ``dtype``, ``revision``, ``cache_dir``, ``token``, ``num_labels`` and what else
+            `from_pretrained` takes.
 
     Raises:
         ValueError, TypeError: bad arguments, before any I/O.
@@ -50,6 +52,8 @@ def load(
     checkpoint = handle.checkpoint
     assert checkpoint is not None, "a model that is named has one"
     cls, model_config = model_class(read_config(checkpoint), auto_class)
+    for name in [name for name in _HEAD_OPTIONS if name in from_pretrained_kwargs]:
+        setattr(model_config, name, from_pretrained_kwargs.pop(name))
     loaded, stack = load_client_part(checkpoint, model_config, cls, **from_pretrained_kwargs)
     setattr(stack.owner(loaded), stack.list_name, layers)
     loaded.eval()

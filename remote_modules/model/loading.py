@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ from remote_modules.model.stack import StackSpec, find_stack, meta_skeleton
 from remote_modules.spans import Span
 
 __all__ = ["load_client_part", "load_span", "read_config"]
+
+logger = logging.getLogger(__name__)
 
 _LINKED = ("config.json", "generation_config.json")
 
@@ -104,6 +107,8 @@ def load_client_part(
     checkpoint: Checkpoint, config: PreTrainedConfig, cls: type[PreTrainedModel], **kwargs: Any
 ) -> tuple[PreTrainedModel, StackSpec]:
     """Embeddings, norms and head; every block is a stub. ``kwargs`` are `from_pretrained`'s.
+
+    The head of a task that the checkpoint was not made for is new, as in transformers; a warning says so.
 
     Raises:
         CheckpointError: a shard or tensor is missing.
@@ -224,13 +229,25 @@ def _load(
         except (AttributeError, TypeError, LookupError) as exc:  # the class looks into modules that are pruned
             text = f"{cls.__name__} cannot be loaded in part: {first_line(exc)}"
             raise UnsupportedCallError(text) from exc
-    missing = sorted(set(info["missing_keys"]))
+    new = _head_of_a_task(model)
+    missing = sorted(set(info["missing_keys"]) - new)
     if missing:
         raise CheckpointError(f"checkpoint '{checkpoint.name}' lacks {len(missing)} tensors, first '{missing[0]}'")
+    for name in sorted(new.intersection(info["missing_keys"])):
+        logger.warning("checkpoint '%s' lacks '%s' of %s: it is new, train it", checkpoint.name, name, cls.__name__)
     loaded: PreTrainedModel = model
     loaded.__class__ = cls  # generate() decides some things by class name
     loaded.name_or_path = loaded.config.name_or_path = checkpoint.name  # peft writes it into the files of adapters
     return loaded
+
+
+def _head_of_a_task(model: PreTrainedModel) -> frozenset[str]:
+    """Parameters that a checkpoint of another task may lack: of the head, unless it is a language model's own."""
+    language_head = model.get_output_embeddings()
+    known = [f"{model.base_model_prefix}.", *(f"{n}." for n, m in model.named_modules() if m is language_head)]
+    if model.base_model is model:
+        return frozenset()
+    return frozenset(name for name, _ in model.named_parameters() if not name.startswith(tuple(known)))
 
 
 def _is_named(key: str, names: frozenset[str]) -> bool:

@@ -19,10 +19,11 @@ class LoopThread:
     """Runs coroutines for threads that have no loop.
 
     Uses uvloop where it is installed (a hop costs a third less). The thread is a daemon: it never keeps the
-    interpreter alive.
+    interpreter alive. It does not exist in a process forked later, which is refused there.
     """
 
     def __init__(self, name: str) -> None:
+        self._pid = os.getpid()
         self.loop = _new_event_loop()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         has_begun = threading.Event()
@@ -34,8 +35,14 @@ class LoopThread:
         """Run to the end and return the result, or raise what it raised. Ctrl-C cancels it.
 
         Raises:
-            RuntimeError: called from the loop's own thread, or after `stop`.
+            RuntimeError: called from the loop's own thread, after `stop`, or in a process forked meanwhile.
         """
+        if os.getpid() != self._pid:
+            coroutine.close()
+            raise RuntimeError(
+                f"process {os.getpid()} was forked from {self._pid} and has none of its connections; load the model "
+                "again in this process, or keep it out of data loader workers"
+            )
         if threading.current_thread() is self._thread or not self.loop.is_running():
             coroutine.close()
             raise RuntimeError("the event loop is stopped, or would wait for itself")

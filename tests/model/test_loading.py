@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import NUM_BLOCKS, load_whole, save_tiny
-from transformers import PreTrainedModel
+from transformers import LlamaForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from model.support import opened, opened_files
@@ -255,6 +255,19 @@ def test_missing_head_is_named(copy: Path) -> None:
     drop_tensor(copy, "lm_head.weight")
     with pytest.raises(CheckpointError, match=r"lacks 1 tensors, first 'lm_head.weight'$"):
         client_of(copy)
+
+
+def test_head_of_another_task_is_new(llama_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint, config, _ = opened(llama_folder)
+    config.num_labels = 5
+    model, _ = load_client_part(checkpoint, config, LlamaForSequenceClassification)
+    score = model.get_parameter("score.weight")
+    assert score.shape == (5, config.hidden_size)
+    assert 0 < score.std() < 2 * config.initializer_range
+    assert score.requires_grad
+    name = "model.embed_tokens.weight"
+    assert torch.equal(model.get_parameter(name), load_whole(llama_folder).get_parameter(name))
+    assert "lacks 'score.weight' of LlamaForSequenceClassification: it is new, train it" in caplog.text
 
 
 WEIGHT = "mlp.up_proj.weight"

@@ -152,3 +152,12 @@ def test_forked_process_gets_a_loop_of_its_own(monkeypatch: pytest.MonkeyPatch) 
             child.stop()
     finally:
         parent.stop()
+
+
+def test_loop_of_another_process_is_refused(thread: LoopThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a fork sees: the loop object is there, its thread is not."""
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: 1)
+        with pytest.raises(RuntimeError, match=r"^process 1 was forked from \d+ and has none of its connections;"):
+            thread.run(name_of_thread())
+    assert thread.run(name_of_thread()) == "test-loop"
