@@ -36,7 +36,7 @@ EXEMPT = {"__init__", "__main__"}
 
 IMPURE = {"asyncio", "socket", "threading", "time", "random", "secrets", "selectors", "ssl", "subprocess", "datetime"}
 USERS_OF: dict[str, set[str]] = {
-    "torch": {"wire.tensors", "net.client_connection", "model", "client", "server", "cli"},
+    "torch": {"wire.tensors", "wire.codecs", "net.client_connection", "model", "client", "server", "cli"},
     "transformers": {"model", "client", "cli", "testing"},
     "aiohttp": {"net", "discovery"},
     "zeroconf": {"discovery"},
