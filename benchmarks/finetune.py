@@ -11,7 +11,7 @@ AdamW, windows of this project's documentation.
 * clients: two train different adapters at once on the same peers; each must have the curve of its run alone.
 
 Everything is placed by seed; a kill that comes after the answer is not counted, and tried again at a later request.
-Takes about 3 minutes on two quiet cores, one with --quick (20 steps, one kill in backward). Prints one line of JSON;
+Seconds are in the output; --quick has 20 steps and one kill in backward. Prints one line of JSON;
 markdown and progress go to stderr.
 """
 
@@ -187,8 +187,8 @@ class Bench:
                 if "clients" in parts:
                     self.clients(swarm)
         if "bfloat16" in parts:
-            options = {"num_threads": 1, "dtype": "bfloat16"}
-            with LocalSwarm(built_in_path(), spans=SPANS * 2, mode=self._mode, **options) as swarm:
+            spans = SPANS * 2
+            with LocalSwarm(built_in_path(), spans=spans, mode=self._mode, num_threads=1, dtype="bfloat16") as swarm:
                 self.bfloat16(swarm)
 
     def kills(self, swarm: LocalSwarm) -> None:

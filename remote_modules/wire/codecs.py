@@ -73,4 +73,5 @@ def rounded(tensor: torch.Tensor) -> torch.Tensor:
 
 def _blocks(tensor: torch.Tensor) -> torch.Tensor:
     """Its last dimension in blocks, the last one filled up with zeros."""
-    return pad(tensor, (0, -tensor.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    blocks: torch.Tensor = pad(tensor, (0, -tensor.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    return blocks

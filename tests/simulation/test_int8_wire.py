@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -13,7 +14,6 @@ from peft import LoraConfig, get_peft_model
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.peers import PeerId
 from remote_modules.server.handler import Handler
-from remote_modules.wire import messages
 
 from .models import HOP_S, Kill, Stage, opened
 from .test_kill_modes import COMPUTING_S, KILLS, MODES, Result, assert_equal, check_loss, tokens_of
@@ -173,7 +173,7 @@ def test_codec_that_a_peer_does_not_know_is_answered_plainly(
     """Of a client of the future; what it sends itself is coded as before."""
     with opened("llama", wire="int8") as stage:
         expected = trained(stage.model)
-        replace: Any = messages.msgspec.structs.replace
+        replace: Any = msgspec.structs.replace
 
         def ask(struct: Any, **changes: Any) -> Any:
             return replace(struct, **(changes | ({"reply_codec": "int2"} if "reply_codec" in changes else {})))
