@@ -73,6 +73,7 @@ class ClientConfig:
     history_memory_bytes: int = 4 * 1024**3  # what sessions keep to rebuild lost KV caches; beyond it goes to disk
     history_dtype: str = "compute"  # as it came, or "int8": a quarter of float32, and replays that are a little off
     history_folder: Path | None = None  # for the file beyond history_memory_bytes; None: the system's choice
+    wire: str = "compute"  # hidden states and gradients as they are, or "int8": a quarter of float32, a little off
     max_request_bytes: int = 256 * 1024 * 1024  # tensors of one request
     replicate_kv: bool = False  # keep a copy of each hop's KV cache at another peer, which takes over if the hop fails
     replicate_tokens: int = 8  # new tokens after which the copy is brought up to date, in the background
@@ -88,6 +89,7 @@ class ClientConfig:
                 _check_positive(one.name, value)
         _check_choice("keep_histories", self.keep_histories, ("each_hop", "first"))
         _check_choice("history_dtype", self.history_dtype, ("compute", "int8"))
+        _check_choice("wire", self.wire, ("compute", "int8"))
         if self.max_ban_s < self.ban_s:
             raise ValueError(f"max_ban_s must be at least ban_s, got {self.max_ban_s} and {self.ban_s}")
         if self.max_request_timeout_s < self.min_request_timeout_s:

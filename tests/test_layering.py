@@ -37,7 +37,10 @@ EXEMPT = {"__init__", "__main__"}
 
 IMPURE = {"asyncio", "socket", "threading", "time", "random", "secrets", "selectors", "ssl", "subprocess", "datetime"}
 USERS_OF: dict[str, set[str]] = {
-    "torch": {"wire.tensors", "net.client_connection", "model", "client", "training.swarm_metrics", "server", "cli"},
+    "torch": {
+        *("wire.tensors", "wire.codecs", "net.client_connection"),
+        *("model", "client", "training.swarm_metrics", "server", "cli"),
+    },
     "transformers": {"model", "client", "cli", "testing", "training.trainer"},
     "lightning": {"training.lightning"},
     "aiohttp": {"net", "discovery"},

@@ -43,7 +43,6 @@ from remote_modules.plan.recovery import Failure, GiveUp, Recovery, Replay, Rero
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
 from remote_modules.wire.messages import CallMeta, Output, Request
-from remote_modules.wire.tensors import encode_tensors
 
 __all__ = ["Chain", "Work", "demand_of"]
 
@@ -237,14 +236,14 @@ class Chain:
         swarm = self.swarm
         num_tokens = message.call.num_tokens
         work = float(message.call.rows * num_tokens * len(hop.span))
-        metas, body = encode_tensors(tensors)
+        message, body = swarm.coding.encode(message, tensors, connection)
         num_bytes, limit = sum(map(len, body)), swarm.config.max_request_bytes
         if num_bytes > limit:  # the answer, of like size, would be refused here and look like the peer's fault
             text = f"request of {num_bytes} bytes exceeds max_request_bytes={limit}; send fewer tokens"
             raise LocalProtocolError(text)
         timeout_s = swarm.router.timeout_s(hop, kind, work, num_bytes)
         timeout_s = min(timeout_s, max(0.1, self.recovery.deadline_s - swarm.clock()))
-        message = msgspec.structs.replace(message, tensors=metas, timeout_s=timeout_s)
+        message = msgspec.structs.replace(message, timeout_s=timeout_s)
         began_s, moved = swarm.clock(), connection.bytes_sent + connection.bytes_received
         hedge = self._hedge
         if hedge is not None:
@@ -263,7 +262,7 @@ class Chain:
         moved = connection.bytes_sent + connection.bytes_received - moved
         swarm.router.observe(hop, kind, work, output, num_bytes=moved, took_s=took_s, rtt_s=connection.rtt_s)
         self._note(hop, num_tokens, took_s, output)
-        return replies
+        return swarm.coding.settle(output, replies)
 
     def check_outputs(
         self, hop: Hop, outputs: Named, like: Named, call: CallMeta, num_tokens: int | None = None

@@ -9,6 +9,7 @@ from random import Random
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
+from remote_modules.client.coding import Coding
 from remote_modules.client.history_store import HistoryStore
 from remote_modules.client.router import Router
 from remote_modules.client.stats import StatsRecorder
@@ -73,6 +74,7 @@ class Swarm:
         self.stack = stack
         self.hidden_size = hidden_size
         self.num_blocks = stack.num_blocks
+        self.coding = Coding("" if config.wire == "compute" else config.wire, stack.coded)
         self.router = Router(stack, config, clock=clock, rng=rng, rtt_of=self._rtt_of)
         self.histories = HistoryStore(
             memory_bytes=config.history_memory_bytes, dtype=config.history_dtype, folder=config.history_folder

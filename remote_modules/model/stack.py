@@ -110,6 +110,12 @@ class StackSpec:
         """What crosses from one block to the next, by name."""
         return {"hidden_states": self.hidden, **{f"state.{k}": spec for k, spec in self.states.items()}}
 
+    @cached_property
+    def coded(self) -> frozenset[str]:
+        """What crosses from block to block and may lose bits on its way (`wire.codecs`), and its gradients."""
+        vectors = [n for n, spec in self.carried.items() if spec.is_float and spec.dims[-1] not in ("B", "T", "?")]
+        return frozenset(prefix + name for name in vectors for prefix in ("", "grad."))
+
     def owner(self, model: nn.Module) -> nn.Module:
         return model.get_submodule(self.path.rpartition(".")[0])
 

@@ -79,6 +79,11 @@ class ClientConnection(Connection):
         """Whether the peer takes `CopyRequest` and `ReadRequest`."""
         return self._protocol.their_minor >= messages.COPIES_SINCE_MINOR
 
+    @property
+    def knows_codecs(self) -> bool:
+        """Whether the peer reads tensors that are coded."""
+        return self._protocol.their_minor >= messages.CODECS_SINCE_MINOR
+
     async def handshake(self, timeout_s: float) -> None:
         """Exchange hellos over the transport at hand.
 

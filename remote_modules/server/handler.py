@@ -35,6 +35,7 @@ from remote_modules.server.served import Served
 from remote_modules.server.sessions import Session, SessionTable
 from remote_modules.spans import Span
 from remote_modules.wire import messages
+from remote_modules.wire.codecs import CODECS
 from remote_modules.wire.framing import Buffer
 from remote_modules.wire.messages import (
     AnyRequest,
@@ -339,7 +340,9 @@ class Handler:
     def _reply(
         self, request: AnyRequest, timed: Timed[dict[str, torch.Tensor]], cache: CacheMeta | None = None
     ) -> Reply:
-        metas, body = encode_tensors(timed.value)
+        wanted = "" if isinstance(request, CopyRequest | ReadRequest) else request.call.reply_codec
+        codec = wanted if wanted in CODECS else ""
+        metas, body = encode_tensors(timed.value, codec, self.engine.model.stack.coded)
         output = Output(
             request.request_id,
             metas,

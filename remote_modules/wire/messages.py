@@ -64,8 +64,9 @@ __all__ = [
 ]
 
 VERSION_MAJOR = 1
-VERSION_MINOR = 2
+VERSION_MINOR = 3
 COPIES_SINCE_MINOR = 2  # who speaks an older one knows no `CopyRequest` and no `ReadRequest`
+CODECS_SINCE_MINOR = 3  # nor `TensorMeta.codec`
 
 
 class ClientHello(Base, frozen=True, tag="client_hello"):

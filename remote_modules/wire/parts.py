@@ -62,11 +62,12 @@ class Base(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TensorMeta(Base, frozen=True):
-    """One tensor of the body: its name, torch dtype name, and shape."""
+    """One tensor of the body: its name, torch dtype name, and shape; ``codec`` of `wire.codecs`, "" for plain bytes."""
 
     name: Name
     dtype: Annotated[str, Meta(max_length=16)]
     shape: Dims
+    codec: Name = ""
 
 
 class CacheOp(Base, frozen=True):
@@ -112,6 +113,7 @@ class CallMeta(Base, frozen=True):
         adapter: digest of the adapter to apply, or "" for none; see `ForwardRequest`.
         seed: of the adapter's dropout; None for an adapter that runs without.
         with_grad: whether a gradient may be asked for later; torch then chooses other kernels for some models.
+        reply_codec: of `wire.codecs`, for hidden states, states and their gradients in the answer; "" for none.
     """
 
     rows: Count = 0
@@ -123,6 +125,7 @@ class CallMeta(Base, frozen=True):
     adapter: Name = ""
     seed: Id | None = None
     with_grad: bool = False
+    reply_codec: Name = ""
 
 
 class CopySource(Base, frozen=True):

@@ -1,17 +1,19 @@
 """Named tensors to raw buffers and back, without copies.
 
 A message lists its tensors as `TensorMeta`; the body of its frame holds their bytes in that order, row-major,
-little-endian, each padded with zeros to a multiple of 64 bytes. The only module of `wire` that knows torch.
+little-endian, each padded with zeros to a multiple of 64 bytes. Some may be coded (`wire.codecs`); these two modules
+are the only ones of `wire` that know torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from remote_modules.errors import LocalProtocolError, RemoteProtocolError
+from remote_modules.wire import codecs
 from remote_modules.wire.framing import Buffer
 from remote_modules.wire.parts import MAX_DIMENSIONS, TensorMeta
 
@@ -36,11 +38,17 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PADDING = bytes(ALIGNMENT_BYTES)
 
 
-def encode_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[TensorMeta, ...], list[Buffer]]:
+def encode_tensors(
+    tensors: Mapping[str, torch.Tensor], codec: str = "", coded: Collection[str] = ()
+) -> tuple[tuple[TensorMeta, ...], list[Buffer]]:
     """Describe ``tensors`` and expose their memory.
 
     The buffers alias CPU tensors: do not write to those until the frame is sent. Tensors elsewhere are copied
     to the CPU.
+
+    Args:
+        codec: one of `codecs.CODECS`, or "" for none.
+        coded: names of the tensors for which it is used, where it can be.
 
     Raises:
         LocalProtocolError: a dtype that the protocol does not carry.
@@ -51,22 +59,24 @@ def encode_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[TensorMet
         dtype = _NAMES.get(tensor.dtype)
         if dtype is None:
             raise LocalProtocolError(f"tensor '{name}' has dtype {tensor.dtype}, expected one of {', '.join(DTYPES)}")
-        metas.append(TensorMeta(name, dtype, tuple(tensor.shape)))
+        parts = codecs.encode(tensor) if codec and name in coded else None
+        metas.append(TensorMeta(name, dtype, tuple(tensor.shape), "" if parts is None else codec))
         if tensor.numel() == 0:
             continue
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-        buffer = flat.view(torch.uint8).numpy().data
-        buffers.append(buffer)
-        if padding := -len(buffer) % ALIGNMENT_BYTES:
+        if parts is None:
+            parts = [tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)]
+        found = [part.numpy().data for part in parts]
+        buffers += found
+        if padding := -sum(map(len, found)) % ALIGNMENT_BYTES:
             buffers.append(_PADDING[:padding])
     return tuple(metas), buffers
 
 
 def decode_tensors(metas: Sequence[TensorMeta], body: bytearray) -> dict[str, torch.Tensor]:
-    """Views of ``body``; every claim of ``metas`` is checked first.
+    """Views of ``body``, or new tensors of those that are coded; every claim of ``metas`` is checked first.
 
     Raises:
-        RemoteProtocolError: unknown dtype, repeated name, bad shape, or sizes that do not add up to the body.
+        RemoteProtocolError: unknown dtype or codec, repeated name, bad shape, or sizes that do not add up to the body.
     """
     layout = []
     offset = 0
@@ -81,12 +91,28 @@ def decode_tensors(metas: Sequence[TensorMeta], body: bytearray) -> dict[str, to
         if len(meta.shape) > MAX_DIMENSIONS or min(meta.shape, default=0) < 0 or product >= MAX_SHAPE_PRODUCT:
             raise RemoteProtocolError(f"tensor '{meta.name}' claims shape {list(meta.shape)[:9]}")
         names.add(meta.name)
-        num_bytes = math.prod(meta.shape) * dtype.itemsize
+        num_bytes = _coded_bytes(meta, dtype) if meta.codec else math.prod(meta.shape) * dtype.itemsize
         layout.append((meta, dtype, offset, num_bytes))
         offset += num_bytes + -num_bytes % ALIGNMENT_BYTES
     if offset != len(body):
         raise RemoteProtocolError(f"tensors claim {offset} bytes, the body has {len(body)} bytes")
-    return {meta.name: _view(body, meta.shape, dtype, start, size) for meta, dtype, start, size in layout}
+    return {meta.name: _read(body, meta, dtype, start, size) for meta, dtype, start, size in layout}
+
+
+def _coded_bytes(meta: TensorMeta, dtype: torch.dtype) -> int:
+    if meta.codec not in codecs.CODECS:
+        raise RemoteProtocolError(f"tensor '{meta.name}' claims unknown codec '{meta.codec}'")
+    if dtype not in codecs.INT8_DTYPES or not meta.shape or meta.shape[-1] < codecs.BLOCK:
+        text = f"tensor '{meta.name}' claims {meta.dtype} {list(meta.shape)} in codec '{meta.codec}'"
+        raise RemoteProtocolError(f"{text}, which is for vectors of at least {codecs.BLOCK} floats of 16 or 32 bits")
+    return codecs.num_bytes(meta.shape)
+
+
+def _read(body: bytearray, meta: TensorMeta, dtype: torch.dtype, start: int, num_bytes: int) -> torch.Tensor:
+    if meta.codec and num_bytes:
+        data = torch.frombuffer(body, dtype=torch.uint8, count=num_bytes, offset=start)
+        return codecs.decode(data, meta.shape, dtype)
+    return _view(body, meta.shape, dtype, start, num_bytes)
 
 
 def _view(body: bytearray, shape: tuple[int, ...], dtype: torch.dtype, start: int, num_bytes: int) -> torch.Tensor:

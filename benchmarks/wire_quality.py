@@ -1,0 +1,222 @@
+"""The int8 wire: perplexity, gradients, training and bytes against plain tensors, and the speed of the codec.
+
+    python benchmarks/wire_quality.py [--quick] [--steps 60]
+
+The built-in model in float32 on three peers (0:3, 3:6, 6:8) and on eight (a block each: nine times through the codec),
+in this process without sockets; text is this project's documentation, which the model was not trained on.
+
+* perplexity: of windows of the text, the last fifth of it.
+* gradients: of a LoRA adapter and of the embeddings, relative to those over plain tensors, worst and mean of batches.
+* training: the loss on the last fifth of the text after LoRA steps on the rest.
+* bytes: of all that a client sends and receives in a pass without adapter, headers included, for each token.
+* codec: megabytes of the plain tensor encoded and decoded in a second of processor time, best of several rounds.
+
+Prints one line of JSON; markdown and progress go to stderr. Takes about 2 minutes on a quiet core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from _lora import Task, adapted, relative, token_ids, train
+from _report import Bar, print_report, say, table
+from transformers.utils import logging as transformers_logging
+
+from remote_modules.config import ClientConfig
+from remote_modules.model.checkpoint import built_in_path
+from remote_modules.testing.inline_swarm import InlineSwarm
+from remote_modules.wire import codecs
+
+CUTS = {"3 peers": ("0:3", "3:6", "6:8"), "8 peers": tuple(f"{block}:{block + 1}" for block in range(8))}
+WIRES = ("compute", "int8")
+SPEED_SHAPE = (2048, 4096)
+MAX_PERPLEXITY_RATIO = 1.01
+MAX_GRADIENT_ERROR = 0.05
+
+
+@dataclass(slots=True)
+class Quality:
+    """Of one wire and one way to cut the model."""
+
+    perplexity: float
+    gradients: list[dict[str, torch.Tensor]]
+    forward_bytes: float
+    backward_bytes: float
+
+
+class Runs:
+    """The text, and what is done with it.
+
+    Args:
+        windows: of the text, of which perplexity is taken.
+        batches: of which gradients are taken.
+    """
+
+    def __init__(self, *, windows: int, batches: int) -> None:
+        ids = token_ids()
+        cut = len(ids) * 4 // 5
+        self.train_ids, self.test_ids = ids[:cut], ids[cut:]
+        self.windows = windows
+        self._batches = batches
+        self._task = Task()
+
+    def quality(self, spans: Sequence[str], wire: str) -> Quality:
+        with InlineSwarm(built_in_path(), spans, config=ClientConfig(wire=wire)) as swarm:
+            model: Any = adapted(swarm.load(), self._task)
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():  # half of a fresh adapter is zero, and so are the gradients of the rest
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+            layers = model.get_base_model().model.layers
+            gradients = [self._gradients(model, self._task.batch(self.test_ids, n)) for n in range(self._batches)]
+            with model.disable_adapter():
+                forward_bytes, backward_bytes = self._bytes(model, layers)
+                with torch.no_grad():
+                    losses = [float(_loss(model, window)) for window in self._windows()]
+        return Quality(math.exp(sum(losses) / len(losses)), gradients, forward_bytes, backward_bytes)
+
+    def trained(self, wire: str, steps: int) -> float:
+        """The loss on other text after so many steps; 0 for none."""
+        task = replace(self._task, steps=steps)
+        with InlineSwarm(built_in_path(), CUTS["3 peers"], config=ClientConfig(wire=wire)) as swarm:
+            model = adapted(swarm.load(), task)
+            if steps:
+                train(model, task, self.train_ids)
+            with torch.no_grad():
+                losses = [float(_loss(model, window)) for window in self._windows()]
+        return sum(losses) / len(losses)
+
+    def _bytes(self, model: Any, layers: Any) -> tuple[float, float]:
+        """Moved for each token of a forward and of its backward."""
+        batch = self._task.batch(self.test_ids, 0)
+        embedded = model.get_input_embeddings()(batch).detach().requires_grad_()
+        moved = [_moved(layers)]
+        loss = model(inputs_embeds=embedded, labels=batch, use_cache=False).loss
+        moved.append(_moved(layers))
+        loss.backward()
+        moved.append(_moved(layers))
+        return (moved[1] - moved[0]) / batch.numel(), (moved[2] - moved[1]) / batch.numel()
+
+    def _windows(self) -> list[torch.Tensor]:
+        task = replace(self._task, seed=99, num_tokens=128)
+        return [task.batch(self.test_ids, number) for number in range(self.windows)]
+
+    def _gradients(self, model: Any, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        embedded = model.get_input_embeddings()(batch).detach().requires_grad_()
+        model(inputs_embeds=embedded, labels=batch, use_cache=False).loss.backward()
+        of_adapter = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        assert embedded.grad is not None
+        return {"embeddings": embedded.grad, **of_adapter}
+
+
+def _loss(model: Any, batch: torch.Tensor) -> Any:
+    return model(input_ids=batch, labels=batch, use_cache=False).loss
+
+
+def _moved(layers: Any) -> int:
+    stats = layers.stats()
+    return int(stats.bytes_sent + stats.bytes_received)
+
+
+def gradient_errors(ours: Quality, theirs: Quality, name: str) -> list[float]:
+    """Of each batch: of the embeddings, or of all else as one vector."""
+
+    def chosen(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: grad for key, grad in gradients.items() if (key == "embeddings") == (name == "embeddings")}
+
+    return [relative(chosen(x), chosen(y)) for x, y in zip(ours.gradients, theirs.gradients, strict=True)]
+
+
+def megabytes_per_s(dtype: torch.dtype, rounds: int) -> tuple[float, float]:
+    """Encoding and decoding, of plain bytes."""
+    tensor = torch.randn(SPEED_SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
+    parts = codecs.encode(tensor)
+    assert parts is not None
+    data = torch.cat(parts)
+    works: tuple[Callable[[], object], ...] = (
+        lambda: codecs.encode(tensor),
+        lambda: codecs.decode(data, SPEED_SHAPE, dtype),
+    )
+    best = []
+    for work in works:
+        times = []
+        for _ in range(rounds):
+            began_s = time.thread_time()
+            work()
+            times.append(time.thread_time() - began_s)
+        best.append(tensor.nbytes / min(times) / 1e6)
+    return best[0], best[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="what the int8 wire costs and saves")
+    parser.add_argument("--quick", action="store_true", help="fewer windows and batches, 5 steps")
+    parser.add_argument("--steps", type=int)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    steps = options.steps or (5 if options.quick else 60)
+    return report(Runs(windows=2 if options.quick else 16, batches=2 if options.quick else 8), steps, options.quick)
+
+
+def report(runs: Runs, steps: int, is_quick: bool) -> int:
+    bars: list[Bar] = []
+    rows: list[tuple[str, ...]] = []
+    result: dict[str, Any] = {"windows": runs.windows, "steps": steps, "cuts": {}}
+    for name, spans in CUTS.items():
+        say(f"{name}: perplexity and gradients")
+        found = {wire: runs.quality(spans, wire) for wire in WIRES}
+        plain, coded = found["compute"], found["int8"]
+        of_embeddings, of_adapter = (gradient_errors(coded, plain, which) for which in ("embeddings", "adapter"))
+        ratio = coded.perplexity / plain.perplexity
+        for wire, one in found.items():
+            errors = [_share(errors) if wire == "int8" else "0" for errors in (of_adapter, of_embeddings)]
+            moved = (f"{one.forward_bytes:.0f}", f"{one.backward_bytes:.0f}")
+            rows.append((name, wire, f"{one.perplexity:.3f}", *errors, *moved))
+        result["cuts"][name] = {
+            "perplexity": {wire: one.perplexity for wire, one in found.items()},
+            "adapter_gradient_error": of_adapter,
+            "embedding_gradient_error": of_embeddings,
+            "forward_bytes_per_token": {wire: one.forward_bytes for wire, one in found.items()},
+            "backward_bytes_per_token": {wire: one.backward_bytes for wire, one in found.items()},
+        }
+        bars += [
+            Bar(f"{name}: perplexity, int8 / plain", ratio, "<=", MAX_PERPLEXITY_RATIO),
+            Bar(f"{name}: worst error of an adapter's gradient", max(of_adapter), "<=", MAX_GRADIENT_ERROR),
+        ]
+    say(f"training, {steps} steps")
+    before = runs.trained("compute", 0)
+    after = {wire: runs.trained(wire, steps) for wire in WIRES}
+    bars.append(Bar("training: loss on other text, int8 - plain", after["int8"] - after["compute"], "<=", 0.01))
+    speeds = {name: megabytes_per_s(getattr(torch, name), 5 if is_quick else 30) for name in ("float32", "bfloat16")}
+    result |= {"loss_before": before, "loss_after": after, "codec_mb_per_s": speeds}
+    errors_of = ("error of the adapter's gradient", "of the embeddings'")
+    head = ("cut", "wire", "perplexity", *errors_of, "bytes a token, forward", "backward")
+    text = f"Loss on other text: {before:.4f}; after {steps} LoRA steps " + ", ".join(
+        f"{loss:.4f} ({wire})" for wire, loss in after.items()
+    )
+    text += ". Codec, MB of plain tensor for a second of one core: " + ", ".join(
+        f"{name} {encode:.0f} encoded, {decode:.0f} decoded" for name, (encode, decode) in speeds.items()
+    )
+    return print_report(result, bars, f"{table(head, rows)}\n\n{text}.")
+
+
+def _share(errors: list[float]) -> str:
+    return f"{100 * sum(errors) / len(errors):.2f} % (worst {100 * max(errors):.2f} %)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Codecs that make tensors smaller, at the cost of some of their bits. `wire.tensors` says where they may be used.
+
+``int8``: of each vector along the last dimension, every 32 values share a power of two and are whole multiples of it
+from -127 to 127 (MXINT8 of the OCP microscaling formats): 1.03 bytes for a value. A power of two makes it exact to
+code again what was decoded, in every dtype and however the tensor is cut along its other dimensions: recomputed,
+replayed and handed to another peer, a tensor has the same values as at first.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn.functional import pad
+
+__all__ = ["BLOCK", "CODECS", "INT8_DTYPES", "decode", "encode", "num_bytes", "rounded"]
+
+CODECS = ("int8",)
+INT8_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK = 32  # values that share a power of two
+EXPONENT_BIAS = 127
+NOT_A_NUMBER = 255
+LEAST_EXPONENT = {torch.float32: -127, torch.bfloat16: -127, torch.float16: -24}  # exact in the dtype
+MOST_EXPONENT = {torch.float32: 120, torch.bfloat16: 120, torch.float16: 8}  # above, 128 times it overflows
+
+_SCALES = torch.ldexp(torch.ones(256, dtype=torch.float64), torch.arange(256) - EXPONENT_BIAS).to(torch.float32)
+_SCALES[NOT_A_NUMBER] = math.nan
+
+
+def num_bytes(shape: tuple[int, ...]) -> int:
+    """What a tensor takes as int8: a byte for each value, and one for each block."""
+    return math.prod(shape) + math.prod(shape[:-1]) * -(-shape[-1] // BLOCK)
+
+
+def encode(tensor: torch.Tensor) -> list[torch.Tensor] | None:
+    """The bytes of ``tensor`` as int8, in parts.
+
+    None where it is to travel as it is: another dtype, vectors shorter than a block, or a value that is not finite
+    (whoever scales a loss must see it).
+    """
+    if tensor.dtype not in INT8_DTYPES or tensor.dim() == 0 or tensor.shape[-1] < BLOCK or tensor.numel() == 0:
+        return None
+    blocks = _blocks(tensor.detach().to(torch.float32))
+    largest = blocks.abs().amax(-1)
+    if not math.isfinite(largest.max().item()):
+        return None
+    mantissa, exponent = torch.frexp(largest)
+    exponent = exponent - 7 + (mantissa > 127 / 128)  # the least with which the largest is at most 127
+    exponent.clamp_(LEAST_EXPONENT[tensor.dtype], EXPONENT_BIAS)
+    values = (blocks * _SCALES.to(blocks.device)[EXPONENT_BIAS - exponent].unsqueeze(-1)).round_().to(torch.int8)
+    values = values.flatten(-2)[..., : tensor.shape[-1]].contiguous()
+    parts = (values.view(torch.uint8), (exponent + EXPONENT_BIAS).to(torch.uint8))
+    return [part.to("cpu").reshape(-1) for part in parts]
+
+
+def decode(data: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor that `encode` made ``data`` of (uint8, of `num_bytes`). Bytes may come from outside."""
+    count = math.prod(shape)
+    values, exponents = data[:count].view(torch.int8), data[count:]
+    scales = _SCALES[exponents.to(torch.int32)].reshape(*shape[:-1], -1, 1)
+    decoded = (_blocks(values.reshape(shape)) * scales).flatten(-2)[..., : shape[-1]]
+    if int(exponents.max()) > MOST_EXPONENT[dtype] + EXPONENT_BIAS:
+        largest = torch.finfo(dtype).max
+        decoded = decoded.clamp(-largest, largest)
+    return decoded.to(dtype).contiguous()
+
+
+def rounded(tensor: torch.Tensor) -> torch.Tensor:
+    """What arrives of ``tensor`` at the other side of a wire that codes it."""
+    parts = encode(tensor)
+    return tensor if parts is None else decode(torch.cat(parts), tuple(tensor.shape), tensor.dtype)
+
+
+def _blocks(tensor: torch.Tensor) -> torch.Tensor:
+    """Its last dimension in blocks, the last one filled up with zeros."""
+    blocks: torch.Tensor = pad(tensor, (0, -tensor.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    return blocks
