@@ -134,6 +134,8 @@ class ServerConfig:
     max_connections: int = 512
     session_idle_s: float = 600.0  # a session without steps for so long is dropped
     orphan_session_s: float = 30.0  # the same once its client's connection is gone
+    adapter_budget_bytes: int = 1024**3  # of adapters that clients sent, in memory of the CPU
+    adapter_lease_s: float = 600.0  # an adapter that nobody used for so long is dropped
     announce_interval_s: float = 15.0
     drain_s: float = 30.0  # longest wait for running sessions on SIGTERM
     num_threads: int | None = None  # torch threads; None: torch's own choice
@@ -198,6 +200,8 @@ _POSITIVE = (
     "max_connections",
     "session_idle_s",
     "orphan_session_s",
+    "adapter_budget_bytes",
+    "adapter_lease_s",
     "announce_interval_s",
     "num_threads",
 )

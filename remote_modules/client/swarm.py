@@ -9,6 +9,7 @@ from random import Random
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
+from remote_modules.client.adapter_uploads import AdapterUploads
 from remote_modules.client.history_store import HistoryStore
 from remote_modules.client.router import Router
 from remote_modules.client.stats import StatsRecorder
@@ -78,6 +79,7 @@ class Swarm:
             memory_bytes=config.history_memory_bytes, dtype=config.history_dtype, folder=config.history_folder
         )
         stats.histories = self.histories
+        self.uploads = AdapterUploads(stats, max_wait_s=config.silence_timeout_s)
         self._discovery = discovery
         self._dialer = dialer
         self._model_key = model_key
@@ -90,7 +92,6 @@ class Swarm:
         self._connections: dict[tuple[PeerId, str], ClientConnection] = {}
         self._dialling: dict[tuple[PeerId, str], asyncio.Task[ClientConnection]] = {}
         self._counted: WeakKeyDictionary[ClientConnection, tuple[int, int]] = WeakKeyDictionary()
-        self._adapters: WeakKeyDictionary[ClientConnection, set[str]] = WeakKeyDictionary()
         self._tasks: set[asyncio.Task[None]] = set()  # that find out whether peers are alive
         self._is_closed = False
         self.watchers: WeakSet[Watcher] = WeakSet()
@@ -182,10 +183,6 @@ class Swarm:
     def leaving_peers(self) -> set[PeerId]:
         """Those that we are connected to and that said that they are leaving."""
         return {key[0] for key, link in self._connections.items() if link.is_open and link.is_draining}
-
-    def adapters_sent(self, connection: ClientConnection) -> set[str]:
-        """Digests of the adapters that the peer got over this connection."""
-        return self._adapters.setdefault(connection, set())
 
     def count_bytes(self, connection: ClientConnection) -> None:
         """Add what moved on a connection since the last call to the statistics."""

@@ -79,6 +79,11 @@ class ClientConnection(Connection):
         """Whether the peer takes `CopyRequest` and `ReadRequest`."""
         return self._protocol.their_minor >= messages.COPIES_SINCE_MINOR
 
+    @property
+    def knows_adapter_parts(self) -> bool:
+        """Whether the peer takes adapters part by part."""
+        return self._protocol.their_minor >= messages.ADAPTER_PARTS_SINCE_MINOR
+
     async def handshake(self, timeout_s: float) -> None:
         """Exchange hellos over the transport at hand.
 

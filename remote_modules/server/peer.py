@@ -338,15 +338,12 @@ class Peer:
             sessions,
             identity=self._identity,
             instance_id=self._instance_id,
-            limits=HandlerLimits(
-                max_batch_tokens=config.max_batch_tokens,
-                max_body_bytes=MAX_BODY_BYTES,
-                max_connections=config.max_connections,
-            ),
+            limits=HandlerLimits.configured(config, max_body_bytes=MAX_BODY_BYTES),
             clock=time.monotonic,
             certificate_sha256=self._certificate.sha256 if self._certificate else "",
             software=f"remote-modules {package_version()}",
             dialer=self._dialer,
+            offload=asyncio.to_thread,
         )
 
     def _describe(self) -> PeerRecord:
