@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -110,11 +110,15 @@ class AdapterUploads:
     Args:
         stats: counts what is sent.
         max_wait_s: for a part that is on its way over another connection.
+        offers: whether a peer offers adapters: it may have one of ours already, and is asked first.
     """
 
-    def __init__(self, stats: StatsRecorder, *, max_wait_s: float) -> None:
+    def __init__(
+        self, stats: StatsRecorder, *, max_wait_s: float, offers: Callable[[PeerId], bool] = lambda _: False
+    ) -> None:
         self._stats = stats
         self._max_wait_s = max_wait_s
+        self._offers = offers
         self._peers: OrderedDict[PeerId, _Peer] = OrderedDict()
         self._old_peers: WeakKeyDictionary[ClientConnection, _Peer] = WeakKeyDictionary()
 
@@ -129,7 +133,9 @@ class AdapterUploads:
         for number in range(1, MAX_TRIES + 1):
             await peer.arrival(parts, connection, self._max_wait_s)
             lacks = peer.lacks(parts)
-            changed, brought = self._changes(connection, adapter, call, set(lacks))
+            asks = number == 1 and len(lacks) == len(set(parts)) and self._may_have(connection, call)
+            changed, brought = self._changes(connection, adapter, call, set(lacks), only_asks=asks)
+            lacks = [] if asks else lacks
             num_losses, upload = peer.num_losses, peer.begin(connection, lacks)
             try:
                 replies = await send(changed, brought, is_first=number == 1)
@@ -146,6 +152,10 @@ class AdapterUploads:
             finally:
                 peer.end(upload)
         raise AssertionError("the last try returns or raises")
+
+    def _may_have(self, connection: ClientConnection, call: CallMeta) -> bool:
+        """Whether an adapter of which we sent nothing may be there: those that peers offer are without dropout."""
+        return connection.knows_adapter_parts and call.seed is None and self._offers(connection.peer_id)
 
     def _peer(self, connection: ClientConnection) -> _Peer:
         if not connection.knows_adapter_parts:
@@ -164,7 +174,7 @@ class AdapterUploads:
         return (name, *adapter.content.parts)
 
     def _changes(
-        self, connection: ClientConnection, adapter: HopAdapter, call: CallMeta, lacks: set[bytes]
+        self, connection: ClientConnection, adapter: HopAdapter, call: CallMeta, lacks: set[bytes], *, only_asks: bool
     ) -> tuple[CallMeta, Named]:
         """The call that names the adapter, and the tensors that go along."""
         changes: dict[str, Any] = {"adapter": adapter.name}
@@ -174,7 +184,7 @@ class AdapterUploads:
                 changes["adapter_parts"] = adapter.content.parts
                 numbered = enumerate(zip(adapter.content.parts, adapter.content.tensors, strict=True))
                 for number, (part, tensor) in numbered:
-                    if part in lacks:
+                    if part in lacks and not only_asks:
                         lacks.discard(part)
                         brought[f"adapter.{number}"] = tensor
             else:

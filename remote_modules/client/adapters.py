@@ -51,12 +51,18 @@ class CallAdapter:
     Args:
         adapters: with tensors on the CPU.
         seed: of their dropout, or None.
+        offered: ``name@digest`` of one that peers offer, in the place of all that; or "".
     """
 
     adapters: AdapterSet
     seed: int | None = None
-    _parts: dict[Span, HopAdapter | None] = field(default_factory=dict)
-    _digests: dict[int, bytes] = field(default_factory=dict)
+    offered: str = ""
+    _parts: dict[Span, HopAdapter | None] = field(default_factory=dict, init=False)
+    _digests: dict[int, bytes] = field(default_factory=dict, init=False)
+
+    @classmethod
+    def named(cls, offered: str) -> CallAdapter:
+        return cls(AdapterSet((), ()), offered=offered)
 
     def part(self, blocks: Span) -> HopAdapter | None:
         """What the hop with these ``blocks`` needs; None if they have none."""
@@ -65,6 +71,8 @@ class CallAdapter:
         return self._parts[blocks]
 
     def _cut(self, blocks: Span) -> HopAdapter | None:
+        if self.offered:
+            return HopAdapter(self.offered, {}, (), None)
         part = self.adapters.within(blocks.start, blocks.end)
         if part is None:
             return None

@@ -376,4 +376,5 @@ def demand_of(tensors: Named, call: CallArguments, *, kv_tokens: int, is_decode:
         bytes_per_token=-(-num_bytes(tensors) // tokens),
         is_decode=is_decode,
         rows=call.rows,
+        adapter="" if call.adapter is None else call.adapter.offered,
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from remote_modules.client.adapters import CallAdapter
 from remote_modules.client.call import CallArguments
 from remote_modules.client.session import SessionState
 from remote_modules.errors import SessionError
@@ -37,13 +40,23 @@ class InferenceSession:
     Args:
         hidden_size: of the model.
         max_tokens: refuse to grow beyond; None for no limit of ours.
+        adapter: those of the blocks, at each step.
     """
 
-    def __init__(self, state: SessionState, io: LoopThread, *, hidden_size: int, max_tokens: int | None) -> None:
+    def __init__(
+        self,
+        state: SessionState,
+        io: LoopThread,
+        *,
+        hidden_size: int,
+        max_tokens: int | None,
+        adapter: Callable[[], CallAdapter | None] = lambda: None,
+    ) -> None:
         self._state = state
         self._hidden_size = hidden_size
         self._io = io
         self._max_tokens = max_tokens
+        self._adapter = adapter
 
     @property
     def position(self) -> int:
@@ -78,7 +91,11 @@ class InferenceSession:
             )
         sides = [None if side is None else side.detach().cpu() for side in (position_ids, attention_mask)]
         call = CallArguments(
-            rows=hidden_states.shape[0], num_tokens=num_tokens, position_ids=sides[0], attention_mask=sides[1]
+            rows=hidden_states.shape[0],
+            num_tokens=num_tokens,
+            position_ids=sides[0],
+            attention_mask=sides[1],
+            adapter=self._adapter(),
         )
         work = self._state.step({"hidden_states": hidden_states.detach().to("cpu", copy=True)}, call)
         return self._io.run(work)["hidden_states"].to(hidden_states.device)

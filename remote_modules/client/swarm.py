@@ -79,7 +79,7 @@ class Swarm:
             memory_bytes=config.history_memory_bytes, dtype=config.history_dtype, folder=config.history_folder
         )
         stats.histories = self.histories
-        self.uploads = AdapterUploads(stats, max_wait_s=config.silence_timeout_s)
+        self.uploads = AdapterUploads(stats, max_wait_s=config.silence_timeout_s, offers=self._offers_adapters)
         self._discovery = discovery
         self._dialer = dialer
         self._model_key = model_key
@@ -119,6 +119,23 @@ class Swarm:
     async def share(self, blocks: Span, demand: Demand) -> tuple[Hop, ...]:
         """Hops for work that is not in a hurry: peers get it in proportion to what they have free. As `route`."""
         return await self._found(lambda: self.router.find_share(blocks, demand))
+
+    async def find_adapter(self, name: str) -> str:
+        """``name@digest`` of an adapter that peers offer; looks the swarm up if none of the known ones does.
+
+        Raises:
+            NoRouteError: nobody offers it, or different ones have that name.
+        """
+        self._check_open()
+        if (found := self.router.find_adapter(name)) is None:
+            await self.refresh()
+            found = self.router.find_adapter(name)
+        if found is None:
+            offered = sorted({one.rpartition("@")[0] for r in self.router.records.values() for one in r.adapters})
+            there = f"they offer {', '.join(offered[:8])}" if offered else "they offer none"
+            text = f"no peer offers the adapter '{name}': {len(self.router.records)} peers known, {there}"
+            raise NoRouteError(text, missing=(Span(0, self.num_blocks),))
+        return found
 
     def better_route(
         self, hops: Sequence[Hop], demand: Demand, position: int, *, kv_bytes_per_token: float | None = None
@@ -242,6 +259,10 @@ class Swarm:
         if self._lookup_error is not None:
             text += f"; last lookup failed: {self._lookup_error}"
         return NoRouteError(text, missing=error.missing)
+
+    def _offers_adapters(self, peer_id: PeerId) -> bool:
+        record = self.router.records.get(peer_id)
+        return record is not None and bool(record.adapters)
 
     def _rtt_of(self, peer_id: PeerId) -> float | None:
         connection = self._connections.get((peer_id, "step")) or self._connections.get((peer_id, "bulk"))

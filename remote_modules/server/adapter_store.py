@@ -96,10 +96,15 @@ class AdapterStore:
     def __len__(self) -> int:
         return len(self._held)
 
-    def preload(self, adapter: Adapter, *names: str) -> None:
-        """Keep an adapter for good, under names that are agreed upon, and its parts for whoever names those."""
+    def preload(self, adapter: Adapter, name: str, *, device: torch.device | str = "cpu") -> None:
+        """Keep an adapter for good on ``device``, under a name that is agreed upon.
+
+        Clients that have the adapter name its content, and may train from there; that is kept in memory of the CPU.
+        """
         content = content_of(adapter)
-        self._preloaded.update(dict.fromkeys((content.name, *names), adapter))
+        self._preloaded[name] = adapter.leaves(device)
+        if adapter.entries:
+            self._preloaded[content.name] = Adapter(adapter.entries, adapter.tensors)
         self._pinned.update(zip(content.parts, content.tensors, strict=True))
 
     async def of(

@@ -7,7 +7,7 @@ memory links and virtual time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -87,6 +87,7 @@ class Handler:
         clock: monotonic seconds.
         dialer: reaches the peers whose sessions are copied.
         offload: see `AdapterStore`.
+        preloaded: adapters that are kept for good, by name.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Handler:
         software: str = "",
         dialer: Dialer | None = None,
         offload: Offload | None = None,
+        preloaded: Mapping[str, Adapter] | None = None,
     ) -> None:
         self.engine = engine
         self.executor = executor
@@ -114,6 +116,8 @@ class Handler:
         self.adapters = AdapterStore(
             max_bytes=limits.adapter_budget_bytes, lease_s=limits.adapter_lease_s, clock=clock, offload=offload
         )
+        for name, adapter in (preloaded or {}).items():
+            self.adapters.preload(adapter, name, device=engine.model.device)
         self._limits = limits
         self._clock = clock
         self._certificate_sha256 = certificate_sha256

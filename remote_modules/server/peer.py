@@ -344,6 +344,7 @@ class Peer:
             software=f"remote-modules {package_version()}",
             dialer=self._dialer,
             offload=asyncio.to_thread,
+            preloaded=loaded.adapters,
         )
 
     def _describe(self) -> PeerRecord:
@@ -371,6 +372,7 @@ class Peer:
             return record
         return msgspec.structs.replace(
             record,
+            adapters=tuple(self.loaded.adapters),
             block_digests=self.loaded.digests if all(self.loaded.digests) and span == self._span else (),
             prefill_tokens_per_s=round(self.loaded.speeds.prefill_tokens_per_s, 1),
             decode_tokens_per_s=round(self.loaded.speeds.decode_tokens_per_s, 1),

@@ -10,6 +10,7 @@ from torch import nn
 
 from remote_modules.errors import PeerRefused, RefusalReason
 from remote_modules.model.adapter_content import AdapterContent, content_of, part_digest
+from remote_modules.model.adapter_files import FrozenAdapter
 from remote_modules.model.adapters import Adapter, Ia3, Lora, encode_entries
 from remote_modules.server.adapter_store import OFFLOAD_BYTES, AdapterStore, Found
 from remote_modules.server.checks import RequestTensors
@@ -226,13 +227,15 @@ def test_adapter_larger_than_the_store_serves_its_request_and_the_next() -> None
 def test_preloaded_adapter_stays_and_its_parts_need_not_be_sent() -> None:
     clock = Clock()
     store, content = new_store(max_bytes=1, clock=clock), lora()
-    preloaded = Adapter((ENTRY,), content.tensors[1:])
+    preloaded = FrozenAdapter((ENTRY,), content.tensors[1:])
     store.preload(preloaded, "agreed")
     clock.now_s = 1e6
     store.expire()
-    assert use(store, "agreed") is preloaded
-    assert use(store, content.name) is preloaded
-    assert take(store, sent(content, only=set())) is preloaded
+    agreed, named = use(store, "agreed"), use(store, content.name)
+    assert (agreed.entries, named.entries) == (preloaded.entries, preloaded.entries)
+    assert take(store, sent(content, only=set())) is named
+    assert [t.requires_grad for t in agreed.leaves("cpu", requires_grad=True).tensors] == [False, False]
+    assert [t.requires_grad for t in named.leaves("cpu", requires_grad=True).tensors] == [True, True]
     take(store, sent(lora(2, down=content.tensors[1]), only={0, 2}))
     assert store.bytes_received == BYTES - SIZE * RANK * 4
 
