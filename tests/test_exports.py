@@ -36,6 +36,7 @@ TESTED_BY = {
     "discovery.storage": "tests/discovery/test_storage_contract.py",
     "discovery.tracker_replies": "tests/discovery/test_tracker_server.py",
     "discovery.http_json": "tests/discovery/test_tracker_client.py",
+    "model.adapter_files": "tests/peft_models/test_preloaded.py",  # peft writes the files
     "net.client_connection": "tests/net/test_connection.py",  # one side is tested with the other
     "server.arguments": "tests/server/test_named_tensors.py",
     "server.cache_device": "tests/server/test_copies.py",

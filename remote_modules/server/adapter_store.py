@@ -33,6 +33,7 @@ Found = tuple[AdapterContent, Adapter]
 Offload = Callable[[Callable[[], Found]], Awaitable[Found]]
 
 MAX_ADAPTERS = 4096  # of which the smallest take a KiB each
+REPLACED_LEASE_S = 60.0  # a backward may still come for a version that is older than the optimizer's
 OFFLOAD_BYTES = 1 << 20  # less is verified at once: about a millisecond
 MISSING = "this peer does not have the adapter, or dropped it"
 
@@ -139,10 +140,12 @@ class AdapterStore:
                 held.owner = None
 
     def expire(self) -> None:
-        """Drop what was not used for the time of the lease."""
-        end_s = self._clock() - self._lease_s
-        while self._held and next(iter(self._held.values())).used_s <= end_s:
-            self._drop(next(iter(self._held)))
+        """Drop what was not used for the time of the lease, which is short for versions that were replaced."""
+        now_s = self._clock()
+        for name, held in list(self._held.items()):
+            lease_s = min(self._lease_s, REPLACED_LEASE_S) if held.is_replaced else self._lease_s
+            if now_s - held.used_s >= lease_s:
+                self._drop(name)
 
     def _use(self, name: str, connection_id: int) -> Adapter:
         if (preloaded := self._preloaded.get(name)) is not None:

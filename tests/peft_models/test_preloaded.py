@@ -20,7 +20,6 @@ from remote_modules.errors import CheckpointError, NoRouteError
 from remote_modules.model.adapter_content import content_of
 from remote_modules.model.adapter_files import open_adapter
 from remote_modules.model.adapters import collect
-from remote_modules.server.preloaded import split_source
 from remote_modules.testing import LocalSwarm
 from remote_modules.testing.inline_swarm import InlineSwarm
 from remote_modules.testing.local_peer import ThreadPeer
@@ -148,25 +147,6 @@ def test_adapter_of_another_model_does_not_fit(checkpoint: Path, tmp_path: Path)
 def test_folder_that_is_not_there_is_named() -> None:
     with pytest.raises(CheckpointError, match="adapter folder /nowhere does not exist"):
         open_adapter("/nowhere", PATH)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("/some/folder/pirate", ("pirate", "/some/folder/pirate")),
-        ("./pirate/", ("pirate", "./pirate/")),
-        ("someone/pirate-lora", ("someone/pirate-lora", "someone/pirate-lora")),
-        ("pirate=/x/y", ("pirate", "/x/y")),
-    ],
-)
-def test_name_of_a_source(text: str, expected: tuple[str, str]) -> None:
-    assert split_source(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "=", "a=", "=b", "a b=c", "a@b=c"])
-def test_source_without_a_plain_name_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="adapter must be a folder, a hub id or NAME=SOURCE"):
-        split_source(text)
 
 
 # -------------------------------------------------------------------------------- in a swarm
@@ -319,3 +299,20 @@ def test_adapters_are_there_after_a_move(checkpoint: Path, folders: dict[str, Pa
         model, layers = client(checkpoint, swarm, adapter="pirate")
         with layers:
             assert torch.equal(logits(model), logits(oracle(checkpoint, folders["pirate"])))
+
+
+def test_trained_adapter_is_saved_loads_locally_and_runs_elsewhere_without_preloading(
+    checkpoint: Path, swarm: InlineSwarm, tmp_path: Path
+) -> None:
+    trained = adapted(swarm.load(), lora(target_modules="all-linear")).train()
+    optimizer = torch.optim.AdamW(list(table.trainable(trained).values()), lr=1e-2)
+    for _ in range(3):
+        train_step(trained)
+        optimizer.step()
+    trained.eval().save_pretrained(str(tmp_path))
+    expected = logits(trained)
+    held = [peer.handler.adapters.num_bytes for peer in swarm.peers if peer.handler is not None]
+    assert torch.equal(logits(oracle(checkpoint, tmp_path)), expected)
+    another: Any = PeftModel.from_pretrained(swarm.load(), str(tmp_path)).eval()
+    assert torch.equal(logits(another), expected)
+    assert [peer.handler.adapters.num_bytes for peer in swarm.peers if peer.handler is not None] == held

@@ -12,7 +12,7 @@ from remote_modules.errors import PeerRefused, RefusalReason
 from remote_modules.model.adapter_content import AdapterContent, content_of, part_digest
 from remote_modules.model.adapter_files import FrozenAdapter
 from remote_modules.model.adapters import Adapter, Ia3, Lora, encode_entries
-from remote_modules.server.adapter_store import OFFLOAD_BYTES, AdapterStore, Found
+from remote_modules.server.adapter_store import OFFLOAD_BYTES, REPLACED_LEASE_S, AdapterStore, Found
 from remote_modules.server.checks import RequestTensors
 from remote_modules.wire.messages import CallMeta
 
@@ -174,6 +174,16 @@ def test_adapter_is_dropped_when_nobody_used_it_for_the_lease() -> None:
     clock.now_s = 120.0
     store.expire()
     assert store.num_bytes == len(store) == 0
+
+
+def test_replaced_version_is_dropped_sooner() -> None:
+    clock = Clock()
+    store, other = new_store(lease_s=600.0, clock=clock), lora(3, Lora(1, "proj", 0.25))
+    for content in (lora(1), other, lora(2)):
+        take(store, sent(content))
+    clock.now_s = REPLACED_LEASE_S
+    store.expire()
+    assert [is_held(store, content.name) for content in (lora(1), other, lora(2))] == [False, True, True]
 
 
 def test_newer_versions_push_out_older_ones_of_the_same_client_only() -> None:
