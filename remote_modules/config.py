@@ -80,6 +80,7 @@ class ClientConfig:
     copy_timeout_s: float = 60.0  # one copy of a KV cache from peer to peer; then it is built by replay
     allow_mixed_dtypes: bool = False  # whether one route may join peers that compute in different dtypes
     mdns_interfaces: tuple[str, ...] = ()  # local IP addresses to ask on; empty means all
+    adapter: str | None = None  # name of a LoRA that peers offer, for all calls; see `RemoteSequential.set_adapter`
     peer_exchange: bool = True  # ask known peers for the peers that they know
     peer_cache: Path | None = field(default_factory=default_peer_cache)  # folder of known peers; None: none on disk
 
@@ -136,6 +137,9 @@ class ServerConfig:
     max_connections: int = 512
     session_idle_s: float = 600.0  # a session without steps for so long is dropped
     orphan_session_s: float = 30.0  # the same once its client's connection is gone
+    adapters: tuple[str, ...] = ()  # LoRA to offer: folders or hub ids, or "NAME=" before one of these
+    adapter_budget_bytes: int = 1024**3  # of adapters that clients sent, in memory of the CPU
+    adapter_lease_s: float = 600.0  # an adapter that nobody used for so long is dropped
     announce_interval_s: float = 15.0
     drain_s: float = 30.0  # longest wait for running sessions on SIGTERM
     num_threads: int | None = None  # torch threads; None: torch's own choice
@@ -156,6 +160,7 @@ class ServerConfig:
             for address in getattr(self, name):
                 _check_field(name, check_address, address)
         check_tracker_urls(self.trackers)
+        _check_list("adapters", self.adapters)
         for name in _POSITIVE:
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
@@ -200,6 +205,8 @@ _POSITIVE = (
     "max_connections",
     "session_idle_s",
     "orphan_session_s",
+    "adapter_budget_bytes",
+    "adapter_lease_s",
     "announce_interval_s",
     "num_threads",
 )
@@ -208,6 +215,11 @@ _POSITIVE = (
 def _check_positive(name: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def _check_list(name: str, values: Sequence[str]) -> None:
+    if isinstance(values, str):
+        raise TypeError(f"{name} must be a list, got the string {values!r}; write ({values!r},)")
 
 
 def _check_peer_ids(name: str, peer_ids: Sequence[str]) -> None:

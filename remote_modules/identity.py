@@ -30,7 +30,7 @@ from remote_modules.peers import MAX_RECORD_BYTES, PeerId, PeerRecord, SignedRec
 
 __all__ = ["Certificate", "Identity", "peer_id_of", "verify_hello", "verify_record"]
 
-_RECORD_CONTEXT = b"rm-record-v2"
+_RECORD_CONTEXT = b"rm-record-v3"
 _HELLO_CONTEXT = b"rm-hello-v1"
 _record_encoder = msgspec.msgpack.Encoder()
 

@@ -16,6 +16,8 @@ import msgspec
 from remote_modules.spans import MAX_BLOCKS, Span
 
 __all__ = [
+    "ADAPTER_NAME",
+    "MAX_ADAPTERS",
     "PeerId",
     "PeerRecord",
     "PeerState",
@@ -30,7 +32,10 @@ PeerId = NewType("PeerId", str)
 
 MAX_RECORD_BYTES = 16384  # 4,096 block digests would not fit: models beyond ~1,000 blocks announce none
 MAX_ADDRESSES = 4
+MAX_ADAPTERS = 16
+ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,63}"
 
+_ADAPTER = re.compile(rf"{ADAPTER_NAME}@[0-9a-f]{{32}}")
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9][A-Za-z0-9._-]{0,252}):([0-9]{1,5})\Z")
 
 
@@ -63,6 +68,7 @@ class PeerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         load: requests queued or running when announced.
         max_blocks: how many blocks it could hold; 0 if it would hold no others than it does.
         bandwidth_bytes_per_s: of its link, the slower direction; 0 if unknown.
+        adapters: ``name@digest`` of those that it offers, at most 16; equal digests mean equal adapters.
     """
 
     peer_id: str
@@ -86,6 +92,7 @@ class PeerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     version: str = ""
     max_blocks: int = 0
     bandwidth_bytes_per_s: float = 0.0
+    adapters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= self.num_blocks <= MAX_BLOCKS:
@@ -96,6 +103,7 @@ class PeerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             check_address(address)
         if self.block_digests and len(self.block_digests) != self.end - self.start:
             raise ValueError("record must give one digest for each block of its span, or none")
+        _check_adapters(self.adapters)
         texts = (self.peer_id, self.instance_id, self.model, self.model_key, self.dtype, self.quantization)
         if max(map(len, (*texts, self.version, *self.block_digests, self.certificate_sha256 or ""))) > 256:
             raise ValueError("record has a text of more than 256 characters")
@@ -117,7 +125,7 @@ class SignedRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Attributes:
         payload: the record as msgpack, at most `MAX_RECORD_BYTES`.
         public_key: raw Ed25519 key, 32 bytes.
-        signature: over ``b"rm-record-v2" + payload``, 64 bytes.
+        signature: over ``b"rm-record-v3" + payload``, 64 bytes.
     """
 
     payload: bytes
@@ -162,6 +170,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _check_adapters(adapters: tuple[str, ...]) -> None:
+    if len(adapters) > MAX_ADAPTERS or not all(map(_ADAPTER.fullmatch, adapters)):
+        raise ValueError(f"record must name up to {MAX_ADAPTERS} adapters as name@digest, got {adapters[:2]}")
 
 
 def _is_host(text: str) -> bool:

@@ -55,6 +55,7 @@ TESTED_BY = {
     "model.adapter_entries": "tests/model/test_adapters.py",
     "model.adapter_reading": "tests/model/test_adapters.py",
     "model.block_prompt": "tests/peft_models/test_deep_prompts.py",
+    "model.adapter_files": "tests/peft_models/test_preloaded.py",  # peft writes the files
     "net.client_connection": "tests/net/test_connection.py",  # one side is tested with the other
     "server.arguments": "tests/server/test_named_tensors.py",
     "server.cache_device": "tests/server/test_copies.py",

@@ -42,7 +42,7 @@ def record_of(identity: Identity) -> PeerRecord:
 
 
 def sign_payload(identity: Identity, payload: bytes) -> SignedRecord:
-    signature = identity.key.sign(b"rm-record-v2" + payload)
+    signature = identity.key.sign(b"rm-record-v3" + payload)
     return SignedRecord(payload=payload, public_key=identity.public_key, signature=signature)
 
 
@@ -207,7 +207,7 @@ def test_hello_for_another_connection_is_refused(nonce: bytes, certificate_sha25
 
 
 def test_record_signature_is_no_hello() -> None:
-    signature = ALICE.key.sign(b"rm-record-v2" + NONCE)
+    signature = ALICE.key.sign(b"rm-record-v3" + NONCE)
     with pytest.raises(RemoteProtocolError, match="hello"):
         verify_hello(public_key=ALICE.public_key, signature=signature, nonce=NONCE, certificate_sha256="")
 

@@ -50,6 +50,7 @@ def test_record_is_frozen() -> None:
         RECORD.load = 3  # type: ignore[misc]
 
 
+ADAPTER = f"someone/pirate-v1.0@{'0a' * 16}"
 BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"start": -1, "block_digests": ()}, "record spans -1:5 of 8 blocks"),
     ({"start": 5}, "record spans 5:5 of 8 blocks"),
@@ -59,6 +60,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"addresses": ("a:1",) * 5}, "record must name 1 to 4 addresses, got 5"),
     ({"addresses": ("nowhere",)}, "address must look like HOST:PORT, got 'nowhere'"),
     ({"block_digests": ("x", "y")}, "record must give one digest for each block of its span, or none"),
+    ({"adapters": ("a",)}, "record must name up to 16 adapters as name@digest, got ('a',)"),
+    ({"adapters": (ADAPTER,) * 17}, f"record must name up to 16 adapters as name@digest, got {(ADAPTER, ADAPTER)}"),
     ({"peer_id": "a" * 257}, "record has a text of more than 256 characters"),
     ({"version": "a" * 257}, "record has a text of more than 256 characters"),
     ({"certificate_sha256": "a" * 257}, "record has a text of more than 256 characters"),
@@ -98,12 +101,13 @@ def test_record_of_another_shape_on_the_wire_is_refused(changes: dict[str, Any])
     "changes",
     [
         {"start": 0, "end": 8, "block_digests": ()},
+        {"adapters": (ADAPTER,) * 16},
         {"addresses": ("a:1", "b:1", "c:1", "d:1")},
         {"model": "m" * 256},
         {"sequence": 2**53 - 1},
         {"certificate_sha256": None},
     ],
-    ids=["whole model", "4 addresses", "256 characters", "last sequence", "plain TCP"],
+    ids=["whole model", "16 adapters", "4 addresses", "256 characters", "last sequence", "plain TCP"],
 )
 def test_record_at_its_bounds_is_accepted(changes: dict[str, Any]) -> None:
     record = changed(**changes)

@@ -87,6 +87,15 @@ def serve(
             rich_help_panel=BLOCKS,
         ),
     ] = DEFAULTS.quantization,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="[NAME=]PATH|ID",
+            help="A LoRA to offer, as peft saves it: folder or hub id; repeatable.",
+            rich_help_panel=BLOCKS,
+        ),
+    ] = None,
     host: Annotated[
         str, typer.Option("--host", help="Where to listen; 0.0.0.0 for all interfaces.", rich_help_panel=NETWORK)
     ] = DEFAULTS.host,
@@ -188,6 +197,7 @@ def serve(
         device=device,
         dtype=dtype,
         quantization=quantization,
+        adapters=tuple(adapters or ()),
         revision=revision,
         cache_dir=None if cache_dir is None else str(cache_dir),
         token=token,
@@ -266,6 +276,7 @@ def _describe(server: Server, sources: Sources) -> None:
         "peer": short_id(server.peer_id),
         "blocks": f"{server.span} ({len(server.span)})",
         "address": server.address,
+        **({"adapters": ", ".join(config.adapters)} if config.adapters else {}),
         "announced to": str(sources) if sources.trackers or sources.mdns else "nobody; clients must name its address",
     }
     output.out.print(output.fields_table(rows))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import secrets
 from collections.abc import Callable, Mapping
@@ -12,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from remote_modules.model.adapter_content import AdapterContent, content_of
+from remote_modules.model.adapter_entries import Entry
 from remote_modules.model.adapter_reading import collect
-from remote_modules.model.adapters import AdapterSet, encode_entries
+from remote_modules.model.adapters import AdapterSet, decode_entries, encode_entries
 from remote_modules.model.shadow import is_shadow
 from remote_modules.spans import Span
 
@@ -27,14 +28,22 @@ class HopAdapter:
     """The adapters of one hop's blocks.
 
     Attributes:
-        digest: names the content.
-        tensors: ``adapter`` (the entries) and ``adapter.<n>``, as they travel.
+        name: of the content.
+        tensors: ``adapter.<n>``, those that a gradient is returned for.
         positions: of these tensors among all of the `AdapterSet`.
+        content: as it travels part by part; None for one that only peers have.
     """
 
-    digest: str
+    name: str
     tensors: Named
     positions: tuple[int, ...]
+    content: AdapterContent | None
+
+    def whole(self) -> Named:
+        """As peers before protocol 1.3 take it."""
+        assert self.content is not None
+        entries = [entry for part in self.content.tensors if part.dtype is torch.uint8 for entry in _entries(part)]
+        return {"adapter": _encoded(entries), **self.tensors}
 
 
 @dataclass(slots=True)
@@ -44,11 +53,18 @@ class CallAdapter:
     Args:
         adapters: with tensors on the CPU.
         seed: of their dropout, or None.
+        offered: ``name@digest`` of one that peers offer, in the place of all that; or "".
     """
 
     adapters: AdapterSet
     seed: int | None = None
-    _parts: dict[Span, HopAdapter | None] = field(default_factory=dict)
+    offered: str = ""
+    _parts: dict[Span, HopAdapter | None] = field(default_factory=dict, init=False)
+    _digests: dict[int, bytes] = field(default_factory=dict, init=False)
+
+    @classmethod
+    def named(cls, offered: str) -> CallAdapter:
+        return cls(AdapterSet((), ()), offered=offered)
 
     def part(self, blocks: Span) -> HopAdapter | None:
         """What the hop with these ``blocks`` needs; None if they have none."""
@@ -57,18 +73,24 @@ class CallAdapter:
         return self._parts[blocks]
 
     def _cut(self, blocks: Span) -> HopAdapter | None:
+        if self.offered:
+            return HopAdapter(self.offered, {}, (), None)
         part = self.adapters.within(blocks.start, blocks.end)
         if part is None:
             return None
         number_of = {id(parameter): number for number, parameter in enumerate(self.adapters.parameters)}
-        entries = torch.frombuffer(bytearray(encode_entries(part.entries)), dtype=torch.uint8)
-        tensors = {"adapter": entries}
-        tensors |= {f"adapter.{n}": tensor.detach().contiguous() for n, tensor in enumerate(part.parameters)}
-        digest = hashlib.sha256()
-        for tensor in tensors.values():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        content = content_of(part, self._digests)
+        tensors = {f"adapter.{n}": tensor.detach().contiguous() for n, tensor in enumerate(part.parameters)}
         positions = tuple(number_of[id(parameter)] for parameter in part.parameters)
-        return HopAdapter(digest.hexdigest(), tensors, positions)
+        return HopAdapter(content.name, tensors, positions, content)
+
+
+def _entries(part: torch.Tensor) -> list[Entry]:
+    return decode_entries(part.numpy().tobytes())
+
+
+def _encoded(entries: list[Entry]) -> torch.Tensor:
+    return torch.frombuffer(bytearray(encode_entries(entries)), dtype=torch.uint8)
 
 
 _changes = itertools.count(1)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from remote_modules.client.adapters import CallAdapter
 from remote_modules.client.call import CallArguments, Named
 from remote_modules.client.passes import backward, forward
 from remote_modules.client.swarm import Swarm
@@ -79,7 +78,7 @@ class _RemoteFunction(torch.autograd.Function):
         call = replace(remote.call, sides=sides, past=past)
         if call.adapter is not None:
             adapters = replace(call.adapter.adapters, parameters=tuple(own[count:]))
-            call = replace(call, adapter=CallAdapter(adapters, call.adapter.seed))
+            call = replace(call, adapter=replace(call.adapter, adapters=adapters))
         inputs = {name: tensor for name, tensor in named.items() if name in plan.carried}
         outputs, recorded, ctx.segments = remote.io.run(forward(remote.swarm, remote.blocks, inputs, call))
         outputs = outputs | recorded

@@ -207,7 +207,7 @@ class Chain:
         """Send one request of ``hop`` and read its tensors; learns from the time it took.
 
         Args:
-            adapter: goes along if the peer does not have it yet.
+            adapter: what the peer lacks of it goes along.
 
         Raises:
             PeerError: no usable answer.
@@ -215,20 +215,13 @@ class Chain:
         """
         if adapter is None:
             return await self._request(hop, kind, message, tensors, connection)
-        sent = self.swarm.adapters_sent(connection)
-        call = msgspec.structs.replace(message.call, adapter=adapter.digest)
-        message = msgspec.structs.replace(message, call=call)
-        try:
-            brought = {} if adapter.digest in sent else adapter.tensors
-            replies = await self._request(hop, kind, message, {**tensors, **brought}, connection)
-        except PeerRefused as exc:
-            if exc.reason is not RefusalReason.ADAPTER_MISSING:
-                raise
-            sent.discard(adapter.digest)
-            message = msgspec.structs.replace(message, request_id=connection.new_request_id())
-            replies = await self._request(hop, kind, message, {**tensors, **adapter.tensors}, connection)
-        sent.add(adapter.digest)
-        return replies
+
+        async def send(call: CallMeta, brought: Named, *, is_first: bool) -> Named:
+            request_id = message.request_id if is_first else connection.new_request_id()
+            changed = msgspec.structs.replace(message, call=call, request_id=request_id)
+            return await self._request(hop, kind, changed, {**tensors, **brought}, connection)
+
+        return await self.swarm.uploads.send(connection, adapter, message.call, send)
 
     async def _request(
         self, hop: Hop, kind: str, message: Request, tensors: Named, connection: ClientConnection
@@ -382,4 +375,5 @@ def demand_of(tensors: Named, call: CallArguments, *, kv_tokens: int, is_decode:
         bytes_per_token=-(-num_bytes(tensors) // tokens),
         is_decode=is_decode,
         rows=call.rows,
+        adapter="" if call.adapter is None else call.adapter.offered,
     )

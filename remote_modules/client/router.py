@@ -85,7 +85,7 @@ class Router:
         def cheapest(candidates: Sequence[Candidate]) -> tuple[Hop, ...]:
             return find_route(blocks, candidates, demand, rng=self._rng, cuts=self._stack.cuts)
 
-        return self._claimed(self._found(cheapest, avoid))
+        return self._claimed(self._found(cheapest, avoid, demand.adapter))
 
     def find_share(self, blocks: Span, demand: Demand) -> tuple[Hop, ...]:
         """A route for work that is not in a hurry: peers get it in proportion to what they have free.
@@ -98,12 +98,13 @@ class Router:
             cuts = self._stack.cuts
             return spread(blocks, candidates, demand, rng=self._rng, least=WORTHWHILE, cuts=cuts)[0].hops
 
-        return self._claimed(self._found(shared, ()))
+        return self._claimed(self._found(shared, (), demand.adapter))
 
     def find_rival(self, hop: Hop, demand: Demand) -> tuple[Hop, ...] | None:
         """Hops that could do the work of ``hop`` beside it; None if nobody else can."""
         try:
-            return find_route(hop.span, self._candidates({hop.peer_id}), demand, rng=self._rng, cuts=self._stack.cuts)
+            candidates = self._candidates({hop.peer_id}, demand.adapter)
+            return find_route(hop.span, candidates, demand, rng=self._rng, cuts=self._stack.cuts)
         except NoRouteError:
             return None
 
@@ -112,7 +113,7 @@ class Router:
     ) -> tuple[Hop, ...] | None:
         """See `plan.moves.find_better`."""
         used = {hop.peer_id for hop in hops}
-        candidates = self._candidates(())
+        candidates = self._candidates((), demand.adapter)
         candidates += [
             self._candidate(record)
             for peer_id in used - {candidate.peer_id for candidate in candidates}
@@ -131,7 +132,7 @@ class Router:
     def has_route(self, blocks: Span, demand: Demand, *, avoid: Collection[PeerId]) -> bool:
         """Whether others than ``avoid`` cover ``blocks``, by what is known now."""
         try:
-            find_route(blocks, self._candidates(avoid), demand, rng=self._rng, cuts=self._stack.cuts)
+            find_route(blocks, self._candidates(avoid, demand.adapter), demand, rng=self._rng, cuts=self._stack.cuts)
         except NoRouteError:
             return False
         return True
@@ -197,23 +198,39 @@ class Router:
         return hops
 
     def _found(
-        self, find: Callable[[Sequence[Candidate]], tuple[Hop, ...]], avoid: Collection[PeerId]
+        self, find: Callable[[Sequence[Candidate]], tuple[Hop, ...]], avoid: Collection[PeerId], adapter: str
     ) -> tuple[Hop, ...]:
-        candidates = self._candidates(avoid)
+        candidates = self._candidates(avoid, adapter)
         try:
             return find(candidates)
-        except NoRouteError:
-            needed = self._candidates(avoid, is_needed=True)
+        except NoRouteError as exc:
+            needed = self._candidates(avoid, adapter, is_needed=True)
             if len(needed) == len(candidates):
-                raise
+                if not adapter:
+                    raise
+                raise NoRouteError(f"{exc} with adapter '{adapter.partition('@')[0]}'", missing=exc.missing) from exc
         return find(needed)
 
-    def _candidates(self, avoid: Collection[PeerId], *, is_needed: bool = False) -> list[Candidate]:
+    def find_adapter(self, name: str) -> str | None:
+        """``name@digest`` of an adapter that peers offer; None if nobody does.
+
+        Raises:
+            NoRouteError: different ones have that name.
+        """
+        offered = {one for record in self.records.values() for one in record.adapters}
+        found = sorted(one for one in offered if name in (one, one.rpartition("@")[0]))
+        if len(found) > 1:
+            text = f"peers offer different adapters under the name '{name}'; choose one of {', '.join(found)}"
+            raise NoRouteError(text, missing=())
+        return found[0] if found else None
+
+    def _candidates(self, avoid: Collection[PeerId], adapter: str, *, is_needed: bool = False) -> list[Candidate]:
         return [
             self._candidate(record)
             for peer_id, record in self.records.items()
             if record.state is PeerState.ONLINE
             and peer_id not in avoid
+            and (not adapter or adapter in record.adapters)
             and self._is_usable(record, is_needed=is_needed)
         ]
 

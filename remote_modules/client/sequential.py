@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from remote_modules.client.adapters import AdapterWatch, note_change
+from remote_modules.client.adapters import AdapterWatch, CallAdapter, note_change
 from remote_modules.client.autograd import RemotePass, refuse_backward
 from remote_modules.client.call import CallArguments, Named
 from remote_modules.client.connect import SwarmHandle, connect_swarm
@@ -62,6 +62,7 @@ class RemoteSequential(nn.ModuleList):
         self._blocks = blocks
         self._capture = OwnerCapture(_refusal(handle))
         self._adapters = AdapterWatch()
+        self._adapter_name = handle.swarm.config.adapter
         if local is None:
             self.extend([self._new_block(index) for index in blocks])
         else:
@@ -161,8 +162,18 @@ class RemoteSequential(nn.ModuleList):
         self._check_alone(self._blocks)
         self._check_unwrapped()
         state, handle = self._new_state(self._blocks), self._handle
-        read = lambda: self._adapters.read(self.remote_blocks)  # noqa: E731
-        return InferenceSession(state, handle.io, read, hidden_size=handle.hidden_size, max_tokens=max_tokens)
+        return InferenceSession(
+            state, handle.io, self._read_adapters, hidden_size=handle.hidden_size, max_tokens=max_tokens
+        )
+
+    def set_adapter(self, name: str | None) -> None:
+        """Compute with a LoRA that peers offer (``serve --adapter``) from now on; None: with the model alone.
+
+        Args:
+            name: or ``name@digest``, where peers offer different ones under that name. It is looked for at the next
+                call, which raises `NoRouteError` if nobody offers it.
+        """
+        self._adapter_name = name
 
     def stats(self) -> ClientStats:
         """Counters since creation, the route, and the last steps' waterfall."""
@@ -196,7 +207,7 @@ class RemoteSequential(nn.ModuleList):
         offset = self._blocks.start - next(i for i, module in enumerate(self) if is_shadow(module))
         part = RemoteSequential(self._handle, Span(first + offset, last + offset), local=nn.ModuleList())
         part.extend(modules)  # the same ones: adapters are in them
-        part._capture = self._capture
+        part._capture, part._adapter_name = self._capture, self._adapter_name
         return part
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteSequential:
@@ -204,7 +215,7 @@ class RemoteSequential(nn.ModuleList):
         copied = RemoteSequential(self._handle, self._blocks, local=nn.ModuleList())
         memo[id(self)] = copied
         copied.extend([copy.deepcopy(module, memo) for module in self])
-        copied._capture = copy.deepcopy(self._capture, memo)
+        copied._capture, copied._adapter_name = copy.deepcopy(self._capture, memo), self._adapter_name
         return copied
 
     def __repr__(self) -> str:
@@ -285,7 +296,16 @@ class RemoteSequential(nn.ModuleList):
         return output
 
     def _arguments(self, call: OwnerCall) -> CallArguments:
-        return call_arguments(call, self._handle.stack, self._adapters.read(self.remote_blocks))
+        return call_arguments(call, self._handle.stack, self._read_adapters())
+
+    def _read_adapters(self) -> CallAdapter | None:
+        found, name = self._adapters.read(self.remote_blocks), self._adapter_name
+        if name is None:
+            return found
+        if found is not None:
+            text = f"the model has adapters of its own, and adapter='{name}' asks for one of the peers'"
+            raise UnsupportedCallError(f"{text}; disable them, or call set_adapter(None) on the remote blocks")
+        return CallAdapter.named(self._handle.io.run(self._handle.swarm.find_adapter(name)))
 
     def remote_blocks(self) -> dict[int, nn.Module]:
         """The modules that stand for the remote blocks, by index in the model."""

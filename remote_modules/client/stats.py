@@ -49,6 +49,8 @@ class ClientStats:
         forks: KV caches that were copied for a fork.
         stall_seconds: time between failures and the answer that ended them, summed.
         bytes_sent, bytes_received: on all connections.
+        adapters_sent: requests that brought tensors of adapters.
+        adapter_bytes: of these tensors, and of what describes them.
         history_bytes, history_disk_bytes: kept now to rebuild lost KV caches, in memory and on disk.
         route: hops of the latest pass.
         waterfall: the last steps, each with the timing of its hops in order.
@@ -68,6 +70,8 @@ class ClientStats:
     waiting_for: tuple[Span, ...]
     bytes_sent: int
     bytes_received: int
+    adapters_sent: int
+    adapter_bytes: int
     history_bytes: int
     history_disk_bytes: int
     route: tuple[Hop, ...]
@@ -96,6 +100,8 @@ class StatsRecorder:
     waiting_for: tuple[Span, ...] = ()
     bytes_sent: int = 0
     bytes_received: int = 0
+    adapters_sent: int = 0
+    adapter_bytes: int = 0
     histories: HistoryStore | None = None
     route: tuple[Hop, ...] = ()
     waterfall: deque[tuple[HopTiming, ...]] = field(default_factory=lambda: deque(maxlen=WATERFALL_STEPS))
@@ -122,6 +128,8 @@ class StatsRecorder:
             waiting_for=self.waiting_for,
             bytes_sent=self.bytes_sent,
             bytes_received=self.bytes_received,
+            adapters_sent=self.adapters_sent,
+            adapter_bytes=self.adapter_bytes,
             history_bytes=self.histories.bytes_in_memory if self.histories is not None else 0,
             history_disk_bytes=self.histories.bytes_on_disk if self.histories is not None else 0,
             route=self.route,

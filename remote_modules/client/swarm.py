@@ -9,6 +9,7 @@ from random import Random
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
+from remote_modules.client.adapter_uploads import AdapterUploads
 from remote_modules.client.coding import Coding
 from remote_modules.client.history_store import HistoryStore
 from remote_modules.client.router import Router
@@ -80,6 +81,7 @@ class Swarm:
             memory_bytes=config.history_memory_bytes, dtype=config.history_dtype, folder=config.history_folder
         )
         stats.histories = self.histories
+        self.uploads = AdapterUploads(stats, max_wait_s=config.silence_timeout_s, offers=self._offers_adapters)
         self._discovery = discovery
         self._dialer = dialer
         self._model_key = model_key
@@ -92,7 +94,6 @@ class Swarm:
         self._connections: dict[tuple[PeerId, str], ClientConnection] = {}
         self._dialling: dict[tuple[PeerId, str], asyncio.Task[ClientConnection]] = {}
         self._counted: WeakKeyDictionary[ClientConnection, tuple[int, int]] = WeakKeyDictionary()
-        self._adapters: WeakKeyDictionary[ClientConnection, set[str]] = WeakKeyDictionary()
         self._tasks: set[asyncio.Task[None]] = set()  # that find out whether peers are alive
         self._is_closed = False
         self.watchers: WeakSet[Watcher] = WeakSet()
@@ -120,6 +121,23 @@ class Swarm:
     async def share(self, blocks: Span, demand: Demand) -> tuple[Hop, ...]:
         """Hops for work that is not in a hurry: peers get it in proportion to what they have free. As `route`."""
         return await self._found(lambda: self.router.find_share(blocks, demand))
+
+    async def find_adapter(self, name: str) -> str:
+        """``name@digest`` of an adapter that peers offer; looks the swarm up if none of the known ones does.
+
+        Raises:
+            NoRouteError: nobody offers it, or different ones have that name.
+        """
+        self._check_open()
+        if (found := self.router.find_adapter(name)) is None:
+            await self.refresh()
+            found = self.router.find_adapter(name)
+        if found is None:
+            offered = sorted({one.rpartition("@")[0] for r in self.router.records.values() for one in r.adapters})
+            there = f"they offer {', '.join(offered[:8])}" if offered else "they offer none"
+            text = f"no peer offers the adapter '{name}': {len(self.router.records)} peers known, {there}"
+            raise NoRouteError(text, missing=(Span(0, self.num_blocks),))
+        return found
 
     def better_route(
         self, hops: Sequence[Hop], demand: Demand, position: int, *, kv_bytes_per_token: float | None = None
@@ -185,10 +203,6 @@ class Swarm:
         """Those that we are connected to and that said that they are leaving."""
         return {key[0] for key, link in self._connections.items() if link.is_open and link.is_draining}
 
-    def adapters_sent(self, connection: ClientConnection) -> set[str]:
-        """Digests of the adapters that the peer got over this connection."""
-        return self._adapters.setdefault(connection, set())
-
     def count_bytes(self, connection: ClientConnection) -> None:
         """Add what moved on a connection since the last call to the statistics."""
         sent, received = self._counted.get(connection, (0, 0))
@@ -247,6 +261,10 @@ class Swarm:
         if self._lookup_error is not None:
             text += f"; last lookup failed: {self._lookup_error}"
         return NoRouteError(text, missing=error.missing)
+
+    def _offers_adapters(self, peer_id: PeerId) -> bool:
+        record = self.router.records.get(peer_id)
+        return record is not None and bool(record.adapters)
 
     def _rtt_of(self, peer_id: PeerId) -> float | None:
         connection = self._connections.get((peer_id, "step")) or self._connections.get((peer_id, "bulk"))

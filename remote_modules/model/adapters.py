@@ -47,6 +47,9 @@ class AdapterSet:
         """Equal for as long as nothing was assigned to a parameter or written in place, except through ``.data``."""
         return tuple((id(parameter), parameter._version) for parameter in self.parameters)
 
+    def items(self) -> Iterator[tuple[Entry, Sequence[torch.Tensor]]]:
+        return _with_tensors(self.entries, self.parameters)
+
     def within(self, start: int, end: int) -> AdapterSet | None:
         """Those of blocks ``[start, end)``, for one hop; None if there are none."""
         kept = [

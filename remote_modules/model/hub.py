@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,7 @@ from remote_modules.model.partial import PartialFiles, sha256_of, write_atomical
 from remote_modules.model.ranges import HTTP_ERROR, NoRangesError, RemoteFile, find_remote
 from remote_modules.model.shard_header import ShardHeader, tensor_names
 
-__all__ = ["HubModel", "open_hub_model"]
+__all__ = ["HubModel", "fetch_files", "open_hub_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -239,6 +239,21 @@ def open_hub_model(name: str, revision: str | None, cache_dir: str | None, token
     with _plain_errors(name, "config.json"):
         path = Path(hf_hub_download(name, "config.json", revision=revision, cache_dir=cache_dir, token=token))
     return HubModel(name, snapshot=path.parent, commit=path.parent.name, cache_dir=cache_dir, token=token)
+
+
+def fetch_files(name: str, file_names: Sequence[str], *, cache_dir: str | None, token: str | None) -> Path:
+    """The folder in the cache with some files, whole.
+
+    Raises:
+        CheckpointError: there is no such repository or file, or it can be neither asked nor found in the cache.
+    """
+    folder: Path | None = None
+    for file_name in file_names:
+        with _plain_errors(name, file_name):
+            path = Path(hf_hub_download(name, file_name, cache_dir=cache_dir, token=token))
+            folder = path.parent
+    assert folder is not None
+    return folder
 
 
 def _num_keys(files: dict[Path, list[str]]) -> int:

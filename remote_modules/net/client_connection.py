@@ -84,6 +84,11 @@ class ClientConnection(Connection):
         """Whether the peer reads tensors that are coded."""
         return self._protocol.their_minor >= messages.CODECS_SINCE_MINOR
 
+    @property
+    def knows_adapter_parts(self) -> bool:
+        """Whether the peer takes adapters part by part."""
+        return self._protocol.their_minor >= messages.ADAPTER_PARTS_SINCE_MINOR
+
     async def handshake(self, timeout_s: float) -> None:
         """Exchange hellos over the transport at hand.
 

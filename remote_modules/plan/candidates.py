@@ -79,6 +79,7 @@ class Demand:
         bytes_per_token: hidden states on the wire.
         is_decode: whether the peers' decode speed applies, not their prefill speed.
         bandwidth_bytes_per_s: of peers whose own is not measured.
+        adapter: that peers must offer, as in their records; "" for any peer.
     """
 
     num_tokens: int
@@ -87,6 +88,7 @@ class Demand:
     is_decode: bool
     rows: int = 1
     bandwidth_bytes_per_s: float = DEFAULT_BANDWIDTH_BYTES_PER_S
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,7 @@ class Engine:
             leaves = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
             leaves |= past
             trained = arguments.adapter.tensors if arguments.adapter is not None else ()
-            leaves |= {f"adapter.{number}": tensor for number, tensor in enumerate(trained)}
+            leaves |= {f"adapter.{n}": tensor for n, tensor in enumerate(trained) if tensor.requires_grad}
             found = torch.autograd.grad(
                 [output for output, _ in pairs],
                 list(leaves.values()),

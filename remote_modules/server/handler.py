@@ -7,12 +7,13 @@ memory links and virtual time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import msgspec
 import torch
 
+from remote_modules.config import ServerConfig
 from remote_modules.errors import (
     PeerRefused,
     RefusalReason,
@@ -24,7 +25,7 @@ from remote_modules.model.adapters import Adapter
 from remote_modules.model.past import length_of
 from remote_modules.net.connection import Connection
 from remote_modules.net.http import Dialer
-from remote_modules.server.adapter_store import AdapterStore
+from remote_modules.server.adapter_store import AdapterStore, Offload
 from remote_modules.server.arguments import owner_arguments, whole_mask
 from remote_modules.server.cache_device import CacheDevice
 from remote_modules.server.checks import RequestTensors, check_blocks, check_ops, check_tensors, refuse
@@ -64,6 +65,18 @@ class HandlerLimits:
     max_batch_tokens: int
     max_body_bytes: int
     max_connections: int
+    adapter_budget_bytes: int = 1 << 28
+    adapter_lease_s: float = 600.0
+
+    @classmethod
+    def configured(cls, config: ServerConfig, *, max_body_bytes: int) -> HandlerLimits:
+        return cls(
+            max_batch_tokens=config.max_batch_tokens,
+            max_body_bytes=max_body_bytes,
+            max_connections=config.max_connections,
+            adapter_budget_bytes=config.adapter_budget_bytes,
+            adapter_lease_s=config.adapter_lease_s,
+        )
 
 
 class Handler:
@@ -74,6 +87,8 @@ class Handler:
         certificate_sha256: of the TLS certificate in use, or "".
         clock: monotonic seconds.
         dialer: reaches the peers whose sessions are copied.
+        offload: see `AdapterStore`.
+        preloaded: adapters that are kept for good, by name.
     """
 
     def __init__(
@@ -89,6 +104,8 @@ class Handler:
         certificate_sha256: str = "",
         software: str = "",
         dialer: Dialer | None = None,
+        offload: Offload | None = None,
+        preloaded: Mapping[str, Adapter] | None = None,
     ) -> None:
         self.engine = engine
         self.executor = executor
@@ -97,7 +114,11 @@ class Handler:
         self.num_requests: dict[str, int] = {}
         self._identity = identity
         self._instance_id = instance_id
-        self.adapters = AdapterStore(max_bytes=limits.max_body_bytes)
+        self.adapters = AdapterStore(
+            max_bytes=limits.adapter_budget_bytes, lease_s=limits.adapter_lease_s, clock=clock, offload=offload
+        )
+        for name, adapter in (preloaded or {}).items():
+            self.adapters.preload(adapter, name, device=engine.model.device)
         self._limits = limits
         self._clock = clock
         self._certificate_sha256 = certificate_sha256
@@ -145,8 +166,10 @@ class Handler:
         self.sessions.close_all()
 
     def expire_sessions(self) -> None:
+        """Drop sessions, and adapters, that nobody used for long."""
         for session_id in self.sessions.expire(self._clock()):
             logger.info("session expired session=%s", session_id[:6])
+        self.adapters.expire()
 
     def hello(self, hello: messages.ClientHello) -> messages.ServerHello | messages.Reject:
         """The answer to a client's hello."""
@@ -199,7 +222,7 @@ class Handler:
             vocab_size=self.engine.vocab_size,
             max_batch_tokens=self._limits.max_batch_tokens,
         )
-        adapter = self.adapters.of(request.call, tensors, model.blocks, connection_id)
+        adapter = await self.adapters.of(request.call, tensors, model.blocks, connection_id)
         if isinstance(request, StepRequest):
             return await self._step(request, blocks, tensors, adapter, connection_id)
         return await self._pass(request, blocks, tensors, adapter, connection_id)

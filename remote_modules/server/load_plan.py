@@ -9,6 +9,7 @@ from collections.abc import Collection
 import torch
 
 from remote_modules.config import ServerConfig
+from remote_modules.model.adapter_files import FrozenAdapter
 from remote_modules.model.checkpoint import Checkpoint, open_checkpoint
 from remote_modules.model.classes import serving_class
 from remote_modules.model.fingerprint import block_digests, model_key
@@ -29,6 +30,7 @@ from remote_modules.server.capacity import (
     parameter_bytes,
 )
 from remote_modules.server.engine import Engine, Speeds
+from remote_modules.server.preloaded import Preloaded
 from remote_modules.server.sessions import KVCost
 from remote_modules.spans import Span
 
@@ -40,10 +42,11 @@ SPARE_FACTOR = 1.5  # workspace of a load
 class LoadedSpan:
     """A span in memory and what was measured of it."""
 
-    def __init__(self, model: SpanModel, digests: dict[int, str]) -> None:
+    def __init__(self, model: SpanModel, digests: dict[int, str], adapters: dict[str, FrozenAdapter]) -> None:
         self.model = model
         self.engine = Engine(model)
         self.digests = tuple(digests.get(block, "") for block in model.span)
+        self.adapters = adapters
         self.speeds = Speeds(0.0, 0.0)
         self.kv_costs: dict[int, KVCost] = {}
 
@@ -65,6 +68,7 @@ class LoadPlan:
         self._skeleton = meta_skeleton(self._cls, self._model_config)
         self._stack = probe_stack(self._cls, self._model_config)
         self._device = _device(config.device)
+        self._adapters = Preloaded(config.adapters, self._stack.path, cache_dir=config.cache_dir, token=config.token)
         self.key = model_key(self._model_config)
         self.num_blocks = self._stack.num_blocks
         self.block_load_s = 0.0  # known after `probe`
@@ -194,7 +198,8 @@ class LoadPlan:
         )
         # a cached block brings its digest along: its shards are not opened
         digests = block_digests(self._checkpoint, self._stack, span) if cache is None else cache.digests
-        return LoadedSpan(SpanModel(model, self._stack, span), digests)
+        runner = SpanModel(model, self._stack, span)
+        return LoadedSpan(runner, digests, self._adapters.of_blocks(runner.blocks))
 
     @property
     def dtype(self) -> torch.dtype:

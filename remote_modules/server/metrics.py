@@ -33,6 +33,10 @@ def peer_metrics(handler: Callable[[], Handler | None], num_restarts: Callable[[
         "remote_modules_kv_bytes": ("Reserved KV cache.", lambda now: now.sessions.budget.used_bytes),
         "remote_modules_load": ("Requests queued or running.", lambda now: now.executor.load),
         "remote_modules_connections": ("Open connections.", lambda now: now.num_connections),
+        "remote_modules_adapters": ("Adapters that clients sent, held now.", lambda now: len(now.adapters)),
+        "remote_modules_adapter_bytes": ("Their tensors, held now.", lambda now: now.adapters.num_bytes),
+        "remote_modules_adapters_received": ("Times that adapters came.", lambda now: now.adapters.num_received),
+        "remote_modules_adapter_bytes_received": ("Tensors of these.", lambda now: now.adapters.bytes_received),
         "remote_modules_tasks": ("Tasks on the event loop.", lambda _: len(asyncio.all_tasks())),
         "remote_modules_device_restarts": ("Times that the device came back.", lambda _: num_restarts()),
     }

@@ -341,15 +341,13 @@ class Peer:
             sessions,
             identity=self._identity,
             instance_id=self._instance_id,
-            limits=HandlerLimits(
-                max_batch_tokens=config.max_batch_tokens,
-                max_body_bytes=MAX_BODY_BYTES,
-                max_connections=config.max_connections,
-            ),
+            limits=HandlerLimits.configured(config, max_body_bytes=MAX_BODY_BYTES),
             clock=time.monotonic,
             certificate_sha256=self._certificate.sha256 if self._certificate else "",
             software=f"remote-modules {package_version()}",
             dialer=self._dialer,
+            offload=asyncio.to_thread,
+            preloaded=loaded.adapters,
         )
 
     def _describe(self) -> PeerRecord:
@@ -377,6 +375,7 @@ class Peer:
             return record
         return msgspec.structs.replace(
             record,
+            adapters=tuple(self.loaded.adapters),
             block_digests=self.loaded.digests if all(self.loaded.digests) and span == self._span else (),
             prefill_tokens_per_s=round(self.loaded.speeds.prefill_tokens_per_s, 1),
             decode_tokens_per_s=round(self.loaded.speeds.decode_tokens_per_s, 1),

@@ -67,6 +67,7 @@ VERSION_MAJOR = 1
 VERSION_MINOR = 3
 COPIES_SINCE_MINOR = 2  # who speaks an older one knows no `CopyRequest` and no `ReadRequest`
 CODECS_SINCE_MINOR = 3  # nor `TensorMeta.codec`
+ADAPTER_PARTS_SINCE_MINOR = 3  # who speaks an older one gets an adapter whole, once for each connection
 
 
 class ClientHello(Base, frozen=True, tag="client_hello"):
@@ -159,8 +160,8 @@ class ForwardRequest(Base, frozen=True, tag="forward"):
         tensors: ``hidden_states``, and ``state.<k>`` for what else the block before returned that this one takes;
             ``side.<argument>`` for arguments of blocks that depend on the text (``side.<argument>.<block>`` when each
             block has its own); ``position_ids``, ``attention_mask`` or ``attention_mask.<type>``,
-            ``owner.<argument>`` as the owner got them; ``adapter`` (uint8: its entries as JSON) and ``adapter.<n>``
-            (its tensors), left out when the peer has ``call.adapter`` already.
+            ``owner.<argument>`` as the owner got them; ``adapter.<n>``, part ``n`` of ``call.adapter_parts``, where the
+            peer lacks it (before 1.3: ``adapter``, the entries, and ``adapter.<n>``, all tensors).
     """
 
     request_id: Id

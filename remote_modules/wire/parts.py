@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 __all__ = [
+    "AdapterParts",
     "Addresses",
     "Base",
     "Block",
@@ -20,6 +21,7 @@ __all__ = [
     "Count",
     "Dims",
     "Id",
+    "MAX_ADAPTER_PARTS",
     "MAX_CACHE_OPS",
     "MAX_DIMENSIONS",
     "MAX_OPTIONS",
@@ -42,6 +44,7 @@ MAX_TENSORS = 1024
 MAX_OPTIONS = 32
 MAX_DIMENSIONS = 8
 MAX_CACHE_OPS = 1024
+MAX_ADAPTER_PARTS = 2048  # 36 KiB of a header
 
 Name = Annotated[str, Meta(max_length=128)]
 SessionId = Annotated[str, Meta(min_length=16, max_length=64)]
@@ -54,6 +57,9 @@ Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]
 CacheOpKind = Literal["crop", "select", "reset"]
 RecordKind = Literal["hidden_states", "router_logits"]
 Dims = Annotated[tuple[Count, ...], Meta(max_length=MAX_DIMENSIONS)]
+AdapterParts = Annotated[
+    tuple[Annotated[bytes, Meta(min_length=16, max_length=16)], ...], Meta(max_length=MAX_ADAPTER_PARTS)
+]
 Addresses = Annotated[tuple[Text, ...], Meta(max_length=4)]
 
 
@@ -114,6 +120,7 @@ class CallMeta(Base, frozen=True):
         seed: of the adapter's dropout; None for an adapter that runs without.
         with_grad: whether a gradient may be asked for later; torch then chooses other kernels for some models.
         reply_codec: of `wire.codecs`, for hidden states, states and their gradients in the answer; "" for none.
+        adapter_parts: digests of the parts of ``adapter``, in order; empty if the peer has that adapter already.
     """
 
     rows: Count = 0
@@ -126,6 +133,7 @@ class CallMeta(Base, frozen=True):
     seed: Id | None = None
     with_grad: bool = False
     reply_codec: Name = ""
+    adapter_parts: AdapterParts = ()
 
 
 class CopySource(Base, frozen=True):

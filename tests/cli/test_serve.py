@@ -24,6 +24,12 @@ NOWHERE = ("--tracker", "http://127.0.0.1:9", "--no-mdns")
         (["--blocks", "7:9"], "span 7:9 is outside model 'pydoc-2m' of 8 blocks"),
         (["--dtype", "int3"], "dtype must be one of"),
         (["--quantization", "int1"], "quantization must be one of"),
+        (["--adapter", "./nowhere"], "adapter folder ./nowhere does not exist"),
+        (
+            ["--adapter", "a b=./x"],
+            "adapter must be a folder, a hub id or NAME=SOURCE with a plain name, got 'a b=./x'",
+        ),
+        (["--adapter", "a=./x", "--adapter", "a=./y"], "adapter folder ./x does not exist"),
         (["--device", "abacus"], "device must look like cpu, cuda or cuda:1, got 'abacus'"),
         (["--tracker", "tracker.example"], "tracker must be an http:// or https:// URL"),
         (["--announce", "here"], "announce_addresses: address must look like HOST:PORT"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -136,6 +137,27 @@ def test_restarted_peer_is_used_at_once() -> None:
     assert client.routes() == {peer_of(1)}
     assert client.router.instance_of(peer_of(1)) == "second"
     assert client.router.instance_of(peer_of(2)) == ""
+
+
+def test_only_peers_that_offer_an_adapter_get_work_with_it() -> None:
+    one, other = f"pirate@{'1' * 32}", f"pirate@{'2' * 32}"
+    offers = [record(1), record(2, adapters=(one,)), record(3, adapters=(other,)), record(4, "0:4", adapters=(other,))]
+    router = Client(*offers).router
+    assert (router.find_adapter("poet"), router.find_adapter(one)) == (None, one)
+    with pytest.raises(
+        NoRouteError, match=f"peers offer different adapters under the name 'pirate'; choose one of {one}"
+    ):
+        router.find_adapter("pirate")
+    demand = replace(DECODE, adapter=one)
+    routes = [router.find(ALL, demand), router.find_share(ALL, demand)]
+    assert {hop.peer_id for route in routes for hop in route} == {peer_of(2)}
+    hop = Hop(peer_of(2), ALL)
+    assert router.find_rival(hop, demand) is None
+    assert router.find_rival(hop, DECODE) is not None
+    assert not router.has_route(ALL, demand, avoid={peer_of(2)})
+    assert router.find_better([hop], demand, 8) is None
+    with pytest.raises(NoRouteError, match="no route for blocks 0:8: .* with adapter 'poet'"):
+        router.find(ALL, replace(DECODE, adapter=f"poet@{'3' * 32}"))
 
 
 def test_shares_go_to_all_that_are_worthwhile() -> None:

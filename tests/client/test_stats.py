@@ -36,6 +36,8 @@ def test_new_recorder_shows_zeros() -> None:
         waiting_for=(),
         bytes_sent=0,
         bytes_received=0,
+        adapters_sent=0,
+        adapter_bytes=0,
         history_bytes=0,
         history_disk_bytes=0,
         route=(),

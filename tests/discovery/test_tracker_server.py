@@ -92,7 +92,7 @@ BAD_BODIES = {
     "empty-key": msgspec.json.encode(SignedRecord(payload=b"", public_key=b"", signature=b"")),
     "bad-signature": msgspec.json.encode(msgspec.structs.replace(VALID, signature=bytes(64))),
     "payload-no-record": msgspec.json.encode(
-        SignedRecord(payload=b"\x80", public_key=ALICE.public_key, signature=ALICE.key.sign(b"rm-record-v2\x80"))
+        SignedRecord(payload=b"\x80", public_key=ALICE.public_key, signature=ALICE.key.sign(b"rm-record-v3\x80"))
     ),
     "for-another-peer": msgspec.json.encode(BOB.sign_record(make_record(ALICE, sequence=9))),
     "altered": msgspec.json.encode(forge(VALID, make_record(ALICE, sequence=9, end=8))),

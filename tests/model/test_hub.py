@@ -25,6 +25,7 @@ from remote_modules.errors import CheckpointError
 from remote_modules.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint
 from remote_modules.model.classes import model_class
 from remote_modules.model.fingerprint import block_digests
+from remote_modules.model.hub import fetch_files
 from remote_modules.model.loading import load_client_part, load_span, read_config
 from remote_modules.model.partial import sha256_of
 from remote_modules.model.stack import StackSpec
@@ -557,3 +558,18 @@ def test_parts_are_plain_safetensors(hub: FakeHub, cache: Path) -> None:
         where = STACK.blocks_of_keys(file.keys())
         assert {where.get(key) for key in file.keys()} == {1}
         assert file.metadata() == {"format": "pt"}
+
+
+# -------------------------------------------------------------------------------- adapters
+
+
+def test_files_of_an_adapter_are_fetched_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(bytes([number]) * 9)
+    with serving(tmp_path, monkeypatch) as hub:
+        folder = fetch_files(HUB_NAME, names, cache_dir=str(cache), token=None)
+        assert [(folder / name).read_bytes() for name in names] == [b"\0" * 9, b"\1" * 9]
+        hub.error = "EntryNotFound"
+        with pytest.raises(CheckpointError, match="has no 'other' on the hub"):
+            fetch_files(HUB_NAME, ("other",), cache_dir=str(cache), token=None)

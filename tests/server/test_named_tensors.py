@@ -342,7 +342,7 @@ def rows_of(caller: Caller, name: str, tensor: torch.Tensor, rows: list[int]) ->
 
 
 def lora_of(caller: Caller, block: int) -> Named:
-    """A LoRA on the query projection of one block, as it travels."""
+    """A LoRA on the query projection of one block, as clients before 1.3 send it."""
     size_out, size_in = caller.engine.model.blocks[block].get_submodule("self_attn.q_proj").weight.shape  # type: ignore[misc]
     generator = torch.Generator().manual_seed(block)
     data = bytearray(encode_entries([Lora(block, "self_attn.q_proj", 2.0)]))
@@ -350,10 +350,10 @@ def lora_of(caller: Caller, block: int) -> Named:
     return {"adapter": torch.frombuffer(data, dtype=torch.uint8), "adapter.0": factors[0], "adapter.1": factors[1]}
 
 
-def test_adapter_is_named_once_it_was_sent() -> None:
+def test_adapter_of_an_older_client_is_named_once_it_was_sent() -> None:
     async def main(caller: Caller) -> None:
         entry, adapter = caller.entry(), lora_of(caller, 1)
-        missing = (RefusalReason.ADAPTER_MISSING, "this adapter was not sent on this connection, or was dropped")
+        missing = (RefusalReason.ADAPTER_MISSING, "this peer does not have the adapter, or dropped it")
         assert await refusal_of(caller.forward(entry, caller.whole, adapter="one")) == missing
         plain = await caller.forward(entry, caller.whole)
         adapted = await caller.forward(entry | adapter, caller.whole, adapter="one")
@@ -373,7 +373,7 @@ def test_adapter_is_named_once_it_was_sent() -> None:
 
 def test_step_without_its_adapter_opens_no_session() -> None:
     async def main(caller: Caller) -> None:
-        with pytest.raises(PeerRefused, match="this adapter was not sent on this connection"):
+        with pytest.raises(PeerRefused, match="this peer does not have the adapter"):
             await caller.send(
                 StepRequest,
                 caller.entry(),

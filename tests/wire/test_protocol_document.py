@@ -217,7 +217,7 @@ def test_hello_signature_is_over_the_documented_bytes() -> None:
 
 
 def test_record_signature_is_over_the_documented_bytes() -> None:
-    assert '`b"rm-record-v2" + payload`' in DOCUMENT
+    assert '`b"rm-record-v3" + payload`' in DOCUMENT
     identity = Identity.from_seed(b"a" * 32)
     record = PeerRecord(
         peer_id=identity.peer_id,
@@ -232,6 +232,6 @@ def test_record_signature_is_over_the_documented_bytes() -> None:
         state=PeerState.ONLINE,
     )
     signed = identity.sign_record(record)
-    assert signed.signature == identity.key.sign(b"rm-record-v2" + signed.payload)
+    assert signed.signature == identity.key.sign(b"rm-record-v3" + signed.payload)
     assert list(msgspec.msgpack.decode(signed.payload)) == [row[0] for row in table("PeerRecord", "field")]
     assert len(identity.peer_id) == 52
