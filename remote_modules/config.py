@@ -77,6 +77,7 @@ class ClientConfig:
     replicate_kv: bool = False  # keep a copy of each hop's KV cache at another peer, which takes over if the hop fails
     replicate_tokens: int = 8  # new tokens after which the copy is brought up to date, in the background
     copy_timeout_s: float = 60.0  # one copy of a KV cache from peer to peer; then it is built by replay
+    retain_activations_s: float = 60.0  # how long peers may keep a forward's graph for its backward; 0: they recompute
     allow_mixed_dtypes: bool = False  # whether one route may join peers that compute in different dtypes
     mdns_interfaces: tuple[str, ...] = ()  # local IP addresses to ask on; empty means all
     peer_exchange: bool = True  # ask known peers for the peers that they know
@@ -85,7 +86,8 @@ class ClientConfig:
     def __post_init__(self) -> None:
         for one in fields(self):
             if isinstance(value := getattr(self, one.name), int | float) and not isinstance(value, bool):
-                _check_positive(one.name, value)
+                if value != 0 or one.name not in _MAY_BE_ZERO:
+                    _check_positive(one.name, value)
         _check_choice("keep_histories", self.keep_histories, ("each_hop", "first"))
         _check_choice("history_dtype", self.history_dtype, ("compute", "int8"))
         if self.max_ban_s < self.ban_s:
@@ -128,6 +130,7 @@ class ServerConfig:
     rebalance: bool = True  # whether a server that chose its blocks may move to others that the swarm needs more
     bandwidth_mbit: float | None = None  # of the slower direction, for placement; None: unknown, taken for enough
     kv_budget_bytes: int | None = None  # None: half of what is free after loading
+    activation_budget_bytes: int | None = None  # kept graphs of forwards; None: a quarter of what is free; 0: none
     max_batch_tokens: int = 8192  # rows x tokens of one request
     max_sessions: int = 1024
     max_queue: int = 256  # requests waiting for the device
@@ -157,8 +160,8 @@ class ServerConfig:
         for name in _POSITIVE:
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
-        if self.drain_s < 0:
-            raise ValueError(f"drain_s must not be negative, got {self.drain_s}")
+        _check_not_negative("drain_s", self.drain_s)
+        _check_not_negative("activation_budget_bytes", self.activation_budget_bytes)
 
     @property
     def is_local(self) -> bool:
@@ -188,6 +191,7 @@ class TrackerConfig:
         _check_positive("identity_per_s", self.identity_per_s)
 
 
+_MAY_BE_ZERO = ("retain_activations_s",)
 _POSITIVE = (
     "num_blocks",
     "bandwidth_mbit",
@@ -206,6 +210,11 @@ _POSITIVE = (
 def _check_positive(name: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def _check_not_negative(name: str, value: float | None) -> None:
+    if value is not None and not value >= 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
 
 
 def _check_peer_ids(name: str, peer_ids: Sequence[str]) -> None:

@@ -35,7 +35,7 @@ from remote_modules.plan.leases import DuplicateIdentityError
 from remote_modules.plan.rebalance import MoveCost, Rule
 from remote_modules.plan.throughput import Layout
 from remote_modules.server.announcer import Announcer
-from remote_modules.server.capacity import free_bytes, free_unused
+from remote_modules.server.capacity import activation_budget, free_bytes, free_unused
 from remote_modules.server.executor import DeviceThread, Priority
 from remote_modules.server.handler import Handler, HandlerLimits
 from remote_modules.server.load_plan import LoadedSpan, LoadPlan
@@ -132,7 +132,7 @@ class Peer:
 
         async def drop_all() -> None:
             if self._handler is not None:  # None while it moves
-                self._handler.sessions.close_all()
+                self._handler.drop_state()
             await announcer.set_state(PeerState.JOINING)
 
         async def return_online() -> None:
@@ -342,6 +342,7 @@ class Peer:
                 max_batch_tokens=config.max_batch_tokens,
                 max_body_bytes=MAX_BODY_BYTES,
                 max_connections=config.max_connections,
+                activation_bytes=activation_budget(config.activation_budget_bytes, loaded.model.device),
             ),
             clock=time.monotonic,
             certificate_sha256=self._certificate.sha256 if self._certificate else "",

@@ -124,7 +124,12 @@ class SimulatedPeer:
             SessionTable(budget, max_sessions=64, idle_s=SESSION_IDLE_S, orphan_s=SESSION_ORPHAN_S),
             identity=self.identity,
             instance_id=self.instance_id,
-            limits=HandlerLimits(max_batch_tokens=4096, max_body_bytes=1 << 26, max_connections=MAX_CONNECTIONS),
+            limits=HandlerLimits(
+                max_batch_tokens=4096,
+                max_body_bytes=1 << 26,
+                max_connections=MAX_CONNECTIONS,
+                activation_bytes=1 << 26,
+            ),
             clock=swarm.clock,
             dialer=MemoryDialer(swarm.network, swarm.config, self.host.address),
         )

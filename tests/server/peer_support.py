@@ -93,6 +93,7 @@ async def running_peer(
     max_sessions: int = 100,
     max_queue: int = 100,
     max_connections: int = 100,
+    activation_bytes: int = 1 << 24,
     dialer: Dialer | None = None,
 ) -> AsyncIterator[Peer]:
     clock = Clock()
@@ -105,7 +106,10 @@ async def running_peer(
         identity=SERVER,
         instance_id="first",
         limits=HandlerLimits(
-            max_batch_tokens=MAX_BATCH_TOKENS, max_body_bytes=MAX_BODY_BYTES, max_connections=max_connections
+            max_batch_tokens=MAX_BATCH_TOKENS,
+            max_body_bytes=MAX_BODY_BYTES,
+            max_connections=max_connections,
+            activation_bytes=activation_bytes,
         ),
         clock=clock,
         software="test peer",
