@@ -23,6 +23,7 @@ from remote_modules.server.capacity import free_unused
 from remote_modules.server.checks import RequestTensors
 from remote_modules.server.graphs import Graph, answer_by_block, forgetting, given_cache, is_out_of_memory, leaf_of
 from remote_modules.server.sessions import KVCost
+from remote_modules.server.transfers import to_cpu
 from remote_modules.server.workspace import SLACK_BYTES, extrapolate, peak_bytes
 from remote_modules.spans import Span
 from remote_modules.wire.messages import CacheOp
@@ -276,7 +277,7 @@ def _float_dtype(inputs: Named) -> torch.dtype:
 
 def _answer(tensors: Named, dtype: torch.dtype) -> Named:
     """On the CPU, floats in the dtype that the client computes in."""
-    return {name: t.to("cpu", dtype) if t.is_floating_point() else t.to("cpu") for name, t in tensors.items()}
+    return to_cpu(tensors, lambda name, tensor: dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def apply_op(cache: SpanCache, op: CacheOp, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -18,6 +18,7 @@ from remote_modules.model.kv import SpanCache
 from remote_modules.model.past import fill, select_layers
 from remote_modules.model.replay import OwnerArguments, SpanModel
 from remote_modules.server.checks import RequestTensors
+from remote_modules.server.transfers import to_cpu
 from remote_modules.spans import Span
 
 __all__ = ["Graph", "answer_by_block", "forgetting", "given_cache", "is_out_of_memory", "leaf_of"]
@@ -219,7 +220,8 @@ def _dtypes(tensors: RequestTensors, arguments: OwnerArguments) -> dict[str, tor
 
 
 def _answer(grads: Named, dtypes: Mapping[str, torch.dtype]) -> Named:
-    return {f"grad.{name}": grad.to("cpu", dtypes[name]) for name, grad in grads.items()}
+    found = to_cpu(grads, lambda name, grad: dtypes[name])
+    return {f"grad.{name}": grad for name, grad in found.items()}
 
 
 def _fitting(grads: Named, outputs: Named) -> Named:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -14,6 +16,7 @@ from remote_modules.server.checks import RequestTensors, refuse
 from remote_modules.server.engine import Engine
 from remote_modules.server.executor import Priority, Timed
 from remote_modules.server.graphs import Graph
+from remote_modules.server.transfers import uploaded
 from remote_modules.spans import Span
 from remote_modules.wire.messages import AnyRequest, BackwardRequest, ForwardRequest
 
@@ -48,6 +51,7 @@ class Training:
         """The outputs, and whether the graph is kept."""
         num_tokens = arguments.rows * arguments.num_tokens
         keeps = request.keep_s > 0 and arguments.with_grad and self._activations.has_room(blocks, num_tokens)
+        tensors = await self._uploaded(tensors)
         graphs: list[Graph] = []
         keep = graphs.append if keeps else None
         work = lambda: self._engine.forward(blocks, tensors, arguments, keep)  # noqa: E731
@@ -66,6 +70,7 @@ class Training:
         connection_id: int,
     ) -> Timed[Named]:
         """The gradients, of a forward that is done again."""
+        tensors = await self._uploaded(tensors)
         work = lambda: self._engine.backward(blocks, tensors, arguments)  # noqa: E731
         timed = await self._run(request, connection_id, work)
         self._activations.num_recomputed += 1
@@ -88,7 +93,8 @@ class Training:
         try:
             if graph.blocks != blocks:
                 refuse(f"the forward that is kept ran blocks {graph.blocks}, got {blocks}")
-            work = lambda: self._engine.backward_kept(graph, grads)  # noqa: E731
+            there = await self._on_device(grads)
+            work = lambda: self._engine.backward_kept(graph, there)  # noqa: E731
             timed = await self._run_on_device(request, connection_id, Priority.TRAINING, work)
         except PeerRefused as exc:
             if exc.reason is not RefusalReason.OUT_OF_MEMORY:
@@ -100,6 +106,17 @@ class Training:
             activations.release(graph)
         activations.num_used += 1
         return timed
+
+    async def _uploaded(self, tensors: RequestTensors) -> RequestTensors:
+        inputs, grads = await self._on_device(tensors.inputs), await self._on_device(tensors.grads)
+        return replace(tensors, inputs=inputs, grads=grads)
+
+    async def _on_device(self, tensors: Named) -> Named:
+        """Inputs go to an accelerator while the request waits for its turn there."""
+        device = self._engine.model.device
+        if device.type == "cpu":
+            return tensors
+        return await asyncio.to_thread(uploaded, tensors, device)
 
     async def _run(self, request: AnyRequest, connection_id: int, work: Callable[[], Named]) -> Timed[Named]:
         """Kept graphs go before a request is refused for want of memory."""
