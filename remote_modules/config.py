@@ -78,6 +78,7 @@ class ClientConfig:
     replicate_kv: bool = False  # keep a copy of each hop's KV cache at another peer, which takes over if the hop fails
     replicate_tokens: int = 8  # new tokens after which the copy is brought up to date, in the background
     copy_timeout_s: float = 60.0  # one copy of a KV cache from peer to peer; then it is built by replay
+    retain_activations_s: float = 60.0  # how long peers may keep a forward's graph for its backward; 0: they recompute
     allow_mixed_dtypes: bool = False  # whether one route may join peers that compute in different dtypes
     mdns_interfaces: tuple[str, ...] = ()  # local IP addresses to ask on; empty means all
     adapter: str | None = None  # name of a LoRA that peers offer, for all calls; see `RemoteSequential.set_adapter`
@@ -87,7 +88,8 @@ class ClientConfig:
     def __post_init__(self) -> None:
         for one in fields(self):
             if isinstance(value := getattr(self, one.name), int | float) and not isinstance(value, bool):
-                _check_positive(one.name, value)
+                if value != 0 or one.name not in _MAY_BE_ZERO:
+                    _check_positive(one.name, value)
         _check_choice("keep_histories", self.keep_histories, ("each_hop", "first"))
         _check_choice("history_dtype", self.history_dtype, ("compute", "int8"))
         _check_choice("wire", self.wire, ("compute", "int8"))
@@ -131,6 +133,7 @@ class ServerConfig:
     rebalance: bool = True  # whether a server that chose its blocks may move to others that the swarm needs more
     bandwidth_mbit: float | None = None  # of the slower direction, for placement; None: unknown, taken for enough
     kv_budget_bytes: int | None = None  # None: half of what is free after loading
+    activation_budget_bytes: int | None = None  # kept graphs of forwards; None: a quarter of what is free; 0: none
     max_batch_tokens: int = 8192  # rows x tokens of one request
     max_sessions: int = 1024
     max_queue: int = 256  # requests waiting for the device
@@ -164,8 +167,8 @@ class ServerConfig:
         for name in _POSITIVE:
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
-        if self.drain_s < 0:
-            raise ValueError(f"drain_s must not be negative, got {self.drain_s}")
+        _check_not_negative("drain_s", self.drain_s)
+        _check_not_negative("activation_budget_bytes", self.activation_budget_bytes)
 
     @property
     def is_local(self) -> bool:
@@ -195,6 +198,7 @@ class TrackerConfig:
         _check_positive("identity_per_s", self.identity_per_s)
 
 
+_MAY_BE_ZERO = ("retain_activations_s",)
 _POSITIVE = (
     "num_blocks",
     "bandwidth_mbit",
@@ -220,6 +224,11 @@ def _check_positive(name: str, value: float) -> None:
 def _check_list(name: str, values: Sequence[str]) -> None:
     if isinstance(values, str):
         raise TypeError(f"{name} must be a list, got the string {values!r}; write ({values!r},)")
+
+
+def _check_not_negative(name: str, value: float | None) -> None:
+    if value is not None and not value >= 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
 
 
 def _check_peer_ids(name: str, peer_ids: Sequence[str]) -> None:

@@ -117,6 +117,13 @@ def test_bad_client_field_is_refused(fields: dict[str, Any], expected: str) -> N
     assert refused_message(ClientConfig, **fields) == expected
 
 
+@pytest.mark.parametrize("value", [-1.0, math.nan])
+def test_lease_of_activations_may_be_zero_but_not_less(value: float) -> None:
+    assert ClientConfig(retain_activations_s=0).retain_activations_s == 0
+    expected = f"retain_activations_s must be positive and finite, got {value!r}"
+    assert refused_message(ClientConfig, retain_activations_s=value) == expected
+
+
 def test_peer_ids_given_as_one_string_are_a_type_error() -> None:
     with pytest.raises(TypeError, match=r"allowed_peers must be a list of peer ids, got the string 'abcdef'"):
         ClientConfig(allowed_peers="abcdef")  # type: ignore[arg-type]
@@ -158,6 +165,12 @@ def test_server_number_that_is_not_positive_is_refused(name: str, value: float) 
 )
 def test_bad_server_field_is_refused(fields: dict[str, Any], expected: str) -> None:
     assert expected in refused_message(ServerConfig, **({"model": "tiny"} | fields))
+
+
+@pytest.mark.parametrize("name", ["drain_s", "activation_budget_bytes"])
+def test_server_number_may_be_zero_but_not_negative(name: str) -> None:
+    assert getattr(ServerConfig(model="tiny", **{name: 0}), name) == 0  # type: ignore[arg-type]
+    assert refused_message(ServerConfig, model="tiny", **{name: -1}) == f"{name} must not be negative, got -1"
 
 
 def test_good_server_fields_are_kept() -> None:

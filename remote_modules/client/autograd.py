@@ -1,7 +1,8 @@
 """The one autograd function: remote forward, remote backward.
 
-Peers keep nothing between the two: the inputs of each hop stay here, and a peer recomputes its blocks from them in
-backward. A hop that fails in backward is replaced, and the gradients are those of the failure-free run.
+What peers keep between the two they may lose: the inputs of each hop stay here, and a peer recomputes its blocks from
+them in backward, unless it kept its graph. A hop that fails in backward is replaced, and the gradients are those of the
+failure-free run.
 """
 
 from __future__ import annotations

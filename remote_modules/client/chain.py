@@ -105,6 +105,7 @@ class Chain:
     timings: list[HopTiming] = field(default_factory=list)
     may_hedge: bool = True
     answers: AnswerChecker = field(init=False)
+    output: Output | None = None  # of the latest answer
     _failed_s: float | None = None
     _hedge: Hedge[Work] | None = None  # of the hop that is being done
 
@@ -244,6 +245,7 @@ class Chain:
             hedge.request_begins(patience_s, partial(connection.abandon, message.request_id))
         try:
             output, replies = await connection.request(message, body, timeout_s=timeout_s)
+            self.output = output
         except PeerTimeout:
             swarm.router.estimator.miss(hop.peer_id)
             raise

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from remote_modules.client.call import CallArguments, Named
 from remote_modules.client.chain import Chain, Work, demand_of
 from remote_modules.client.swarm import Swarm
+from remote_modules.errors import PeerRefused, RefusalReason
+from remote_modules.net.client_connection import ClientConnection
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
 from remote_modules.wire.messages import BackwardRequest, ForwardRequest
@@ -19,14 +22,28 @@ __all__ = ["Segment", "backward", "forward"]
 
 @dataclass(slots=True)
 class Segment:
-    """One hop of a pass and what went into it."""
+    """One hop of a pass and what went into it.
+
+    Attributes:
+        kept: where the hop's peer keeps the forward's graph: the connection, and the id of the request there.
+    """
 
     hop: Hop
     inputs: Named
+    kept: tuple[ClientConnection, int] | None = None
+
+    def take_kept(self, connection: ClientConnection) -> int | None:
+        """The id of the forward whose graph the peer keeps, for the one backward that may use it."""
+        kept, self.kept = self.kept, None
+        return kept[1] if kept is not None and kept[0] is connection else None
 
 
 class _Forward(Work):
-    """A forward; keeps each hop's inputs for the backward."""
+    """A forward; keeps each hop's inputs for the backward.
+
+    Attributes:
+        keeps: whether peers may keep their graphs, as the backward will come to them.
+    """
 
     def __init__(self, hops: Sequence[Hop], inputs: Named, call: CallArguments, demand: Demand) -> None:
         self.hops = list(hops)
@@ -34,26 +51,33 @@ class _Forward(Work):
         self.segments: list[Segment] = []
         self.outputs = inputs
         self.recorded: Named = {}
+        self.keeps = call.with_grad
         self._call = call
 
     async def do_hop(self, hop: Hop, chain: Chain) -> None:
         connection = await chain.connect(hop, "bulk", self.demand)
         inputs = self.outputs
         adapter, meta = self._call.adapter_of(hop.span), self._call.meta()
-        message = ForwardRequest(connection.new_request_id(), hop.span.start, hop.span.end, (), 0.0, meta)
+        request_id = connection.new_request_id()
+        keep_s = chain.swarm.config.retain_activations_s if self.keeps else 0.0
+        message = ForwardRequest(request_id, hop.span.start, hop.span.end, (), 0.0, meta, keep_s)
         tensors = {**inputs, **self._call.owner_tensors(), **_own_inputs(self._call, chain, hop)}
         replies = await chain.request(hop, "forward", message, tensors, connection, adapter)
         recorded = {name: replies.pop(name) for name in list(replies) if name.startswith("record.")}
         self.outputs = chain.check_outputs(hop, replies, inputs, meta)
         self.recorded.update(recorded)
-        self.segments.append(Segment(hop, inputs))
+        answer = chain.output
+        kept = (connection, answer.request_id) if answer is not None and answer.is_kept else None
+        self.segments.append(Segment(hop, inputs, kept))
         self.hops.pop(0)
 
     async def replace_hop(self, hop: Hop, hops: tuple[Hop, ...], chain: Chain) -> None:
         self.hops[:1] = hops
 
     def rival(self, hop: Hop) -> _Forward:
-        return _Forward([hop], self.outputs, self._call, self.demand)
+        rival = _Forward([hop], self.outputs, self._call, self.demand)
+        rival.keeps = False
+        return rival
 
     def adopt(self, hop: Hop, rival: Work) -> None:
         assert isinstance(rival, _Forward)
@@ -92,7 +116,11 @@ class _Backward(Work):
         recorded = {name: grad for name, grad in self._recorded.items() if int(name.rpartition(".")[2]) in hop.span}
         grads = {f"grad.{name}": grad for name, grad in (self.grads | recorded).items()}
         tensors = {**inputs, **sides, **self._call.owner_tensors(), **grads}
-        replies = await chain.request(hop, "backward", message, tensors, connection, adapter)
+        kept = self._segments[0].take_kept(connection)
+        replies = None if kept is None else await self._use_kept(hop, chain, message, kept, grads, connection)
+        if replies is None:
+            replies = await chain.request(hop, "backward", message, tensors, connection, adapter)
+            chain.swarm.stats.recomputed_backwards += 1
         found = {name.removeprefix("grad."): grad for name, grad in replies.items()}
         trained = {} if adapter is None else {n: t for n, t in adapter.tensors.items() if n != "adapter"}
         found = chain.check_gradients(hop, found, inputs | sides | trained, grads)
@@ -106,9 +134,24 @@ class _Backward(Work):
         self.hops.pop(0)
         self._segments.pop(0)
 
+    async def _use_kept(
+        self, hop: Hop, chain: Chain, message: BackwardRequest, kept: int, grads: Named, connection: ClientConnection
+    ) -> Named | None:
+        """The answer from the graph that the peer keeps; None if it keeps it no more, which is no failure."""
+        message = msgspec.structs.replace(message, request_id=connection.new_request_id(), kept=kept)
+        try:
+            replies = await chain.request(hop, "kept_backward", message, grads, connection)
+        except PeerRefused as exc:
+            if exc.reason is not RefusalReason.SESSION_LOST:
+                raise
+            return None
+        chain.swarm.stats.kept_backwards += 1
+        return replies
+
     async def replace_hop(self, hop: Hop, hops: tuple[Hop, ...], chain: Chain) -> None:
         """Several hops in one's place need inputs of their own: run the forward of all but the last."""
         again = _Forward(hops[:-1], self._segments[0].inputs, self._call, self.demand)
+        again.keeps = False
         await chain.drive(again)
         segments = [*again.segments, Segment(hops[-1], again.outputs)]
         self._segments[:1] = segments[::-1]
@@ -155,7 +198,7 @@ async def backward(
 ) -> tuple[Named, dict[int, torch.Tensor]]:
     """Gradients of the forward's floating-point inputs, side inputs and ``past`` too, and of adapters by number.
 
-    Peers recompute from the segments.
+    Peers recompute from the segments, but where they kept what they need.
 
     Raises:
         PeerError, NoRouteError: see `Chain.drive`.

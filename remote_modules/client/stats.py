@@ -47,6 +47,8 @@ class ClientStats:
         copied_bytes: of KV caches that peers copied for us: for changes of the route, for buddies and for forks.
         promotions: times that a hop failed and its buddy took over.
         forks: KV caches that were copied for a fork.
+        kept_backwards: backwards of hops that used what the peer had kept of the forward.
+        recomputed_backwards: those whose forward the peer did again.
         stall_seconds: time between failures and the answer that ended them, summed.
         bytes_sent, bytes_received: on all connections.
         adapters_sent: requests that brought tensors of adapters.
@@ -64,6 +66,8 @@ class ClientStats:
     copied_bytes: int
     promotions: int
     forks: int
+    kept_backwards: int
+    recomputed_backwards: int
     stall_seconds: float
     hedges: int
     hedges_won: int
@@ -94,6 +98,8 @@ class StatsRecorder:
     copied_bytes: int = 0
     promotions: int = 0
     forks: int = 0
+    kept_backwards: int = 0
+    recomputed_backwards: int = 0
     stall_s: float = 0.0
     hedges: int = 0
     hedges_won: int = 0
@@ -122,6 +128,8 @@ class StatsRecorder:
             copied_bytes=self.copied_bytes,
             promotions=self.promotions,
             forks=self.forks,
+            kept_backwards=self.kept_backwards,
+            recomputed_backwards=self.recomputed_backwards,
             stall_seconds=self.stall_s,
             hedges=self.hedges,
             hedges_won=self.hedges_won,

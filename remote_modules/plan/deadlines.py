@@ -86,7 +86,7 @@ class WorkEstimator:
         """Time to give a request.
 
         Args:
-            kind: ``"decode"``, ``"prefill"``, ``"forward"`` or ``"backward"``.
+            kind: ``"decode"``, ``"prefill"``, ``"forward"``, ``"backward"`` or ``"kept_backward"``.
             work: tokens times blocks.
             announced_rate: tokens x blocks per second that the peer claims; 0 for unknown.
             transfer_s: what the bytes take.

@@ -30,7 +30,7 @@ class Sample:
     """One answered request.
 
     Attributes:
-        kind: ``"decode"``, ``"prefill"``, ``"forward"`` or ``"backward"``.
+        kind: ``"decode"``, ``"prefill"``, ``"forward"``, ``"backward"`` or ``"kept_backward"`` (without recomputation).
         work: tokens (of all rows) times blocks.
         num_bytes: of request and answer.
         total_s: from sending to the answer, by our clock.
@@ -104,7 +104,7 @@ class Measurements:
             peer.add("rtt", wire_s, now_s)
         else:
             peer.add("byte", (wire_s - (peer.now("rtt", now_s) or rtt_s or 0.0)) / sample.num_bytes, now_s)
-        if sample.kind != "backward":  # which is slower than what routes are chosen by
+        if not sample.kind.endswith("backward"):  # which is slower than what routes are chosen by
             peer.add("decode" if sample.kind == "decode" else "prefill", compute_s / max(1.0, sample.work), now_s)
         peer.load, peer.free_kv_tokens, peer.answered_s = sample.load, sample.free_kv_tokens, now_s
 

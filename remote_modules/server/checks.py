@@ -19,7 +19,7 @@ from remote_modules.model.tensors import TensorSpec
 from remote_modules.spans import Span
 from remote_modules.wire.messages import CacheOp, CallMeta, CopyRequest, Request, StepRequest, kind_of
 
-__all__ = ["RequestTensors", "check_blocks", "check_ops", "check_tensors", "refuse"]
+__all__ = ["RequestTensors", "check_blocks", "check_kept_gradients", "check_ops", "check_tensors", "refuse"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _AUTOCASTS = ("", "bfloat16", "float16")
@@ -279,13 +279,27 @@ def _check_indices(name: str, tensor: torch.Tensor, most: int | None) -> None:
         refuse(f"{name!r} must be in 0:{most}, got {low}..{high}")
 
 
-def _check_gradients(found: RequestTensors) -> None:
-    """Shapes of other gradients are compared with the outputs, once these are known."""
-    if "hidden_states" not in found.grads:
+def check_kept_gradients(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gradients of outputs by the outputs' names; shapes are compared when the forward's outputs are at hand."""
+    wrong = [name for name in tensors if not name.startswith("grad.")]
+    if wrong:
+        refuse(f"the backward of a kept forward takes gradients alone, got {wrong[:4]}")
+    grads = {name.removeprefix("grad."): tensor for name, tensor in tensors.items()}
+    _check_floats(grads)
+    return grads
+
+
+def _check_floats(grads: Mapping[str, torch.Tensor]) -> None:
+    if "hidden_states" not in grads:
         refuse("a backward needs a tensor 'grad.hidden_states'")
-    for name, grad in found.grads.items():
+    for name, grad in grads.items():
         if grad.dtype not in _FLOATS:
             refuse(f"gradient {name!r} must be floating point, got {grad.dtype}")
+
+
+def _check_gradients(found: RequestTensors) -> None:
+    """Shapes of other gradients are compared with the outputs, once these are known."""
+    _check_floats(found.grads)
     grad, hidden = found.grads["hidden_states"], found.inputs["hidden_states"]
     if grad.shape != hidden.shape:
         refuse(f"grad.hidden_states must be {list(hidden.shape)}, got {list(grad.shape)}")

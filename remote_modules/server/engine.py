@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
 from remote_modules.errors import UnsupportedCallError, first_line
 from remote_modules.model.kv import SpanCache
@@ -20,8 +19,11 @@ from remote_modules.model.kv_state import PROBES, CacheForm
 from remote_modules.model.past import fill
 from remote_modules.model.replay import OwnerArguments, SpanModel
 from remote_modules.model.tensors import TensorSpec, slice_tokens
+from remote_modules.server.capacity import free_unused
 from remote_modules.server.checks import RequestTensors
+from remote_modules.server.graphs import Graph, answer_by_block, forgetting, given_cache, is_out_of_memory, leaf_of
 from remote_modules.server.sessions import KVCost
+from remote_modules.server.transfers import to_cpu
 from remote_modules.server.workspace import SLACK_BYTES, extrapolate, peak_bytes
 from remote_modules.spans import Span
 from remote_modules.wire.messages import CacheOp
@@ -87,64 +89,60 @@ class Engine:
                 outputs = self._last_tokens(outputs, arguments, num_outputs)
             return _answer(outputs, _float_dtype(tensors.inputs))
 
-    def forward(self, blocks: Span, tensors: RequestTensors, arguments: OwnerArguments) -> Named:
+    def forward(
+        self,
+        blocks: Span,
+        tensors: RequestTensors,
+        arguments: OwnerArguments,
+        keep: Callable[[Graph], object] | None = None,
+    ) -> Named:
         """Run the inputs; outputs in the dtype of the inputs, on the CPU.
 
         With ``arguments.with_grad`` it is the forward that `backward` will do, which holds no memory for the gradient.
+
+        Args:
+            keep: gets the graph for `backward_kept`, if there is room for it.
         """
         arguments = self._with_leaves(arguments, requires_grad=arguments.with_grad)
-        inputs, past = tensors.inputs, tensors.past
-        with torch.set_grad_enabled(arguments.with_grad), saved_tensors_hooks(_forget, _remember):
+        dtype = _float_dtype(tensors.inputs)
+        if keep is not None and arguments.with_grad:
+            try:
+                graph = Graph.run(self.model, blocks, tensors, arguments, is_counted=True)
+            except RuntimeError as exc:
+                if not is_out_of_memory(exc):
+                    raise
+            else:
+                keep(graph)
+                return _answer(_detached(graph.outputs), dtype)
+            free_unused()  # not before the exception, which holds the graph, is gone
+        with torch.set_grad_enabled(arguments.with_grad), forgetting():
+            inputs, past = tensors.inputs, tensors.past
             if arguments.with_grad:  # attention takes another kernel where its mask has a gradient
-                inputs = {name: self._leaf(tensor) for name, tensor in inputs.items()}
-                past = {name: self._leaf(tensor) for name, tensor in past.items()}
-            outputs = self.model.run(inputs, blocks, arguments, self._given_cache(blocks, past))
-            outputs = {name: tensor.detach() for name, tensor in outputs.items()}
-            return _answer(outputs, _float_dtype(tensors.inputs))
+                inputs = {name: leaf_of(self.model, tensor) for name, tensor in inputs.items()}
+                past = {name: leaf_of(self.model, tensor) for name, tensor in past.items()}
+            outputs = self.model.run(inputs, blocks, arguments, given_cache(self.model, blocks, past))
+            return _answer(_detached(outputs), dtype)
 
     def backward(self, blocks: Span, tensors: RequestTensors, arguments: OwnerArguments) -> Named:
         """Recompute the forward and return ``grad.<name>`` of each floating-point input, on the CPU.
+
+        Block by block, where the device has no room for the whole graph.
 
         Raises:
             UnsupportedCallError: a gradient that came is of no output, or of another shape.
         """
         arguments = self._with_leaves(arguments, requires_grad=True)
-        with torch.enable_grad():
-            inputs = {name: self._leaf(tensor) for name, tensor in tensors.inputs.items()}
-            past = {name: self._leaf(tensor) for name, tensor in tensors.past.items()}
-            outputs = self.model.run(inputs, blocks, arguments, self._given_cache(blocks, past))
-            pairs = [(outputs[name], grad) for name, grad in _fitting(tensors.grads, outputs).items()]
-            leaves = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
-            leaves |= past
-            trained = arguments.adapter.tensors if arguments.adapter is not None else ()
-            leaves |= {f"adapter.{n}": tensor for n, tensor in enumerate(trained) if tensor.requires_grad}
-            found = torch.autograd.grad(
-                [output for output, _ in pairs],
-                list(leaves.values()),
-                [grad.to(output.device, output.dtype) for output, grad in pairs],
-                allow_unused=True,
-            )
-        grads = {
-            f"grad.{name}": torch.zeros_like(leaf) if grad is None else grad
-            for (name, leaf), grad in zip(leaves.items(), found, strict=True)
-        }
-        own = {name: grad.to("cpu") for name, grad in grads.items() if name.startswith("grad.adapter.")}
-        own |= {f"grad.{name}": grads[f"grad.{name}"].to("cpu", given.dtype) for name, given in tensors.past.items()}
-        return _answer(grads, _float_dtype(tensors.inputs)) | own
+        try:
+            return Graph.run(self.model, blocks, tensors, arguments).answer(tensors.grads)
+        except RuntimeError as exc:
+            if not is_out_of_memory(exc):
+                raise
+        free_unused()
+        return answer_by_block(self.model, blocks, tensors, arguments)
 
-    def _given_cache(self, blocks: Span, past: Named) -> SpanCache | None:
-        """The cache of a call without a session, where it begins with something."""
-        if not past:
-            return None
-        cache = self.new_cache()
-        cache.use(blocks)
-        fill(cache, past, self.model.device, self.model.dtype, keeps_graph=True)
-        return cache
-
-    def _leaf(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_floating_point():
-            return tensor.to(self.model.device)
-        return tensor.to(self.model.device, self.model.dtype).detach().requires_grad_()
+    def backward_kept(self, graph: Graph, grads: Named) -> Named:
+        """What `backward` returns, from a graph that `forward` gave; it is used up. Raises as `backward`."""
+        return graph.answer(grads)
 
     def _with_leaves(self, arguments: OwnerArguments, *, requires_grad: bool) -> OwnerArguments:
         if arguments.adapter is None:
@@ -256,26 +254,8 @@ def _cost(short_bytes: int, long_bytes: int) -> KVCost:
     return KVCost(max(0, short_bytes - PROBE_TOKENS * token_bytes), token_bytes)
 
 
-def _forget(tensor: torch.Tensor) -> None:
-    """What a backward would need."""
-
-
-def _remember(nothing: None) -> torch.Tensor:
-    raise AssertionError("the forward of another request has no backward")
-
-
-def _fitting(grads: Named, outputs: Named) -> Named:
-    """The gradients of outputs that have one.
-
-    Raises:
-        UnsupportedCallError: one is of no output, or of another shape.
-    """
-    for name, grad in grads.items():
-        output = outputs.get(name)
-        if output is None or output.shape != grad.shape:
-            got = "there is no such output" if output is None else f"the output is {list(output.shape)}"
-            raise UnsupportedCallError(f"gradient {name!r} is {list(grad.shape)}, but {got}")
-    return {name: grad for name, grad in grads.items() if outputs[name].requires_grad}
+def _detached(outputs: Named) -> Named:
+    return {name: tensor.detach() for name, tensor in outputs.items()}
 
 
 def _possible_sizes(model: SpanModel) -> list[int]:
@@ -297,7 +277,7 @@ def _float_dtype(inputs: Named) -> torch.dtype:
 
 def _answer(tensors: Named, dtype: torch.dtype) -> Named:
     """On the CPU, floats in the dtype that the client computes in."""
-    return {name: t.to("cpu", dtype) if t.is_floating_point() else t.to("cpu") for name, t in tensors.items()}
+    return to_cpu(tensors, lambda name, tensor: dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def apply_op(cache: SpanCache, op: CacheOp, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import msgspec
 import torch
 
-from remote_modules.config import ServerConfig
 from remote_modules.errors import (
     PeerRefused,
     RefusalReason,
@@ -25,15 +23,26 @@ from remote_modules.model.adapters import Adapter
 from remote_modules.model.past import length_of
 from remote_modules.net.connection import Connection
 from remote_modules.net.http import Dialer
+from remote_modules.server.activations import Activations
 from remote_modules.server.adapter_store import AdapterStore, Offload
 from remote_modules.server.arguments import owner_arguments, whole_mask
 from remote_modules.server.cache_device import CacheDevice
-from remote_modules.server.checks import RequestTensors, check_blocks, check_ops, check_tensors, refuse
+from remote_modules.server.checks import (
+    RequestTensors,
+    check_blocks,
+    check_kept_gradients,
+    check_ops,
+    check_tensors,
+    refuse,
+)
 from remote_modules.server.copies import Copies
 from remote_modules.server.engine import Engine
 from remote_modules.server.executor import Executor, Priority, Timed
+from remote_modules.server.graphs import is_out_of_memory
+from remote_modules.server.limits import HandlerLimits
 from remote_modules.server.served import Served
 from remote_modules.server.sessions import Session, SessionTable
+from remote_modules.server.training import Training
 from remote_modules.spans import Span
 from remote_modules.wire import messages
 from remote_modules.wire.codecs import CODECS
@@ -51,32 +60,11 @@ from remote_modules.wire.messages import (
 from remote_modules.wire.protocol import Protocol, Role, check_version
 from remote_modules.wire.tensors import decode_tensors, encode_tensors
 
-__all__ = ["Handler", "HandlerLimits"]
+__all__ = ["Handler"]
 
 logger = logging.getLogger(__name__)
 
 Reply = tuple[Output, list[Buffer]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HandlerLimits:
-    """What one peer takes on; see `ServerConfig`."""
-
-    max_batch_tokens: int
-    max_body_bytes: int
-    max_connections: int
-    adapter_budget_bytes: int = 1 << 28
-    adapter_lease_s: float = 600.0
-
-    @classmethod
-    def configured(cls, config: ServerConfig, *, max_body_bytes: int) -> HandlerLimits:
-        return cls(
-            max_batch_tokens=config.max_batch_tokens,
-            max_body_bytes=max_body_bytes,
-            max_connections=config.max_connections,
-            adapter_budget_bytes=config.adapter_budget_bytes,
-            adapter_lease_s=config.adapter_lease_s,
-        )
 
 
 class Handler:
@@ -119,6 +107,8 @@ class Handler:
         )
         for name, adapter in (preloaded or {}).items():
             self.adapters.preload(adapter, name, device=engine.model.device)
+        self.activations = Activations(max_bytes=limits.activation_bytes)
+        self.training = Training(engine, self.activations, run=self._run, clock=clock)
         self._limits = limits
         self._clock = clock
         self._certificate_sha256 = certificate_sha256
@@ -151,6 +141,7 @@ class Handler:
     def start_draining(self) -> None:
         """Refuse new sessions from now on and tell all clients."""
         self.is_draining = True
+        self.activations.close()
         for served in self._served.values():
             served.say_draining()
 
@@ -163,10 +154,16 @@ class Handler:
         """Drop every connection and session."""
         for served in list(self._served.values()):
             served.connection.abort()
+        self.drop_state()
+
+    def drop_state(self) -> None:
+        """Forget what lies on the device beside the weights."""
         self.sessions.close_all()
+        self.activations.clear()
 
     def expire_sessions(self) -> None:
-        """Drop sessions, and adapters, that nobody used for long."""
+        """Drop sessions, adapters and kept graphs that nobody used for long."""
+        self.activations.expire(self._clock())
         for session_id in self.sessions.expire(self._clock()):
             logger.info("session expired session=%s", session_id[:6])
         self.adapters.expire()
@@ -192,6 +189,7 @@ class Handler:
     def forget(self, connection_id: int) -> None:
         self._served.pop(connection_id, None)
         self.adapters.forget(connection_id)
+        self.activations.forget(connection_id)
         self.sessions.disown(connection_id)
 
     async def answer(self, request: AnyRequest, body: bytearray, connection_id: int) -> Reply:
@@ -213,6 +211,9 @@ class Handler:
             indices = decode_tensors(request.tensors, body)
             meta = await self._copies.copy(request, indices, connection_id, may_open=not self.is_draining)
             return self._reply(request, Timed({}, 0.0, 0.0), meta)
+        if isinstance(request, BackwardRequest) and request.kept is not None:
+            grads = check_kept_gradients(decode_tensors(request.tensors, body))
+            return self._reply(request, await self.training.kept_backward(request, blocks, grads, connection_id))
         tensors = check_tensors(
             decode_tensors(request.tensors, body),
             request,
@@ -239,10 +240,13 @@ class Handler:
         if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] != num_tokens:
             refuse(f"attention_mask must have {num_tokens} columns, got {mask.shape[1]}")
         arguments = owner_arguments(request.call, tensors, mask, adapter)
-        engine = self.engine
-        run = engine.forward if isinstance(request, ForwardRequest) else engine.backward
-        timed = await self._run(request, connection_id, Priority.TRAINING, lambda: run(blocks, tensors, arguments))
-        return self._reply(request, timed)
+        if isinstance(request, BackwardRequest):
+            return self._reply(
+                request, await self.training.backward(request, blocks, tensors, arguments, connection_id)
+            )
+        timed, is_kept = await self.training.forward(request, blocks, tensors, arguments, connection_id)
+        output, buffers = self._reply(request, timed)
+        return msgspec.structs.replace(output, is_kept=is_kept), buffers
 
     async def _step(
         self,
@@ -354,7 +358,7 @@ class Handler:
         except UnsupportedCallError as exc:  # this architecture cannot do what is asked, here or anywhere
             refuse(str(exc))
         except (RuntimeError, IndexError, ValueError, TypeError, RemoteModulesError) as exc:
-            if isinstance(exc, torch.OutOfMemoryError) or "not enough memory" in str(exc):  # the CPU's has no class
+            if is_out_of_memory(exc):
                 text = "the device has no memory for this request"
                 raise PeerRefused(text, peer_id="", reason=RefusalReason.OUT_OF_MEMORY) from exc
             logger.exception("request failed on the device")

@@ -13,6 +13,11 @@ from remote_modules.server.handler import Handler
 __all__ = ["peer_metrics"]
 
 KINDS = ("step", "forward", "backward", "copy", "read")
+BACKWARDS: dict[str, Callable[[Handler], float]] = {
+    "kept": lambda now: now.activations.num_used,
+    "lost": lambda now: now.activations.num_lost,
+    "recomputed": lambda now: now.activations.num_recomputed,
+}
 
 
 def peer_metrics(handler: Callable[[], Handler | None], num_restarts: Callable[[], int]) -> Callable[[], bytes]:
@@ -31,6 +36,8 @@ def peer_metrics(handler: Callable[[], Handler | None], num_restarts: Callable[[
     gauges: dict[str, tuple[str, Callable[[Handler], float]]] = {
         "remote_modules_sessions": ("Open sessions.", lambda now: len(now.sessions)),
         "remote_modules_kv_bytes": ("Reserved KV cache.", lambda now: now.sessions.budget.used_bytes),
+        "remote_modules_kept_graphs": ("Forwards kept for their backwards.", lambda now: len(now.activations)),
+        "remote_modules_kept_bytes": ("Memory that these hold.", lambda now: now.activations.used_bytes),
         "remote_modules_load": ("Requests queued or running.", lambda now: now.executor.load),
         "remote_modules_connections": ("Open connections.", lambda now: now.num_connections),
         "remote_modules_adapters": ("Adapters that clients sent, held now.", lambda now: len(now.adapters)),
@@ -45,6 +52,9 @@ def peer_metrics(handler: Callable[[], Handler | None], num_restarts: Callable[[
     requests = Gauge("remote_modules_requests", "Requests taken since start.", ["kind"], registry=registry)
     for kind in KINDS:
         requests.labels(kind).set_function(partial(read, partial(_num_requests, kind)))
+    backwards = Gauge("remote_modules_backwards", "Backwards by where their forward was.", ["of"], registry=registry)
+    for name, of in BACKWARDS.items():
+        backwards.labels(name).set_function(partial(read, of))
     return lambda: generate_latest(registry)
 
 

@@ -38,7 +38,8 @@ from remote_modules.plan.throughput import Layout
 from remote_modules.server.announcer import Announcer
 from remote_modules.server.capacity import free_bytes, free_unused
 from remote_modules.server.executor import DeviceThread, Priority
-from remote_modules.server.handler import Handler, HandlerLimits
+from remote_modules.server.handler import Handler
+from remote_modules.server.limits import HandlerLimits
 from remote_modules.server.load_plan import LoadedSpan, LoadPlan
 from remote_modules.server.membership import discovery_of, display_name, is_announced
 from remote_modules.server.metrics import peer_metrics
@@ -57,7 +58,6 @@ SWEEP_S = 1.0
 HANDOVER_S = 1.0  # for a session to go elsewhere, taken for the cost of a move
 DRAIN_POLL_S = 0.05
 URGENT_DRAIN_S = 2.0
-MAX_BODY_BYTES = 256 * 1024 * 1024
 PLACEMENT_LOOKUP_S = 3.0
 PROBE_S = 3.0
 
@@ -134,7 +134,7 @@ class Peer:
 
         async def drop_all() -> None:
             if self._handler is not None:  # None while it moves
-                self._handler.sessions.close_all()
+                self._handler.drop_state()
             await announcer.set_state(PeerState.JOINING)
 
         async def return_online() -> None:
@@ -341,7 +341,7 @@ class Peer:
             sessions,
             identity=self._identity,
             instance_id=self._instance_id,
-            limits=HandlerLimits.configured(config, max_body_bytes=MAX_BODY_BYTES),
+            limits=HandlerLimits.configured(config, loaded.model.device),
             clock=time.monotonic,
             certificate_sha256=self._certificate.sha256 if self._certificate else "",
             software=f"remote-modules {package_version()}",

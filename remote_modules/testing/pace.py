@@ -14,6 +14,7 @@ from typing import Any
 
 from remote_modules.model.replay import OwnerArguments, SpanModel
 from remote_modules.server.engine import Engine
+from remote_modules.server.graphs import Graph
 from remote_modules.spans import Span
 
 __all__ = ["Pace", "paced"]
@@ -26,8 +27,8 @@ class Pace:
     Attributes:
         block_s: of each block, whatever the request; seconds.
         token_s: of each token (rows x tokens) in each block; seconds.
-        backward_factor: what a backward takes beyond the forward that it recomputes, as a multiple of that. With
-            frozen weights both are about as many operations.
+        backward_factor: what a backward takes as a multiple of its forward, which it recomputes first unless the
+            forward's graph was kept. With frozen weights both are about as many operations.
     """
 
     block_s: float
@@ -46,7 +47,7 @@ class Pace:
 @contextmanager
 def paced(pace: Pace) -> Iterator[None]:
     """Every span of this process takes at least as long as ``pace`` says."""
-    run, backward = SpanModel.run, Engine.backward
+    run, backward, backward_kept = SpanModel.run, Engine.backward, Engine.backward_kept
 
     def paced_run(self: SpanModel, inputs: Any, blocks: Span, arguments: OwnerArguments, cache: Any = None) -> Any:
         ends_s = time.perf_counter() + pace.seconds(len(blocks), arguments.rows * arguments.num_tokens)
@@ -61,10 +62,18 @@ def paced(pace: Pace) -> Iterator[None]:
         time.sleep(max(0.0, ends_s - time.perf_counter()))
         return grads
 
+    def paced_kept(self: Engine, graph: Graph, grads: Any) -> Any:
+        ends_s = time.perf_counter() + pace.backward_factor * pace.seconds(len(graph.blocks), graph.num_tokens)
+        found = backward_kept(self, graph, grads)
+        time.sleep(max(0.0, ends_s - time.perf_counter()))
+        return found
+
     SpanModel.run = paced_run  # type: ignore[method-assign]
+    Engine.backward_kept = paced_kept  # type: ignore[method-assign]
     Engine.backward = paced_backward  # type: ignore[method-assign]
     try:
         yield
     finally:
         SpanModel.run = run  # type: ignore[method-assign]
         Engine.backward = backward  # type: ignore[method-assign]
+        Engine.backward_kept = backward_kept  # type: ignore[method-assign]

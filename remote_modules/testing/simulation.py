@@ -27,7 +27,8 @@ from remote_modules.peers import PeerRecord, PeerState, SignedRecord
 from remote_modules.plan.breakers import NEEDED_S
 from remote_modules.server.announcer import Announcer
 from remote_modules.server.engine import Engine
-from remote_modules.server.handler import Handler, HandlerLimits
+from remote_modules.server.handler import Handler
+from remote_modules.server.limits import HandlerLimits
 from remote_modules.server.sessions import KVBudget, KVCost, SessionTable
 from remote_modules.spans import Span
 from remote_modules.testing.fault_points import FaultPoints
@@ -124,7 +125,12 @@ class SimulatedPeer:
             SessionTable(budget, max_sessions=64, idle_s=SESSION_IDLE_S, orphan_s=SESSION_ORPHAN_S),
             identity=self.identity,
             instance_id=self.instance_id,
-            limits=HandlerLimits(max_batch_tokens=4096, max_body_bytes=1 << 26, max_connections=MAX_CONNECTIONS),
+            limits=HandlerLimits(
+                max_batch_tokens=4096,
+                max_body_bytes=1 << 26,
+                max_connections=MAX_CONNECTIONS,
+                activation_bytes=1 << 26,
+            ),
             clock=swarm.clock,
             dialer=MemoryDialer(swarm.network, swarm.config, self.host.address),
         )

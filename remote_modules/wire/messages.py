@@ -153,7 +153,7 @@ class StepRequest(Base, frozen=True, tag="step"):
 
 
 class ForwardRequest(Base, frozen=True, tag="forward"):
-    """Run what enters block ``start`` through blocks ``[start, end)`` without a session; nothing is kept.
+    """Run what enters block ``start`` through blocks ``[start, end)`` without a session.
 
     Attributes:
         request_id, start, end, timeout_s, call: as in `StepRequest`.
@@ -162,6 +162,7 @@ class ForwardRequest(Base, frozen=True, tag="forward"):
             block has its own); ``position_ids``, ``attention_mask`` or ``attention_mask.<type>``,
             ``owner.<argument>`` as the owner got them; ``adapter.<n>``, part ``n`` of ``call.adapter_parts``, where the
             peer lacks it (before 1.3: ``adapter``, the entries, and ``adapter.<n>``, all tensors).
+        keep_s: how long the peer may keep the graph of this forward for a `BackwardRequest`; 0 for not at all.
     """
 
     request_id: Id
@@ -170,13 +171,17 @@ class ForwardRequest(Base, frozen=True, tag="forward"):
     tensors: Tensors
     timeout_s: Seconds
     call: CallMeta = CallMeta()
+    keep_s: Seconds = 0.0
 
 
 class BackwardRequest(Base, frozen=True, tag="backward"):
     """Recompute the forward of the same fields, and return the gradients of its floating-point inputs.
 
     Attributes:
-        tensors: as in `ForwardRequest`, and ``grad.<name>`` for each floating-point output ``<name>``.
+        tensors: as in `ForwardRequest`, and ``grad.<name>`` for each floating-point output ``<name>``; these alone
+            where the forward's graph is ``kept``.
+        kept: ``request_id`` of a forward on this connection whose graph the peer keeps: nothing is recomputed, and the
+            graph is used up. A peer that has it no more answers ``session_lost``.
     """
 
     request_id: Id
@@ -185,6 +190,7 @@ class BackwardRequest(Base, frozen=True, tag="backward"):
     tensors: Tensors
     timeout_s: Seconds
     call: CallMeta = CallMeta()
+    kept: Id | None = None
 
 
 class CopyRequest(Base, frozen=True, tag="copy"):
@@ -252,6 +258,7 @@ class Output(Base, frozen=True, tag="output"):
         load: requests queued or running at the peer.
         free_kv_tokens: as in the peer's record, now.
         cache: of the session, for a copy and a read; ``tensors`` of a read are those that `ReadRequest` names.
+        is_kept: whether the peer keeps the graph of this forward; it may drop it at any time.
     """
 
     request_id: Id
@@ -261,6 +268,7 @@ class Output(Base, frozen=True, tag="output"):
     load: Count = 0
     free_kv_tokens: Count = 0
     cache: CacheMeta | None = None
+    is_kept: bool = False
 
 
 class Refused(Base, frozen=True, tag="refused"):

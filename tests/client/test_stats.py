@@ -30,6 +30,8 @@ def test_new_recorder_shows_zeros() -> None:
         copied_bytes=0,
         promotions=0,
         forks=0,
+        kept_backwards=0,
+        recomputed_backwards=0,
         stall_seconds=0.0,
         hedges=0,
         hedges_won=0,
@@ -70,6 +72,7 @@ def test_snapshot_carries_every_counter() -> None:
         bytes_received=6,
     )
     recorder.handed_over_tokens, recorder.copied_bytes, recorder.promotions, recorder.forks = 7, 8, 9, 10
+    recorder.kept_backwards, recorder.recomputed_backwards = 11, 12
     recorder.finish((), [])
     stats = recorder.snapshot()
     assert (stats.steps, stats.failovers, stats.reroutes, stats.replayed_tokens, stats.stall_seconds) == (
@@ -82,6 +85,7 @@ def test_snapshot_carries_every_counter() -> None:
     assert (stats.hedges, stats.hedges_won, stats.waiting_for) == (7, 6, (FIRST.span,))
     assert (stats.bytes_sent, stats.bytes_received) == (5, 6)
     assert (stats.handed_over_tokens, stats.copied_bytes, stats.promotions, stats.forks) == (7, 8, 9, 10)
+    assert (stats.kept_backwards, stats.recomputed_backwards) == (11, 12)
 
 
 def test_snapshot_does_not_follow_later_passes() -> None:

@@ -250,3 +250,22 @@ def test_over_sockets(checkpoint: Path, local: PreTrainedModel) -> None:
                     torch.manual_seed(2)
                     shake(peft_model)
             assert torch.equal(table.generated(remote, num_beams=3), table.generated(oracle, num_beams=3))
+
+
+def test_clients_with_and_without_adapter_take_turns(swarm: InlineSwarm, checkpoint: Path) -> None:
+    """What peers keep of one's forward is there while the other's runs, which needs other gradients."""
+    sides = [(adapted(swarm.load()), swarm.load()), (adapted(whole(checkpoint)), whole(checkpoint))]
+    results = []
+    for trained, frozen in sides:
+        inputs = frozen.get_input_embeddings()(table.prompt()).detach().requires_grad_()
+        first = trained(input_ids=table.prompt(), labels=table.prompt()).loss
+        second = frozen(inputs_embeds=inputs, labels=table.prompt()).loss
+        third = trained(input_ids=table.prompt(), labels=table.prompt()).loss
+        for loss in (second, third, first):
+            loss.backward()
+        results.append(((first + second + third).item(), gradients(trained) | {"inputs": inputs.grad}))
+    assert_equal(*results)
+    for model in sides[0]:
+        blocks = layers_of(model) if isinstance(model, PeftModel) else model.model.layers
+        stats = blocks.stats()
+        assert (stats.kept_backwards > 0, stats.recomputed_backwards) == (True, 0)

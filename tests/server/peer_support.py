@@ -15,7 +15,8 @@ from remote_modules.net.client_connection import ClientConnection
 from remote_modules.net.http import Dialer
 from remote_modules.server.engine import Engine
 from remote_modules.server.executor import DeviceThread
-from remote_modules.server.handler import Handler, HandlerLimits
+from remote_modules.server.handler import Handler
+from remote_modules.server.limits import HandlerLimits
 from remote_modules.server.sessions import KVBudget, KVCost, SessionTable
 from remote_modules.wire import messages
 from remote_modules.wire.messages import CacheOp, CallMeta, Output
@@ -93,6 +94,7 @@ async def running_peer(
     max_sessions: int = 100,
     max_queue: int = 100,
     max_connections: int = 100,
+    activation_bytes: int = 1 << 24,
     dialer: Dialer | None = None,
 ) -> AsyncIterator[Peer]:
     clock = Clock()
@@ -105,7 +107,10 @@ async def running_peer(
         identity=SERVER,
         instance_id="first",
         limits=HandlerLimits(
-            max_batch_tokens=MAX_BATCH_TOKENS, max_body_bytes=MAX_BODY_BYTES, max_connections=max_connections
+            max_batch_tokens=MAX_BATCH_TOKENS,
+            max_body_bytes=MAX_BODY_BYTES,
+            max_connections=max_connections,
+            activation_bytes=activation_bytes,
         ),
         clock=clock,
         software="test peer",

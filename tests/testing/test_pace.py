@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from remote_modules import RemoteSequential
+from remote_modules import ClientConfig, RemoteSequential
 from remote_modules.model.replay import SpanModel
 from remote_modules.testing import LocalSwarm
 from remote_modules.testing.pace import Pace, paced
@@ -26,13 +26,17 @@ def test_negative_pace_is_refused(block_s: float, token_s: float) -> None:
         Pace(block_s, token_s)
 
 
-def test_paced_peer_answers_the_same_later_and_announces_its_pace(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("retain_s", "forwards"), [(0.0, 2), (60.0, 1)], ids=["recomputed", "kept"])
+def test_paced_peer_answers_the_same_later_and_announces_its_pace(
+    tmp_path: Path, retain_s: float, forwards: int
+) -> None:
     folder = save_tiny(tmp_path)
     hidden = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
 
     def answer() -> tuple[torch.Tensor, torch.Tensor, float, float, float]:
         with LocalSwarm(folder, spans=["0:4"]) as swarm:
-            with RemoteSequential.from_swarm(folder, trackers=swarm.trackers, mdns=False) as layers:
+            config = ClientConfig(retain_activations_s=retain_s)
+            with RemoteSequential.from_swarm(folder, trackers=swarm.trackers, mdns=False, config=config) as layers:
                 layers(hidden)
                 began_s = time.perf_counter()
                 output = layers(hidden)
@@ -42,6 +46,7 @@ def test_paced_peer_answers_the_same_later_and_announces_its_pace(tmp_path: Path
                 began_s = time.perf_counter()
                 loss.backward()
                 backward_s = time.perf_counter() - began_s
+                assert layers.stats().kept_backwards == 2 - forwards
                 (record,) = layers._handle.swarm.router.records.values()
         assert inputs.grad is not None
         return output, inputs.grad, took_s, backward_s, record.decode_tokens_per_s
@@ -54,5 +59,5 @@ def test_paced_peer_answers_the_same_later_and_announces_its_pace(tmp_path: Path
     assert torch.equal(plain, slow)
     assert torch.equal(plain_grad, slow_grad)
     assert took_s >= 4 * 0.02
-    assert backward_s >= 2 * 4 * 0.02
+    assert backward_s >= forwards * 4 * 0.02
     assert speed <= 1 / 0.02 < fast
