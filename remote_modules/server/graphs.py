@@ -210,7 +210,7 @@ def given_cache(model: SpanModel, blocks: Span, past: Named) -> SpanCache | None
 
 def _trained(arguments: OwnerArguments) -> Named:
     tensors = arguments.adapter.tensors if arguments.adapter is not None else ()
-    return {f"adapter.{number}": tensor for number, tensor in enumerate(tensors)}
+    return {f"adapter.{number}": tensor for number, tensor in enumerate(tensors) if tensor.requires_grad}
 
 
 def _dtypes(tensors: RequestTensors, arguments: OwnerArguments) -> dict[str, torch.dtype]:
