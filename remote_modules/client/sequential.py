@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from remote_modules.client.adapters import AdapterWatch, note_change
+from remote_modules.client.adapters import AdapterWatch, CallAdapter, note_change
 from remote_modules.client.autograd import RemotePass, refuse_backward
 from remote_modules.client.call import CallArguments, Named
 from remote_modules.client.connect import SwarmHandle, connect_swarm
@@ -161,8 +161,9 @@ class RemoteSequential(nn.ModuleList):
         self._check_alone(self._blocks)
         self._check_unwrapped()
         state, handle = self._new_state(self._blocks), self._handle
-        read = lambda: self._adapters.read(self.remote_blocks)  # noqa: E731
-        return InferenceSession(state, handle.io, read, hidden_size=handle.hidden_size, max_tokens=max_tokens)
+        return InferenceSession(
+            state, handle.io, hidden_size=handle.hidden_size, max_tokens=max_tokens, adapter=self._read_adapters
+        )
 
     def stats(self) -> ClientStats:
         """Counters since creation, the route, and the last steps' waterfall."""
@@ -285,7 +286,10 @@ class RemoteSequential(nn.ModuleList):
         return output
 
     def _arguments(self, call: OwnerCall) -> CallArguments:
-        return call_arguments(call, self._handle.stack, self._adapters.read(self.remote_blocks))
+        return call_arguments(call, self._handle.stack, self._read_adapters())
+
+    def _read_adapters(self) -> CallAdapter | None:
+        return self._adapters.read(self.remote_blocks)
 
     def remote_blocks(self) -> dict[int, nn.Module]:
         """The modules that stand for the remote blocks, by index in the model."""
