@@ -38,25 +38,25 @@ class InferenceSession:
     """Step-wise use of remote blocks without transformers' cache; from `RemoteSequential.session`.
 
     Args:
-        read_adapter: gives the adapters that the blocks have now.
         hidden_size: of the model.
         max_tokens: refuse to grow beyond; None for no limit of ours.
+        adapter: those of the blocks, at each step.
     """
 
     def __init__(
         self,
         state: SessionState,
         io: LoopThread,
-        read_adapter: Callable[[], CallAdapter | None],
         *,
         hidden_size: int,
         max_tokens: int | None,
+        adapter: Callable[[], CallAdapter | None] = lambda: None,
     ) -> None:
         self._state = state
-        self._read_adapter = read_adapter
         self._hidden_size = hidden_size
         self._io = io
         self._max_tokens = max_tokens
+        self._adapter = adapter
 
     @property
     def position(self) -> int:
@@ -95,7 +95,7 @@ class InferenceSession:
             num_tokens=num_tokens,
             position_ids=sides[0],
             attention_mask=sides[1],
-            adapter=self._read_adapter(),
+            adapter=self._adapter(),
         )
         work = self._state.step({"hidden_states": hidden_states.detach().to("cpu", copy=True)}, call)
         return self._io.run(work)["hidden_states"].to(hidden_states.device)

@@ -163,7 +163,7 @@ class RemoteSequential(nn.ModuleList):
         self._check_unwrapped()
         state, handle = self._new_state(self._blocks), self._handle
         return InferenceSession(
-            state, handle.io, self._read_adapters, hidden_size=handle.hidden_size, max_tokens=max_tokens
+            state, handle.io, hidden_size=handle.hidden_size, max_tokens=max_tokens, adapter=self._read_adapters
         )
 
     def set_adapter(self, name: str | None) -> None:
