@@ -13,7 +13,10 @@ from remote_modules.testing import LocalSwarm
 from . import loops
 from .loops import Loop, PeerKill, assert_equal, train_local, train_remote
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of peft
+    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),  # of Python 3.12, for data loaders
+]
 
 CASES: dict[str, Loop] = {
     "plain": loops.plain,
