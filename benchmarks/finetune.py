@@ -111,12 +111,6 @@ class Killer:
         with patch.object(ClientConnection, "request", watched):
             yield
 
-    def mend(self) -> None:
-        for peer in self.lost:
-            peer.restart()
-        self.lost.clear()
-        time.sleep(REST_S)
-
     async def _watch(self, connection: ClientConnection, message: messages.AnyRequest, answer: Any) -> Reply:
         kind, began_s = messages.kind_of(message), time.perf_counter()
         fault = self._due(kind, message)
@@ -178,6 +172,7 @@ class Bench:
         self._task = task
         self._num_kills = num_kills
         self._mode = mode
+        self._lost: list[Any] = []
 
     def run(self, parts: Sequence[str]) -> None:
         if "kills" in parts or "clients" in parts:
@@ -205,7 +200,7 @@ class Bench:
             found = train(model, task, self.ids, before_step=lambda step: setattr(killer, "step", step))
         took_s = time.perf_counter() - began_s
         stats = _close(model)
-        killer.mend()
+        self._lost = killer.lost
         losses, adapter = _difference(found, expected), adapter_difference(found, expected)
         self.bars += [
             Bar("kills that happened", len(killer.hits), ">=", len(kinds)),
@@ -235,6 +230,7 @@ class Bench:
         tasks = [replace(self._task, seed=7), replace(self._task, seed=8, rank=4, rows=3, rate=3e-3)]
         tasks = [replace(task, steps=max(10, task.steps // 4)) for task in tasks]
         say(f"two clients, {tasks[0].steps} steps")
+        self._mend()
         alone = []
         for task in tasks:
             model = _remote(swarm, task)
@@ -251,6 +247,14 @@ class Bench:
         name = f"two clients at once, {tasks[0].steps} steps, to the runs alone"
         self.rows.append((name, f"{worst:.1e}", f"{adapter:.1e}", " and ".join(map(_ends, together))))
         self.result["clients"] = {"largest_loss_difference": worst, "adapter_difference": adapter}
+
+    def _mend(self) -> None:
+        """Start again those that were killed."""
+        for peer in self._lost:
+            peer.restart()
+        if self._lost:
+            time.sleep(REST_S)
+        self._lost = []
 
     def _together(self, swarm: LocalSwarm, tasks: Sequence[Task]) -> list[Curve]:
         models = [_remote(swarm, task) for task in tasks]

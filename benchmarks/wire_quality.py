@@ -1,6 +1,6 @@
 """The int8 wire: perplexity, gradients, training and bytes against plain tensors, and the speed of the codec.
 
-    python benchmarks/wire_quality.py [--quick] [--steps 60]
+    python benchmarks/wire_quality.py [--quick] [--steps 60] [--only-codec]
 
 The built-in model in float32 on three peers (0:3, 3:6, 6:8) and on eight (a block each: nine times through the codec),
 in this process without sockets; text is this project's documentation, which the model was not trained on.
@@ -160,14 +160,27 @@ def megabytes_per_s(dtype: torch.dtype, rounds: int) -> tuple[float, float]:
     return best[0], best[1]
 
 
+def codec_speeds(rounds: int) -> dict[str, tuple[float, float]]:
+    return {name: megabytes_per_s(getattr(torch, name), rounds) for name in ("float32", "bfloat16")}
+
+
+def speed_text(speeds: dict[str, tuple[float, float]]) -> str:
+    parts = [f"{name} {encode:.0f} encoded, {decode:.0f} decoded" for name, (encode, decode) in speeds.items()]
+    return f"Codec, MB of plain tensor for a second of one core: {'; '.join(parts)}."
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="what the int8 wire costs and saves")
     parser.add_argument("--quick", action="store_true", help="fewer windows and batches, 5 steps")
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--only-codec", action="store_true", help="its speed alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if options.only_codec:
+        speeds = codec_speeds(30)
+        return print_report({"codec_mb_per_s": speeds}, [], speed_text(speeds))
     steps = options.steps or (5 if options.quick else 60)
     return report(Runs(windows=2 if options.quick else 16, batches=2 if options.quick else 8), steps, options.quick)
 
@@ -201,17 +214,14 @@ def report(runs: Runs, steps: int, is_quick: bool) -> int:
     before = runs.trained("compute", 0)
     after = {wire: runs.trained(wire, steps) for wire in WIRES}
     bars.append(Bar("training: loss on other text, int8 - plain", after["int8"] - after["compute"], "<=", 0.01))
-    speeds = {name: megabytes_per_s(getattr(torch, name), 5 if is_quick else 30) for name in ("float32", "bfloat16")}
+    speeds = codec_speeds(5 if is_quick else 30)
     result |= {"loss_before": before, "loss_after": after, "codec_mb_per_s": speeds}
     errors_of = ("error of the adapter's gradient", "of the embeddings'")
     head = ("cut", "wire", "perplexity", *errors_of, "bytes a token, forward", "backward")
     text = f"Loss on other text: {before:.4f}; after {steps} LoRA steps " + ", ".join(
         f"{loss:.4f} ({wire})" for wire, loss in after.items()
     )
-    text += ". Codec, MB of plain tensor for a second of one core: " + ", ".join(
-        f"{name} {encode:.0f} encoded, {decode:.0f} decoded" for name, (encode, decode) in speeds.items()
-    )
-    return print_report(result, bars, f"{table(head, rows)}\n\n{text}.")
+    return print_report(result, bars, f"{table(head, rows)}\n\n{text}. {speed_text(speeds)}")
 
 
 def _share(errors: list[float]) -> str:

@@ -21,7 +21,7 @@ BLOCK = 32  # values that share a power of two
 EXPONENT_BIAS = 127
 NOT_A_NUMBER = 255
 LEAST_EXPONENT = {torch.float32: -127, torch.bfloat16: -127, torch.float16: -24}  # exact in the dtype
-MOST_EXPONENT = {torch.float32: 120, torch.bfloat16: 120, torch.float16: 8}  # above, 128 times it overflows
+CHUNK = 2**17  # values at a time: what is worked on stays in the processor's cache
 
 _SCALES = torch.ldexp(torch.ones(256, dtype=torch.float64), torch.arange(256) - EXPONENT_BIAS).to(torch.float32)
 _SCALES[NOT_A_NUMBER] = math.nan
@@ -40,29 +40,42 @@ def encode(tensor: torch.Tensor) -> list[torch.Tensor] | None:
     """
     if tensor.dtype not in INT8_DTYPES or tensor.dim() == 0 or tensor.shape[-1] < BLOCK or tensor.numel() == 0:
         return None
-    blocks = _blocks(tensor.detach().to(torch.float32))
+    vectors = tensor.detach().to("cpu").reshape(-1, tensor.shape[-1])
+    values = torch.empty(vectors.shape, dtype=torch.int8)
+    exponents = torch.empty(len(vectors), -(-vectors.shape[1] // BLOCK), dtype=torch.uint8)
+    count = max(1, CHUNK // vectors.shape[1])
+    for part in zip(vectors.split(count), values.split(count), exponents.split(count), strict=True):
+        if not _encode_into(*part):
+            return None
+    return [values.view(torch.uint8).reshape(-1), exponents.reshape(-1)]
+
+
+def _encode_into(vectors: torch.Tensor, values: torch.Tensor, exponents: torch.Tensor) -> bool:
+    """False if a value is not finite."""
+    blocks = _blocks(vectors.to(torch.float32))
     largest = blocks.abs().amax(-1)
     if not math.isfinite(largest.max().item()):
-        return None
+        return False
     mantissa, exponent = torch.frexp(largest)
     exponent = exponent - 7 + (mantissa > 127 / 128)  # the least with which the largest is at most 127
-    exponent.clamp_(LEAST_EXPONENT[tensor.dtype], EXPONENT_BIAS)
-    values = (blocks * _SCALES.to(blocks.device)[EXPONENT_BIAS - exponent].unsqueeze(-1)).round_().to(torch.int8)
-    values = values.flatten(-2)[..., : tensor.shape[-1]].contiguous()
-    parts = (values.view(torch.uint8), (exponent + EXPONENT_BIAS).to(torch.uint8))
-    return [part.to("cpu").reshape(-1) for part in parts]
+    exponent.clamp_(LEAST_EXPONENT[vectors.dtype], EXPONENT_BIAS)
+    scaled = (blocks * _SCALES[EXPONENT_BIAS - exponent].unsqueeze(-1)).round_()
+    values.copy_(scaled.flatten(-2)[:, : vectors.shape[1]])
+    exponents.copy_(exponent.add_(EXPONENT_BIAS))
+    return True
 
 
 def decode(data: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """The tensor that `encode` made ``data`` of (uint8, of `num_bytes`). Bytes may come from outside."""
     count = math.prod(shape)
-    values, exponents = data[:count].view(torch.int8), data[count:]
-    scales = _SCALES[exponents.to(torch.int32)].reshape(*shape[:-1], -1, 1)
-    decoded = (_blocks(values.reshape(shape)) * scales).flatten(-2)[..., : shape[-1]]
-    if int(exponents.max()) > MOST_EXPONENT[dtype] + EXPONENT_BIAS:
-        largest = torch.finfo(dtype).max
-        decoded = decoded.clamp(-largest, largest)
-    return decoded.to(dtype).contiguous()
+    values, exponents = data[:count].view(torch.int8).reshape(-1, shape[-1]), data[count:]
+    decoded = torch.empty(values.shape, dtype=dtype)
+    size = max(1, CHUNK // shape[-1])
+    scales = exponents.reshape(len(values), -1).split(size)
+    for part, of_part, found in zip(values.split(size), scales, decoded.split(size), strict=True):
+        blocks = _blocks(part) * _SCALES[of_part.to(torch.int32)].unsqueeze(-1)
+        found.copy_(blocks.flatten(-2)[:, : shape[-1]].clamp_(-torch.finfo(dtype).max, torch.finfo(dtype).max))
+    return decoded.reshape(shape)
 
 
 def rounded(tensor: torch.Tensor) -> torch.Tensor:
@@ -73,5 +86,8 @@ def rounded(tensor: torch.Tensor) -> torch.Tensor:
 
 def _blocks(tensor: torch.Tensor) -> torch.Tensor:
     """Its last dimension in blocks, the last one filled up with zeros."""
-    blocks: torch.Tensor = pad(tensor, (0, -tensor.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    missing = -tensor.shape[-1] % BLOCK
+    if missing:
+        tensor = pad(tensor, (0, missing))
+    blocks: torch.Tensor = tensor.unflatten(-1, (-1, BLOCK))
     return blocks

@@ -101,6 +101,17 @@ def test_parts_are_coded_like_the_whole() -> None:
         assert torch.equal(codecs.rounded(tensor[1:, start:end].transpose(0, 1)), whole[1:, start:end].transpose(0, 1))
 
 
+def test_large_tensor_is_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = values((3, 7, 40), torch.float32)
+    metas, whole = sent(tensor)
+    for chunk in (1, 40, 100, 280):
+        monkeypatch.setattr(codecs, "CHUNK", chunk)
+        assert sent(tensor) == (metas, whole)
+        assert torch.equal(decode_tensors(metas, whole)["x"], codecs.rounded(tensor))
+    tensor[2, 6, 39] = math.nan
+    assert codecs.encode(tensor) is None
+
+
 def test_bytes_are_those_of_the_document() -> None:
     tensor = torch.zeros(33)
     tensor[0], tensor[1], tensor[2], tensor[32] = 127.0, -126.5, 0.5, 1.0  # halves go to the even neighbour
