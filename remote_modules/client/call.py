@@ -10,7 +10,8 @@ import torch
 
 from remote_modules.model.past import select_layers
 from remote_modules.model.stack import StackSpec
-from remote_modules.model.tensors import owner_spec
+from remote_modules.model.tensors import num_bytes, owner_spec
+from remote_modules.plan.routing import Demand
 from remote_modules.spans import Span
 from remote_modules.wire.messages import CallMeta, Option
 from remote_modules.wire.parts import RecordKind
@@ -18,7 +19,7 @@ from remote_modules.wire.parts import RecordKind
 if TYPE_CHECKING:
     from remote_modules.client.adapters import CallAdapter, HopAdapter
 
-__all__ = ["CallArguments", "mask_tensors"]
+__all__ = ["CallArguments", "demand_of", "mask_tensors"]
 
 Named = dict[str, torch.Tensor]
 Mask = torch.Tensor | dict[str, torch.Tensor | None]
@@ -105,3 +106,15 @@ def mask_tensors(mask: Mask | None) -> Named:
     if isinstance(mask, dict):
         return {f"attention_mask.{kind}": _NO_MASK if part is None else part for kind, part in mask.items()}
     return {} if mask is None else {"attention_mask": mask}
+
+
+def demand_of(tensors: Named, call: CallArguments, *, kv_tokens: int, is_decode: bool = False) -> Demand:
+    """What a pass of ``tensors`` asks of every hop."""
+    tokens = max(1, call.rows * call.num_tokens)
+    return Demand(
+        num_tokens=call.num_tokens,
+        kv_tokens=kv_tokens,
+        bytes_per_token=-(-num_bytes(tensors) // tokens),
+        is_decode=is_decode,
+        rows=call.rows,
+    )

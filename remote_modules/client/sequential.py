@@ -252,12 +252,13 @@ class RemoteSequential(nn.ModuleList):
             if cache is None or self._handle.stack.no_cache:
                 return self._pass(self._blocks, call, self._arguments(call))
         state, past = self._state_of(cache)
-        if not torch.is_grad_enabled() or (is_given and not past):
-            return self._step(call, state)
-        # Training calls leave the model's use_cache default on and drop the cache: open nothing on the peers, but let a
-        # caller who does keep it go on from the history.
-        state.needs_grad = any(tensor.requires_grad for tensor in past.values())
         arguments = self._arguments(call)
+        may_keep = is_given or arguments.rows * arguments.num_tokens <= self._handle.swarm.config.microbatch_tokens
+        if (not torch.is_grad_enabled() and (may_keep or arguments.rows == 1)) or (is_given and not past):
+            return self._step(call, state, arguments)
+        # Training calls, and evaluations of large batches, leave the model's use_cache default on and drop the cache:
+        # open nothing on the peers, but let a caller who does keep it go on from the history.
+        state.needs_grad = any(tensor.requires_grad for tensor in past.values())
         output = self._pass(self._blocks, call, replace(arguments, past=past))
         state.needs_grad = output["hidden_states"].requires_grad
         state.remember(own(call.entry), replace(arguments, sides=own(call.sides)))
@@ -273,14 +274,14 @@ class RemoteSequential(nn.ModuleList):
         self._handle.stack.check_cuts(blocks)
         return RemotePass(self._handle.swarm, self._handle.io, blocks, arguments)(call.entry)
 
-    def _step(self, call: OwnerCall, state: SessionState) -> Named:
+    def _step(self, call: OwnerCall, state: SessionState, arguments: CallArguments) -> Named:
         hidden_states = call.entry["hidden_states"]
         is_differentiated = torch.is_grad_enabled() and hidden_states.requires_grad
         if state.needs_grad and torch.is_grad_enabled():
             raise UnsupportedCallError("this KV cache was made by a training call; go on from it under torch.no_grad()")
         if "encoder_hidden_states" in call.tensors:
             raise UnsupportedCallError("cross-attention is carried without a KV cache only; use use_cache=False")
-        arguments = replace(self._arguments(call), sides=own(call.sides))
+        arguments = replace(arguments, sides=own(call.sides))
         outputs = self._handle.io.run(state.step(own(call.entry), arguments))
         outputs = {name: tensor.to(hidden_states.device) for name, tensor in outputs.items()}
         if is_differentiated:
