@@ -55,7 +55,7 @@ class ClientConfig:
 
     connect_timeout_s: float = 3.0  # one dial, TLS and hello included
     silence_timeout_s: float = 2.0  # a peer with work of ours that says nothing for so long is frozen or gone
-    pass_deadline_s: float = 120.0  # one forward, backward, prefill or decode, failures and waiting included
+    pass_deadline_s: float = 120.0  # one prefill, decode, or microbatch of a forward or backward, failures included
     min_request_timeout_s: float = 2.0  # least time that a live peer gets to compute one request
     max_request_timeout_s: float = 30.0  # most, unless it is known to need longer, or nobody else holds the blocks
     hedge: bool = True  # ask a second peer when the first is slower than expected

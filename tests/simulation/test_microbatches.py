@@ -12,10 +12,11 @@ from msgspec import structs
 
 from remote_modules.client.adapters import CallAdapter
 from remote_modules.client.call import CallArguments, Named
-from remote_modules.client.passes import backward, forward
+from remote_modules.client.passes import Wanted, backward, forward
 from remote_modules.client.swarm import Swarm
 from remote_modules.config import ClientConfig
 from remote_modules.model.adapters import AdapterSet, Lora
+from remote_modules.spans import Span
 from remote_modules.testing.simulation import SimulatedPeer, SimulatedSwarm
 from remote_modules.testing.virtual_time import run_virtual
 
@@ -189,3 +190,27 @@ def test_cut_batch_of_a_family_has_the_local_numbers(case: str) -> None:
 
 
 UNCUT = {"glm_moe_dsa"}  # sets of chosen tokens cross from block to block
+
+
+def test_hops_below_all_that_is_trained_have_no_backward() -> None:
+    call = trained_call()
+    assert call.adapter is not None
+    in_last_hop = frozenset(call.adapter.part(Span(2, 4)).positions)  # type: ignore[union-attr]
+
+    async def main() -> tuple[Named, dict[int, torch.Tensor], int]:
+        swarm = SimulatedSwarm(5, [model().holdings[span] for span in SPANS], config=CONFIG)
+        await swarm.start()
+        client = swarm.client()
+        _, _, trace = await forward(client, blocks_of(model()), {"hidden_states": batch()}, call)
+        ones = {"hidden_states": torch.ones_like(batch())}
+        grads, of_adapter = await backward(client, trace, ones, Wanted(frozenset(), in_last_hop))
+        await client.aclose()
+        swarm.stop()
+        return grads, of_adapter, len(client.stats.waterfall[-1])
+
+    grads, of_adapter, num_requests = run_virtual(main())
+    expected = run_virtual(train(SPANS, call))
+    assert num_requests == NUM_MICROBATCHES
+    assert not grads
+    assert of_adapter.keys() == in_last_hop
+    assert all(torch.equal(grad, expected.of_adapter[number]) for number, grad in of_adapter.items())
