@@ -75,7 +75,7 @@ class ClientConfig:
     history_folder: Path | None = None  # for the file beyond history_memory_bytes; None: the system's choice
     max_request_bytes: int = 256 * 1024 * 1024  # tensors of one request
     microbatch_tokens: int = 1024  # rows x tokens of one request of a training pass; larger batches are cut by rows
-    max_microbatches_in_flight: int = 64  # of one pass; fewer where fewer keep all hops busy
+    max_microbatches_in_flight: int = 48  # of all passes; fewer where fewer keep all hops busy
     replicate_kv: bool = False  # keep a copy of each hop's KV cache at another peer, which takes over if the hop fails
     replicate_tokens: int = 8  # new tokens after which the copy is brought up to date, in the background
     copy_timeout_s: float = 60.0  # one copy of a KV cache from peer to peer; then it is built by replay

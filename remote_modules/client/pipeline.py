@@ -75,7 +75,7 @@ class Pipeline:
         room = asyncio.Semaphore(self._num_at_once())
 
         async def one(number: int) -> T:
-            async with room:
+            async with room, self.swarm.microbatches:  # a peer takes so many requests of one connection
                 return await do(number)
 
         tasks = [asyncio.get_running_loop().create_task(one(number)) for number in range(len(self.routes))]
@@ -97,5 +97,4 @@ class Pipeline:
 
     def _num_at_once(self) -> int:
         hops = {hop.peer_id: hop for route in self.routes for hop in route}
-        wanted = sum(self.swarm.router.depth(hop, self.demand) for hop in hops.values())
-        return min(self.swarm.config.max_microbatches_in_flight, max(2, wanted))
+        return max(2, sum(self.swarm.router.depth(hop, self.demand) for hop in hops.values()))

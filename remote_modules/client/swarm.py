@@ -96,6 +96,7 @@ class Swarm:
         self._tasks: set[asyncio.Task[None]] = set()  # that find out whether peers are alive
         self._is_closed = False
         self.watchers: WeakSet[Watcher] = WeakSet()
+        self.microbatches = asyncio.Semaphore(config.max_microbatches_in_flight)  # of all passes
 
     def record(self, peer_id: PeerId) -> PeerRecord:
         """The latest record of a peer on a route.
