@@ -17,6 +17,8 @@ __all__ = ["MAX_DEPTH", "depth", "interleaved", "split"]
 
 MAX_DEPTH = 8  # microbatches of one pass that wait for one hop, travel, or are computed by it
 
+SPARE = 2  # of them wait at the device, so that it does not wait when others are late
+
 T = TypeVar("T", bound=Hashable)
 
 
@@ -52,7 +54,7 @@ def depth(*, compute_s: float, transfer_s: float, rtt_s: float) -> int:
     turn_s = max(compute_s, transfer_s)
     if turn_s <= 0.0:
         return MAX_DEPTH
-    return min(MAX_DEPTH, 1 + math.ceil((compute_s + 2.0 * transfer_s + rtt_s) / turn_s - 1e-6))
+    return min(MAX_DEPTH, SPARE + math.ceil((compute_s + 2.0 * transfer_s + rtt_s) / turn_s - 1e-6))
 
 
 def interleaved(routes: Sequence[T]) -> list[T]:

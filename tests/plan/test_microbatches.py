@@ -41,10 +41,10 @@ def test_bytes_of_a_request_cut_a_batch_too() -> None:
 @pytest.mark.parametrize(
     ("compute_s", "transfer_s", "rtt_s", "expected"),
     [
-        (0.1, 0.0, 0.0, 2),  # one is computed, one waits
-        (0.1, 0.0, 0.1, 3),
-        (0.1, 0.1, 0.0, 4),  # on the way, computed, on the way back
-        (0.01, 0.1, 0.0, 4),  # the link is the slowest stage
+        (0.1, 0.0, 0.0, 3),  # one is computed, two wait
+        (0.1, 0.0, 0.1, 4),
+        (0.1, 0.1, 0.0, 5),  # on the way, computed, on the way back
+        (0.01, 0.1, 0.0, 5),  # the link is the slowest stage
         (0.001, 0.0, 0.1, MAX_DEPTH),
         (0.0, 0.0, 0.1, MAX_DEPTH),
     ],
