@@ -55,7 +55,7 @@ class ClientConfig:
 
     connect_timeout_s: float = 3.0  # one dial, TLS and hello included
     silence_timeout_s: float = 2.0  # a peer with work of ours that says nothing for so long is frozen or gone
-    pass_deadline_s: float = 120.0  # one forward, backward, prefill or decode, failures and waiting included
+    pass_deadline_s: float = 120.0  # one prefill, decode, or microbatch of a forward or backward, failures included
     min_request_timeout_s: float = 2.0  # least time that a live peer gets to compute one request
     max_request_timeout_s: float = 30.0  # most, unless it is known to need longer, or nobody else holds the blocks
     hedge: bool = True  # ask a second peer when the first is slower than expected
@@ -75,6 +75,8 @@ class ClientConfig:
     history_folder: Path | None = None  # for the file beyond history_memory_bytes; None: the system's choice
     wire: str = "compute"  # hidden states and gradients as they are, or "int8": a quarter of float32, a little off
     max_request_bytes: int = 256 * 1024 * 1024  # tensors of one request
+    microbatch_tokens: int = 1024  # rows x tokens of one request of a training pass; larger batches are cut by rows
+    max_microbatches_in_flight: int = 48  # of all passes; fewer where fewer keep all hops busy
     replicate_kv: bool = False  # keep a copy of each hop's KV cache at another peer, which takes over if the hop fails
     replicate_tokens: int = 8  # new tokens after which the copy is brought up to date, in the background
     copy_timeout_s: float = 60.0  # one copy of a KV cache from peer to peer; then it is built by replay

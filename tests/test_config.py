@@ -88,6 +88,8 @@ def test_http_urls_are_accepted(urls: list[str]) -> None:
         "max_ban_s",
         "max_replay_tokens",
         "max_request_bytes",
+        "microbatch_tokens",
+        "max_microbatches_in_flight",
     ],
 )
 def test_client_number_that_is_not_positive_is_refused(name: str, value: float) -> None:

@@ -7,13 +7,14 @@ failure-free run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from remote_modules.client.call import CallArguments, Named
-from remote_modules.client.passes import backward, forward
+from remote_modules.client.passes import Wanted, backward, forward
 from remote_modules.client.swarm import Swarm
 from remote_modules.errors import UnsupportedCallError
 from remote_modules.net.loop import LoopThread
@@ -81,18 +82,25 @@ class _RemoteFunction(torch.autograd.Function):
             adapters = replace(call.adapter.adapters, parameters=tuple(own[count:]))
             call = replace(call, adapter=replace(call.adapter, adapters=adapters))
         inputs = {name: tensor for name, tensor in named.items() if name in plan.carried}
-        outputs, recorded, ctx.segments = remote.io.run(forward(remote.swarm, remote.blocks, inputs, call))
+        outputs, recorded, ctx.trace = remote.io.run(forward(remote.swarm, remote.blocks, inputs, call))
         outputs = outputs | recorded
         plan.outputs = tuple(outputs)
-        ctx.plan, ctx.call, ctx.num_tensors = plan, call, len(tensors)
+        ctx.plan, ctx.num_tensors = plan, len(tensors)
         ctx.shapes = [(tensor.shape, tensor.dtype) for tensor in outputs.values()]
         ctx.mark_non_differentiable(*(tensor for tensor in outputs.values() if not tensor.is_floating_point()))
         ctx.set_materialize_grads(False)
         return tuple(outputs.values())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            found = _RemoteFunction._gradients(ctx, grad_outputs)
+        if torch.is_grad_enabled():  # create_graph=True
+            found = tuple(None if grad is None else _refuse_double_backward(grad) for grad in found)
+        return (None, *found)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_outputs: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
         plan: _Plan = ctx.plan
         grads = {}
         for name, (shape, dtype), grad in zip(plan.outputs, ctx.shapes, grad_outputs, strict=True):
@@ -100,11 +108,14 @@ class _RemoteFunction(torch.autograd.Function):
                 grads[name] = grad.detach().to("cpu", dtype, copy=True)
             elif dtype.is_floating_point and not name.startswith("record."):
                 grads[name] = torch.zeros(shape, dtype=dtype)
-        remote = plan.remote
-        found, of_adapters = remote.io.run(backward(remote.swarm, ctx.segments, grads, ctx.call))
-        count = len(plan.names)
+        remote, count = plan.remote, len(plan.names)
         numbers = range(ctx.num_tensors - count)
-        return (None, *(found.get(name) for name in plan.names), *(of_adapters.get(number) for number in numbers))
+        needs = ctx.needs_input_grad[1:]  # the first is the plan
+        names = frozenset(name for name, is_needed in zip(plan.names, needs, strict=False) if is_needed)
+        wanted = Wanted(names, frozenset(number for number in numbers if needs[count + number]))
+        found, of_adapters = remote.io.run(backward(remote.swarm, ctx.trace, grads, wanted))
+        own = (found.get(name) if name in names else None for name in plan.names)
+        return (*own, *(of_adapters.get(number) if number in wanted.adapters else None for number in numbers))
 
 
 class _NoBackward(torch.autograd.Function):
@@ -117,6 +128,25 @@ class _NoBackward(torch.autograd.Function):
         raise UnsupportedCallError(
             "backward through a call that used a KV cache is not carried; call the model without a cache to train"
         )
+
+
+class _NoDoubleBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[None, None]:
+        raise UnsupportedCallError(
+            "double backward (a gradient of gradients) through remote blocks is not carried; detach their gradients"
+        )
+
+
+def _refuse_double_backward(grad: torch.Tensor) -> torch.Tensor:
+    """``grad``, with a backward that says what is wrong."""
+    anchor = torch.zeros((), requires_grad=True)  # else nothing would ask for it
+    result: torch.Tensor = _NoDoubleBackward.apply(grad, anchor)  # type: ignore[no-untyped-call]
+    return result
 
 
 def refuse_backward(output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:

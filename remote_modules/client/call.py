@@ -10,7 +10,8 @@ import torch
 
 from remote_modules.model.past import select_layers
 from remote_modules.model.stack import StackSpec
-from remote_modules.model.tensors import owner_spec
+from remote_modules.model.tensors import num_bytes, owner_spec
+from remote_modules.plan.routing import Demand
 from remote_modules.spans import Span
 from remote_modules.wire.messages import CallMeta, Option
 from remote_modules.wire.parts import RecordKind
@@ -18,7 +19,7 @@ from remote_modules.wire.parts import RecordKind
 if TYPE_CHECKING:
     from remote_modules.client.adapters import CallAdapter, HopAdapter
 
-__all__ = ["CallArguments", "mask_tensors"]
+__all__ = ["CallArguments", "demand_of", "mask_tensors"]
 
 Named = dict[str, torch.Tensor]
 Mask = torch.Tensor | dict[str, torch.Tensor | None]
@@ -38,12 +39,13 @@ class CallArguments:
         sides: side inputs of the blocks, by the names that travel.
         past: keys and values that the blocks' caches begin with (`model.past`), in a call without a session.
         options: the owner's other arguments.
-        use_cache, autocast, record, with_grad: as in `wire.messages.CallMeta`.
+        first_row, use_cache, autocast, record, with_grad: as in `wire.messages.CallMeta`.
         adapter: of the blocks, if any.
     """
 
     rows: int
     num_tokens: int
+    first_row: int = 0
     position_ids: torch.Tensor | None = None
     attention_mask: Mask | None = None
     tensors: Named = field(default_factory=dict)
@@ -67,6 +69,7 @@ class CallArguments:
             record=self.record,
             with_grad=self.with_grad,
             seed=None if self.adapter is None else self.adapter.seed,
+            first_row=self.first_row,
         )
 
     def owner_tensors(self) -> Named:
@@ -105,3 +108,16 @@ def mask_tensors(mask: Mask | None) -> Named:
     if isinstance(mask, dict):
         return {f"attention_mask.{kind}": _NO_MASK if part is None else part for kind, part in mask.items()}
     return {} if mask is None else {"attention_mask": mask}
+
+
+def demand_of(tensors: Named, call: CallArguments, *, kv_tokens: int, is_decode: bool = False) -> Demand:
+    """What a pass of ``tensors`` asks of every hop."""
+    tokens = max(1, call.rows * call.num_tokens)
+    return Demand(
+        num_tokens=call.num_tokens,
+        kv_tokens=kv_tokens,
+        bytes_per_token=-(-num_bytes(tensors) // tokens),
+        is_decode=is_decode,
+        rows=call.rows,
+        adapter="" if call.adapter is None else call.adapter.offered,
+    )

@@ -15,14 +15,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import msgspec
 
 from remote_modules.client.adapters import HopAdapter
 from remote_modules.client.answers import AnswerChecker
-from remote_modules.client.call import CallArguments, Named
+from remote_modules.client.call import Named
+from remote_modules.client.failures import PassFailures
 from remote_modules.client.hedging import Hedge, Outrun
 from remote_modules.client.stats import HopTiming
 from remote_modules.client.swarm import Swarm
@@ -36,17 +39,19 @@ from remote_modules.errors import (
     RefusalReason,
     SpanUnavailable,
 )
-from remote_modules.model.tensors import num_bytes
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.peers import short_id
 from remote_modules.plan.recovery import Failure, GiveUp, Recovery, Replay, Reroute, failure_of
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
 from remote_modules.wire.messages import CallMeta, Output, Request
+from remote_modules.wire.tensors import body_bytes
 
-__all__ = ["Chain", "Work", "demand_of"]
+__all__ = ["Chain", "Work"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 HEDGE_RESERVE = 8.0  # retries that hedges leave to failures
 
@@ -93,31 +98,34 @@ class Work(ABC):
 
 @dataclass(slots=True)
 class Chain:
-    """One pass under way.
+    """One pass, or one microbatch of one, under way.
 
     Args:
         swarm: where peers come from.
         recovery: decides what follows a failure.
+        failures: of the whole pass.
     """
 
     swarm: Swarm
     recovery: Recovery
+    failures: PassFailures
     timings: list[HopTiming] = field(default_factory=list)
     may_hedge: bool = True
     answers: AnswerChecker = field(init=False)
     output: Output | None = None  # of the latest answer
-    _failed_s: float | None = None
     _hedge: Hedge[Work] | None = None  # of the hop that is being done
+    _me: object = field(default_factory=object)  # to `failures`
 
     def __post_init__(self) -> None:
         self.answers = AnswerChecker(self.swarm.stack, self.swarm.hidden_size)
 
     @classmethod
-    def begin(cls, swarm: Swarm) -> Chain:
+    def begin(cls, swarm: Swarm, failures: PassFailures | None = None) -> Chain:
+        """Args: failures: of the pass, where this is one of its microbatches."""
         deadline_s = swarm.clock() + swarm.config.pass_deadline_s
         router = swarm.router
         recovery = Recovery(router.breakers, router.budget, deadline_s=deadline_s, rng=swarm.rng)
-        return cls(swarm, recovery, may_hedge=swarm.config.hedge)
+        return cls(swarm, recovery, failures or PassFailures(swarm.stats), may_hedge=swarm.config.hedge)
 
     async def drive(self, work: Work) -> None:
         """Do all hops of ``work``.
@@ -152,20 +160,24 @@ class Chain:
                 if hedge is not None:
                     await hedge.stop()
 
-    async def route(self, blocks: Span, demand: Demand, *, is_shared: bool = False) -> tuple[Hop, ...]:
+    async def route(self, blocks: Span, demand: Demand) -> tuple[Hop, ...]:
         """A route for ``blocks``, waiting for peers to appear until the deadline.
-
-        Args:
-            is_shared: see `Swarm.share`.
 
         Raises:
             NoRouteError: none did, or (at once) nobody has ever answered a lookup.
         """
-        find, stats = self.swarm.share if is_shared else self.swarm.route, self.swarm.stats
+        return await self._found(lambda: self.swarm.route(blocks, demand))
+
+    async def shares(self, blocks: Span, demand: Demand, count: int) -> list[tuple[Hop, ...]]:
+        """A route for each of ``count`` microbatches, by `Swarm.shares`. As `route`."""
+        return await self._found(lambda: self.swarm.shares(blocks, demand, count))
+
+    async def _found(self, find: Callable[[], Awaitable[T]]) -> T:
+        stats = self.swarm.stats
         try:
             while True:
                 try:
-                    return await find(blocks, demand)
+                    return await find()
                 except NoRouteError as exc:
                     if self.swarm.is_unanswered:
                         raise
@@ -235,27 +247,27 @@ class Chain:
         if num_bytes > limit:  # the answer, of like size, would be refused here and look like the peer's fault
             text = f"request of {num_bytes} bytes exceeds max_request_bytes={limit}; send fewer tokens"
             raise LocalProtocolError(text)
-        timeout_s = swarm.router.timeout_s(hop, kind, work, num_bytes)
-        timeout_s = min(timeout_s, max(0.1, self.recovery.deadline_s - swarm.clock()))
-        message = msgspec.structs.replace(message, timeout_s=timeout_s)
-        began_s, moved = swarm.clock(), connection.bytes_sent + connection.bytes_received
-        hedge = self._hedge
-        if hedge is not None:
-            patience_s = swarm.router.patience_s(hop, kind, work)
-            hedge.request_begins(patience_s, partial(connection.abandon, message.request_id))
+        hedge, router = self._hedge, swarm.router
+        alone_s = router.timeout_s(hop, kind, work, num_bytes)
+        sent = router.send(hop, kind, work, alone_s)
         try:
+            timeout_s = min(alone_s + sent.ahead_s, max(0.1, self.recovery.deadline_s - swarm.clock()))
+            message = msgspec.structs.replace(message, timeout_s=timeout_s)
+            if hedge is not None:
+                patience_s = sent.ahead_s + router.patience_s(hop, kind, work)
+                hedge.request_begins(patience_s, partial(connection.abandon, message.request_id))
             output, replies = await connection.request(message, body, timeout_s=timeout_s)
             self.output = output
+            took_s, moved = swarm.clock() - sent.began_s, num_bytes + body_bytes(output.tensors)
+            router.observe(hop, kind, work, output, num_bytes=moved, took_s=took_s, rtt_s=connection.rtt_s, sent=sent)
         except PeerTimeout:
-            swarm.router.estimator.miss(hop.peer_id)
+            router.estimator.miss(hop.peer_id)
             raise
         finally:
+            router.requests.end(sent, now_s=swarm.clock())
             if hedge is not None:
                 hedge.request_ends()
             swarm.count_bytes(connection)
-        took_s = swarm.clock() - began_s
-        moved = connection.bytes_sent + connection.bytes_received - moved
-        swarm.router.observe(hop, kind, work, output, num_bytes=moved, took_s=took_s, rtt_s=connection.rtt_s)
         self._note(hop, num_tokens, took_s, output)
         return swarm.coding.settle(output, replies)
 
@@ -299,7 +311,7 @@ class Chain:
         swarm.router.claim(hops)
         swarm.stats.hedges += 1
         logger.info("hop is slow peer=%s span=%s, asking others too", short_id(hop.peer_id), hop.span)
-        chain = Chain(swarm, self.recovery, may_hedge=False)
+        chain = Chain(swarm, self.recovery, self.failures, may_hedge=False)
         is_done = False
         try:
             is_done = await chain._do_all(rival, hop, hops)
@@ -337,15 +349,14 @@ class Chain:
 
     def _succeed(self, hop: Hop) -> None:
         self.recovery.on_hop_done(hop.peer_id, self.swarm.router.instance_of(hop.peer_id))
-        if self._failed_s is not None:
-            self.swarm.stats.stall_s += self.swarm.clock() - self._failed_s
-            self._failed_s = None
+        self.failures.go_on(self._me, self.swarm.clock())
 
     async def _recover(self, work: Work, hop: Hop, error: PeerError) -> None:
         swarm = self.swarm
         now_s = swarm.clock()
         instance_id = swarm.router.instance_of(hop.peer_id)
-        action = self.recovery.on_hop_failed(hop.peer_id, instance_id, error, now_s=now_s)
+        is_known = self.failures.meet(self._me, hop.peer_id, instance_id, now_s)
+        action = self.recovery.on_hop_failed(hop.peer_id, instance_id, error, now_s=now_s, is_known=is_known)
         if isinstance(action, GiveUp):
             is_gone = isinstance(error, PeerUnreachable | PeerTimeout)
             if is_gone and not swarm.router.has_route(hop.span, work.demand, avoid={hop.peer_id}):
@@ -353,8 +364,7 @@ class Chain:
                 raise SpanUnavailable(text, missing=(hop.span,)) from error
             raise action.error
         logger.warning("hop failed peer=%s span=%s: %s", short_id(hop.peer_id), hop.span, error)
-        self._failed_s = self._failed_s or now_s
-        swarm.stats.failovers += 1
+        swarm.stats.failovers += not is_known
         if isinstance(action, Replay):
             work.forget_hop(hop)
             return
@@ -363,19 +373,6 @@ class Chain:
             logger.warning("many failures, waiting wait=%.2fs before the next try", action.wait_s)
             await asyncio.sleep(action.wait_s)
         hops = await self.route(hop.span, work.demand)
-        swarm.stats.reroutes += 1
+        swarm.stats.reroutes += not is_known
         logger.info("route %s", " => ".join(f"{new.span} {short_id(new.peer_id)}" for new in hops))
         await work.replace_hop(hop, hops, self)
-
-
-def demand_of(tensors: Named, call: CallArguments, *, kv_tokens: int, is_decode: bool = False) -> Demand:
-    """What a pass of ``tensors`` asks of every hop."""
-    tokens = max(1, call.rows * call.num_tokens)
-    return Demand(
-        num_tokens=call.num_tokens,
-        kv_tokens=kv_tokens,
-        bytes_per_token=-(-num_bytes(tensors) // tokens),
-        is_decode=is_decode,
-        rows=call.rows,
-        adapter="" if call.adapter is None else call.adapter.offered,
-    )

@@ -68,6 +68,24 @@ class SwarmHandle:
     def model_name(self) -> str:
         return self.checkpoint.name if self.checkpoint is not None else str(self.model_config.model_type)
 
+    @property
+    def no_cache(self) -> str:
+        """Why calls with a KV cache are refused; "" if they are carried."""
+        if not self.stack.no_cache:
+            return ""
+        kind, why = self.model_config.model_type, self.stack.no_cache
+        return f"KV caches of '{kind}' models are not carried ({why}); call the model with use_cache=False"
+
+    def check_alone(self, blocks: Span) -> None:
+        """Whether ``blocks`` can be called without their model.
+
+        Raises:
+            UnsupportedCallError: they take more than hidden states.
+        """
+        if self.stack.sides or (self.stack.states and blocks.start):
+            kind = self.model_config.model_type
+            raise UnsupportedCallError(f"blocks of '{kind}' take more than hidden states; call them through the model")
+
     def shadow(self, block: int, forward: Callable[..., Any]) -> nn.Module:
         """The module tree of one block without its weights, whose call is ``forward``."""
         return shadow_block(

@@ -1,15 +1,23 @@
-"""Passes without a session: forward and backward through a chain of hops."""
+"""Passes without a session: forward and backward through a chain of hops.
+
+A large batch is cut into microbatches by rows (`client.microbatches`), which follow each other through the hops
+(`client.pipeline`). Each has its own chain, segments and retries; results are joined, and gradients of adapters summed,
+in order of number, so that numbers depend on the cut alone.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 import torch
 
-from remote_modules.client.call import CallArguments, Named
-from remote_modules.client.chain import Chain, Work, demand_of
+from remote_modules.client.call import CallArguments, Named, demand_of
+from remote_modules.client.chain import Chain, Work
+from remote_modules.client.microbatches import Microbatch, NotCutError, cut, cut_grads, join, sum_in_order, whole
+from remote_modules.client.pipeline import Pipeline
 from remote_modules.client.swarm import Swarm
 from remote_modules.errors import PeerRefused, RefusalReason
 from remote_modules.net.client_connection import ClientConnection
@@ -17,7 +25,9 @@ from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
 from remote_modules.wire.messages import BackwardRequest, ForwardRequest
 
-__all__ = ["Segment", "backward", "forward"]
+__all__ = ["Segment", "Trace", "Wanted", "backward", "forward"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -36,6 +46,42 @@ class Segment:
         """The id of the forward whose graph the peer keeps, for the one backward that may use it."""
         kept, self.kept = self.kept, None
         return kept[1] if kept is not None and kept[0] is connection else None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which gradients have a use.
+
+    Attributes:
+        names: of inputs that cross from block to block, of side inputs, and of ``past``.
+        adapters: numbers of tensors in the call's `AdapterSet`.
+    """
+
+    names: frozenset[str]
+    adapters: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a forward did: the microbatches, and the segments of each."""
+
+    microbatches: Sequence[Microbatch]
+    segments: Sequence[list[Segment]]
+
+    def route(self, number: int) -> tuple[Hop, ...]:
+        return tuple(segment.hop for segment in self.segments[number])
+
+    def needed(self, number: int, swarm: Swarm, wanted: Wanted | None) -> list[Segment]:
+        """The segments of a microbatch whose backward has a use: from the first one that has something wanted on."""
+        segments, part = self.segments[number], self.microbatches[number]
+        if wanted is None or wanted.names & part.inputs.keys():
+            return segments
+        for index, segment in enumerate(segments):
+            adapter = part.call.adapter_of(segment.hop.span)
+            own = part.call.sides_of(swarm.stack, segment.hop.span) | part.call.past_of(swarm.stack, segment.hop.span)
+            if wanted.names & own.keys() or (adapter is not None and wanted.adapters & set(adapter.positions)):
+                return segments[index:]
+        return segments
 
 
 class _Forward(Work):
@@ -179,33 +225,70 @@ def _own_inputs(call: CallArguments, chain: Chain, hop: Hop) -> Named:
     return call.sides_of(stack, hop.span) | call.past_of(stack, hop.span)
 
 
-async def forward(swarm: Swarm, blocks: Span, inputs: Named, call: CallArguments) -> tuple[Named, Named, list[Segment]]:
+async def forward(swarm: Swarm, blocks: Span, inputs: Named, call: CallArguments) -> tuple[Named, Named, Trace]:
     """Run ``inputs`` (CPU) through ``blocks``; outputs, what was recorded, and what `backward` needs.
 
     Raises:
         PeerError, NoRouteError: see `Chain.drive`.
     """
-    chain = Chain.begin(swarm)
-    demand = demand_of(inputs, call, kv_tokens=0)
-    work = _Forward(await chain.route(blocks, demand, is_shared=True), inputs, call, demand)
-    await chain.drive(work)
-    swarm.stats.finish(tuple(segment.hop for segment in work.segments), chain.timings)
-    return work.outputs, work.recorded, work.segments
+    parts = cut(swarm.stack, blocks, inputs, call, swarm.config)
+    try:
+        return await _forward(swarm, blocks, parts)
+    except NotCutError as exc:
+        logger.info("the batch is run in one piece: %s", exc)
+        return await _forward(swarm, blocks, whole(inputs, call))
+
+
+async def _forward(swarm: Swarm, blocks: Span, parts: Sequence[Microbatch]) -> tuple[Named, Named, Trace]:
+    demand = demand_of(parts[0].inputs, parts[0].call, kv_tokens=0)
+    pipeline = await Pipeline.plan(swarm, blocks, demand, len(parts))
+
+    async def do(number: int) -> _Forward:
+        part, chain = parts[number], pipeline.begin()
+        work = _Forward(await pipeline.route(number, chain), part.inputs, part.call, demand)
+        await chain.drive(work)
+        return work
+
+    works = await pipeline.run(do)
+    outputs = join(swarm.stack, [work.outputs for work in works], parts)
+    recorded = join(swarm.stack, [work.recorded for work in works], parts)
+    trace = Trace(parts, [work.segments for work in works])
+    pipeline.finish(trace.route(0))
+    return outputs, recorded, trace
 
 
 async def backward(
-    swarm: Swarm, segments: Sequence[Segment], grads: Named, call: CallArguments
+    swarm: Swarm, trace: Trace, grads: Named, wanted: Wanted | None = None
 ) -> tuple[Named, dict[int, torch.Tensor]]:
     """Gradients of the forward's floating-point inputs, side inputs and ``past`` too, and of adapters by number.
 
-    Peers recompute from the segments, but where they kept what they need.
+    Peers recompute from the segments, but where they kept what they need. The numbers are those of the forward's cut,
+    whatever fails meanwhile.
+
+    Args:
+        wanted: what has a use; None for all. Hops below the first that has any are left out, and so is what they give.
 
     Raises:
         PeerError, NoRouteError: see `Chain.drive`.
     """
-    chain = Chain.begin(swarm)
-    work = _Backward(segments, grads, call, demand_of(grads, call, kv_tokens=0))
-    route = tuple(segment.hop for segment in segments)
-    await chain.drive(work)
-    swarm.stats.finish(route, chain.timings)
-    return work.grads | work.side_grads, work.adapter_grads
+    parts, stack = trace.microbatches, swarm.stack
+    num_rows = parts[-1].rows.stop
+    needed = [trace.needed(number, swarm, wanted) for number in range(len(parts))]
+    demand = demand_of(
+        cut_grads(stack, grads, num_rows, parts[0].rows) if len(parts) > 1 else grads, parts[0].call, kv_tokens=0
+    )
+    pipeline = Pipeline.along(swarm, [trace.route(number) for number in range(len(parts))], demand)
+
+    async def do(number: int) -> _Backward:
+        part = parts[number]
+        own = cut_grads(stack, grads, num_rows, part.rows) if len(parts) > 1 else grads
+        work = _Backward(needed[number], own, part.call, demand)
+        await pipeline.begin().drive(work)
+        if len(needed[number]) < len(trace.segments[number]):
+            work.grads = {}  # of a boundary inside, which nobody asked for
+        return work
+
+    works = await pipeline.run(do)
+    pipeline.finish(trace.route(0))
+    found = join(stack, [work.grads | work.side_grads for work in works], parts)
+    return found, sum_in_order([work.adapter_grads for work in works])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from random import Random
+from typing import TypeVar
 
 from remote_modules.config import ClientConfig
 from remote_modules.errors import NoRouteError
@@ -14,7 +15,9 @@ from remote_modules.plan.candidates import DEFAULT_BANDWIDTH_BYTES_PER_S
 from remote_modules.plan.compatibility import group_of
 from remote_modules.plan.deadlines import WorkEstimator
 from remote_modules.plan.measurements import Measurements, Sample
+from remote_modules.plan.microbatches import depth, interleaved
 from remote_modules.plan.moves import find_better, move_seconds
+from remote_modules.plan.own_requests import OwnRequests, Sent
 from remote_modules.plan.routing import Candidate, Demand, Hop, find_route
 from remote_modules.plan.spread import spread
 from remote_modules.spans import Span
@@ -23,6 +26,9 @@ from remote_modules.wire.messages import Output
 __all__ = ["Router"]
 
 WORTHWHILE = 0.5  # a lone pass uses peers that have at least so much free of what the best has
+PASSES = ("forward", "backward")
+
+T = TypeVar("T")
 
 
 class Router:
@@ -51,6 +57,7 @@ class Router:
             min_timeout_s=config.min_request_timeout_s, max_timeout_s=config.max_request_timeout_s
         )
         self.measurements = Measurements()
+        self.requests = OwnRequests()  # of passes: they wait for each other; steps do not
         self._stack = stack
         self._config = config
         self._clock = clock
@@ -87,18 +94,39 @@ class Router:
 
         return self._claimed(self._found(cheapest, avoid, demand.adapter))
 
-    def find_share(self, blocks: Span, demand: Demand) -> tuple[Hop, ...]:
-        """A route for work that is not in a hurry: peers get it in proportion to what they have free.
+    def find_shares(self, blocks: Span, demand: Demand, count: int) -> list[tuple[Hop, ...]]:
+        """Routes for work that is not in a hurry: peers get it in proportion to what they have free.
+
+        Args:
+            count: microbatches, each of ``demand``; one route for each.
 
         Raises:
             NoRouteError: nobody covers some of the blocks.
         """
+        least = min(WORTHWHILE, 1.0 / max(1, count - 1))  # a slower peer would still be at it when all else is done
 
-        def shared(candidates: Sequence[Candidate]) -> tuple[Hop, ...]:
+        def shared(candidates: Sequence[Candidate]) -> list[tuple[Hop, ...]]:
             cuts = self._stack.cuts
-            return spread(blocks, candidates, demand, rng=self._rng, least=WORTHWHILE, cuts=cuts)[0].hops
+            routes = spread(blocks, candidates, demand, rng=self._rng, count=count, least=least, cuts=cuts)
+            return interleaved([route.hops for route in routes])
 
-        return self._claimed(self._found(shared, (), demand.adapter))
+        routes = self._found(shared, (), demand.adapter)
+        self.claim({hop.peer_id: hop for route in routes for hop in route}.values())
+        return routes
+
+    def depth(self, hop: Hop, demand: Demand) -> int:
+        """Microbatches of ``demand`` to have under way at a hop; see `plan.microbatches.depth`."""
+        record = self.records.get(hop.peer_id)
+        if record is None:
+            return 1
+        peer, num_tokens = self._candidate(record), demand.rows * demand.num_tokens
+        bandwidth = peer.bandwidth_bytes_per_s or DEFAULT_BANDWIDTH_BYTES_PER_S
+        rate = peer.prefill_tokens_per_s
+        return depth(
+            compute_s=num_tokens * len(hop.span) / rate if rate > 0 else 0.0,
+            transfer_s=num_tokens * demand.bytes_per_token / bandwidth,
+            rtt_s=peer.rtt_s or 0.0,
+        )
 
     def find_rival(self, hop: Hop, demand: Demand) -> tuple[Hop, ...] | None:
         """Hops that could do the work of ``hop`` beside it; None if nobody else can."""
@@ -157,8 +185,29 @@ class Router:
         """Time after which a request is slower than expected; infinite while nothing is expected."""
         return max(self._config.min_hedge_s, self.estimator.patience_s(hop.peer_id, kind, work=work))
 
+    def send(self, hop: Hop, kind: str, work: float, timeout_s: float) -> Sent:
+        """A request goes out now; `OwnRequests.end` it in any case.
+
+        Args:
+            timeout_s: what it would get by itself.
+        """
+        expected_s = self.estimator.expected_s(hop.peer_id, kind, work=work)
+        now_s = self._clock()
+        if kind not in PASSES:
+            return Sent(hop.peer_id, now_s, 0.0)
+        return self.requests.begin(hop.peer_id, expected_s=timeout_s if expected_s is None else expected_s, now_s=now_s)
+
     def observe(
-        self, hop: Hop, kind: str, work: float, output: Output, *, num_bytes: int, took_s: float, rtt_s: float | None
+        self,
+        hop: Hop,
+        kind: str,
+        work: float,
+        output: Output,
+        *,
+        num_bytes: int,
+        took_s: float,
+        rtt_s: float | None,
+        sent: Sent | None = None,
     ) -> None:
         """Learn from an answer.
 
@@ -166,8 +215,13 @@ class Router:
             work: tokens of all rows, times blocks.
             num_bytes: of request and answer.
             rtt_s: of the connection.
+            sent: what `send` said, not ended yet.
         """
-        self.estimator.observe(hop.peer_id, kind, work=work, took_s=took_s)
+        own_queue_s, num_own = 0.0, 0
+        if sent is not None:
+            own_queue_s = self.requests.own_queue_s(sent, output.queue_s) if kind in PASSES else 0.0
+            num_own = self.requests.num_others(sent)
+        self.estimator.observe(hop.peer_id, kind, work=work, took_s=took_s - own_queue_s)
         sample = Sample(
             kind=kind,
             work=work,
@@ -175,12 +229,13 @@ class Router:
             total_s=took_s,
             queue_s=output.queue_s,
             compute_s=output.compute_s,
-            load=output.load,
+            load=max(0, output.load - num_own),
             free_kv_tokens=output.free_kv_tokens,
+            is_alone=sent is None or sent.num_ahead == 0,
         )
         self.measurements.observe(hop.peer_id, sample, rtt_s=rtt_s, now_s=self._clock())
 
-    def claim(self, hops: Sequence[Hop]) -> None:
+    def claim(self, hops: Iterable[Hop]) -> None:
         """The hops get work now; see `plan.breakers.Breakers.claim`."""
         for hop in hops:
             self.breakers.claim(hop.peer_id, self.instance_of(hop.peer_id), now_s=self._clock())
@@ -197,9 +252,7 @@ class Router:
         self.claim(hops)
         return hops
 
-    def _found(
-        self, find: Callable[[Sequence[Candidate]], tuple[Hop, ...]], avoid: Collection[PeerId], adapter: str
-    ) -> tuple[Hop, ...]:
+    def _found(self, find: Callable[[Sequence[Candidate]], T], avoid: Collection[PeerId], adapter: str) -> T:
         candidates = self._candidates(avoid, adapter)
         try:
             return find(candidates)

@@ -60,7 +60,7 @@ class RemoteSequential(nn.ModuleList):
         super().__init__()
         self._handle = handle
         self._blocks = blocks
-        self._capture = OwnerCapture(_refusal(handle))
+        self._capture = OwnerCapture(handle.no_cache)
         self._adapters = AdapterWatch()
         self._adapter_name = handle.swarm.config.adapter
         if local is None:
@@ -159,7 +159,7 @@ class RemoteSequential(nn.ModuleList):
         """A context manager for step-wise use without transformers' cache."""
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be positive, got {max_tokens}")
-        self._check_alone(self._blocks)
+        self._handle.check_alone(self._blocks)
         self._check_unwrapped()
         state, handle = self._new_state(self._blocks), self._handle
         return InferenceSession(
@@ -231,7 +231,7 @@ class RemoteSequential(nn.ModuleList):
         if call.run is None or index in (self._blocks.start, call.run.end):
             call.run = run_at(self, self._blocks, index)
             if stack.hides_past and call.use_cache:
-                raise UnsupportedCallError(_refusal(self._handle))
+                raise UnsupportedCallError(self._handle.no_cache)
             call.entry = {"hidden_states": hidden_states}
             if index:
                 states = {f"state.{k}": argument_of(args, kwargs, key) for k, key in stack.state_keys.items()}
@@ -284,12 +284,13 @@ class RemoteSequential(nn.ModuleList):
             if cache is None or self._handle.stack.no_cache:
                 return self._pass(blocks, call, self._arguments(call))
         state, past = self._state_of(cache, blocks)
-        if not torch.is_grad_enabled() or (is_given and not past):
-            return self._step(call, state)
-        # Training calls leave the model's use_cache default on and drop the cache: open nothing on the peers, but let a
-        # caller who does keep it go on from the history.
-        state.needs_grad = any(tensor.requires_grad for tensor in past.values())
         arguments = self._arguments(call)
+        may_keep = is_given or arguments.rows * arguments.num_tokens <= self._handle.swarm.config.microbatch_tokens
+        if (not torch.is_grad_enabled() and (may_keep or arguments.rows == 1)) or (is_given and not past):
+            return self._step(call, state, arguments)
+        # Training calls, and evaluations of large batches, leave the model's use_cache default on and drop the cache:
+        # open nothing on the peers, but let a caller who does keep it go on from the history.
+        state.needs_grad = any(tensor.requires_grad for tensor in past.values())
         output = self._pass(blocks, call, replace(arguments, past=past))
         state.needs_grad = output["hidden_states"].requires_grad
         state.remember(own(call.entry), replace(arguments, sides=own(call.sides)))
@@ -315,14 +316,14 @@ class RemoteSequential(nn.ModuleList):
         self._handle.stack.check_cuts(blocks)
         return RemotePass(self._handle.swarm, self._handle.io, blocks, arguments)(call.entry)
 
-    def _step(self, call: OwnerCall, state: SessionState) -> Named:
+    def _step(self, call: OwnerCall, state: SessionState, arguments: CallArguments) -> Named:
         hidden_states = call.entry["hidden_states"]
         is_differentiated = torch.is_grad_enabled() and hidden_states.requires_grad
         if state.needs_grad and torch.is_grad_enabled():
             raise UnsupportedCallError("this KV cache was made by a training call; go on from it under torch.no_grad()")
         if "encoder_hidden_states" in call.tensors:
             raise UnsupportedCallError("cross-attention is carried without a KV cache only; use use_cache=False")
-        arguments = replace(self._arguments(call), sides=own(call.sides))
+        arguments = replace(arguments, sides=own(call.sides))
         outputs = self._handle.io.run(state.step(own(call.entry), arguments))
         outputs = {name: tensor.to(hidden_states.device) for name, tensor in outputs.items()}
         if is_differentiated:
@@ -335,17 +336,11 @@ class RemoteSequential(nn.ModuleList):
             raise TypeError(
                 f"unexpected keyword arguments {sorted(unknown)}; attention_mask and position_ids are taken"
             )
-        self._check_alone(blocks)
+        self._handle.check_alone(blocks)
         check_hidden_states(hidden_states, self._handle.hidden_size, self._handle.stack.hidden)
         call = OwnerCall(**kwargs)
         call.entry = {"hidden_states": hidden_states}
         return self._pass(blocks, call, self._arguments(call))["hidden_states"]
-
-    def _check_alone(self, blocks: Span) -> None:
-        stack = self._handle.stack
-        if stack.sides or (stack.states and blocks.start):
-            kind = self._handle.model_config.model_type
-            raise UnsupportedCallError(f"blocks of '{kind}' take more than hidden states; call them through the model")
 
     def _check_unwrapped(self) -> None:
         self.remote_blocks()
@@ -356,7 +351,7 @@ class RemoteSequential(nn.ModuleList):
         """The session that ``cache`` stands for; on its first use, also the keys and values that it began with."""
         stack = self._handle.stack
         if stack.no_cache:
-            raise UnsupportedCallError(_refusal(self._handle))
+            raise UnsupportedCallError(self._handle.no_cache)
         layers = stack.layers_of(blocks)
         link, past = link_of(cache, layers), {}
         if link is None:
@@ -398,11 +393,3 @@ def _registered(parent: nn.Module, name: str, child: nn.Module) -> None:
         for module in parent.modules():  # the hooks went with the blocks that were there before
             if getattr(module, "_output_capturing_hooks_installed", False):
                 module._output_capturing_hooks_installed = False  # type: ignore[assignment]
-
-
-def _refusal(handle: SwarmHandle) -> str:
-    """Of a KV cache; "" if such calls are carried."""
-    if not handle.stack.no_cache:
-        return ""
-    kind, why = handle.model_config.model_type, handle.stack.no_cache
-    return f"KV caches of '{kind}' models are not carried ({why}); call the model with use_cache=False"

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from remote_modules.client.call import CallArguments, Named
-from remote_modules.client.chain import Chain, demand_of
+from remote_modules.client.call import CallArguments, Named, demand_of
+from remote_modules.client.chain import Chain
 from remote_modules.client.copies import CacheCopies
 from remote_modules.client.hop_caches import HopCaches
 from remote_modules.client.owner_history import OwnerHistory, StepInputs

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from random import Random
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from remote_modules.client.adapter_uploads import AdapterUploads
@@ -28,6 +28,8 @@ from remote_modules.spans import Span
 __all__ = ["Swarm", "Watcher"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FRESH_S = 0.05  # a view of this age was looked up for the very route that is asked for
 
@@ -97,6 +99,7 @@ class Swarm:
         self._tasks: set[asyncio.Task[None]] = set()  # that find out whether peers are alive
         self._is_closed = False
         self.watchers: WeakSet[Watcher] = WeakSet()
+        self.microbatches = asyncio.Semaphore(config.max_microbatches_in_flight)  # of all passes
 
     def record(self, peer_id: PeerId) -> PeerRecord:
         """The latest record of a peer on a route.
@@ -118,9 +121,9 @@ class Swarm:
         """
         return await self._found(lambda: self.router.find(blocks, demand, avoid=avoid))
 
-    async def share(self, blocks: Span, demand: Demand) -> tuple[Hop, ...]:
-        """Hops for work that is not in a hurry: peers get it in proportion to what they have free. As `route`."""
-        return await self._found(lambda: self.router.find_share(blocks, demand))
+    async def shares(self, blocks: Span, demand: Demand, count: int) -> list[tuple[Hop, ...]]:
+        """A route for each of ``count`` microbatches, in proportion to what peers have free. As `route`."""
+        return await self._found(lambda: self.router.find_shares(blocks, demand, count))
 
     async def find_adapter(self, name: str) -> str:
         """``name@digest`` of an adapter that peers offer; looks the swarm up if none of the known ones does.
@@ -234,7 +237,7 @@ class Swarm:
         if self._is_closed:
             raise SessionError("these remote blocks are closed; make new ones with from_swarm")
 
-    async def _found(self, find: Callable[[], tuple[Hop, ...]]) -> tuple[Hop, ...]:
+    async def _found(self, find: Callable[[], T]) -> T:
         self._check_open()
         age_s = self.clock() - self._looked_up_s
         if not self.router.records:

@@ -109,6 +109,11 @@ class WorkEstimator:
             return math.inf
         return LAG_FACTOR * times.within_s(2.0, work)
 
+    def expected_s(self, peer_id: PeerId, kind: str, *, work: float) -> float | None:
+        """What such a request took lately, on average; None while nothing was observed."""
+        known = self._kinds.get((peer_id, kind))
+        return None if known is None else known.nearest(work).within_s(0.0, work)
+
     def observe(self, peer_id: PeerId, kind: str, *, work: float, took_s: float) -> None:
         """Learn from an answer."""
         self._backoffs.pop(peer_id, None)

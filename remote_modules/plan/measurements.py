@@ -36,6 +36,7 @@ class Sample:
         total_s: from sending to the answer, by our clock.
         queue_s, compute_s: as the peer tells.
         load, free_kv_tokens: of the peer, when it answered.
+        is_alone: whether no request of ours was on its way before it: else its time says nothing of the link.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Sample:
     compute_s: float
     load: int
     free_kv_tokens: int
+    is_alone: bool = True
 
 
 @dataclass(slots=True)
@@ -100,9 +102,9 @@ class Measurements:
         peer = self._of(peer_id)
         compute_s = min(sample.compute_s, sample.total_s)
         wire_s = max(0.0, sample.total_s - sample.queue_s - compute_s)
-        if sample.num_bytes < LARGE_BYTES:
+        if sample.is_alone and sample.num_bytes < LARGE_BYTES:
             peer.add("rtt", wire_s, now_s)
-        else:
+        elif sample.is_alone:
             peer.add("byte", (wire_s - (peer.now("rtt", now_s) or rtt_s or 0.0)) / sample.num_bytes, now_s)
         if not sample.kind.endswith("backward"):  # which is slower than what routes are chosen by
             peer.add("decode" if sample.kind == "decode" else "prefill", compute_s / max(1.0, sample.work), now_s)

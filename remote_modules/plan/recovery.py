@@ -129,9 +129,13 @@ class Recovery:
         self._last_error: RemoteModulesError | None = None
 
     def on_hop_failed(
-        self, peer_id: PeerId, instance_id: str, error: RemoteModulesError, *, now_s: float
+        self, peer_id: PeerId, instance_id: str, error: RemoteModulesError, *, now_s: float, is_known: bool = False
     ) -> Reroute | Replay | GiveUp:
-        """Decide after a hop failed; breakers take effect here."""
+        """Decide after a hop failed; breakers take effect here.
+
+        Args:
+            is_known: another microbatch of the pass met the same failure: one retry is taken for all.
+        """
         failure = failure_of(error)
         if failure is Failure.BAD_REQUEST:
             return GiveUp(error)
@@ -144,7 +148,7 @@ class Recovery:
         self.blame(peer_id, instance_id, error, now_s=now_s)
         if now_s >= self.deadline_s:
             return GiveUp(error)
-        return Reroute() if self._budget.take(now_s=now_s) else Reroute(self._wait_s(now_s))
+        return Reroute() if is_known or self._budget.take(now_s=now_s) else Reroute(self._wait_s(now_s))
 
     def on_hop_done(self, peer_id: PeerId, instance_id: str) -> None:
         """Note a success: its breaker closes, waits start afresh."""

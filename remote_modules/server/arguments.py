@@ -34,6 +34,7 @@ def owner_arguments(
         record=call.record,
         adapter=adapter,
         seed=call.seed,
+        first_row=call.first_row,
         with_grad=call.with_grad,
     )
 

@@ -22,9 +22,13 @@ STOP_TIMEOUT_S = 10.0
 
 
 class ChildProcess:
-    """A process of `testing.child`."""
+    """A process of `testing.child`.
 
-    def __init__(self, kind: str, config: dict[str, Any]) -> None:
+    Args:
+        pace: fields of `testing.pace.Pace`, for a peer that is as slow as that.
+    """
+
+    def __init__(self, kind: str, config: dict[str, Any], *, pace: dict[str, float] | None = None) -> None:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TRANSFORMERS_VERBOSITY": "error"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "remote_modules.testing.child"],
@@ -34,7 +38,7 @@ class ChildProcess:
             text=True,
         )
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"kind": kind, "config": config}, default=str) + "\n")
+        self.process.stdin.write(json.dumps({"kind": kind, "config": config, "pace": pace}, default=str) + "\n")
         self.process.stdin.flush()
 
     def first_line(self) -> dict[str, Any]:

@@ -120,6 +120,7 @@ class CallMeta(Base, frozen=True):
         seed: of the adapter's dropout; None for an adapter that runs without.
         with_grad: whether a gradient may be asked for later; torch then chooses other kernels for some models.
         reply_codec: of `wire.codecs`, for hidden states, states and their gradients in the answer; "" for none.
+        first_row: number of the first row in the batch of which this is a part; decides dropout beside ``seed``.
         adapter_parts: digests of the parts of ``adapter``, in order; empty if the peer has that adapter already.
     """
 
@@ -134,6 +135,7 @@ class CallMeta(Base, frozen=True):
     with_grad: bool = False
     reply_codec: Name = ""
     adapter_parts: AdapterParts = ()
+    first_row: Count = 0
 
 
 class CopySource(Base, frozen=True):

@@ -17,7 +17,7 @@ from remote_modules.wire import codecs
 from remote_modules.wire.framing import Buffer
 from remote_modules.wire.parts import MAX_DIMENSIONS, TensorMeta
 
-__all__ = ["DTYPES", "decode_tensors", "encode_tensors"]
+__all__ = ["DTYPES", "body_bytes", "decode_tensors", "encode_tensors"]
 
 ALIGNMENT_BYTES = 64
 MAX_SHAPE_PRODUCT = 2**53  # sizes of zero counted as one: torch overflows on [0, 2**39, 2**39]
@@ -91,12 +91,21 @@ def decode_tensors(metas: Sequence[TensorMeta], body: bytearray) -> dict[str, to
         if len(meta.shape) > MAX_DIMENSIONS or min(meta.shape, default=0) < 0 or product >= MAX_SHAPE_PRODUCT:
             raise RemoteProtocolError(f"tensor '{meta.name}' claims shape {list(meta.shape)[:9]}")
         names.add(meta.name)
-        num_bytes = _coded_bytes(meta, dtype) if meta.codec else math.prod(meta.shape) * dtype.itemsize
+        num_bytes = _coded_bytes(meta, dtype) if meta.codec else _plain_bytes(meta, dtype)
         layout.append((meta, dtype, offset, num_bytes))
         offset += num_bytes + -num_bytes % ALIGNMENT_BYTES
     if offset != len(body):
         raise RemoteProtocolError(f"tensors claim {offset} bytes, the body has {len(body)} bytes")
     return {meta.name: _read(body, meta, dtype, start, size) for meta, dtype, start, size in layout}
+
+
+def body_bytes(metas: Sequence[TensorMeta]) -> int:
+    """Of tensors that `decode_tensors` has taken, without what aligns them."""
+    return sum(codecs.num_bytes(one.shape) if one.codec else _plain_bytes(one, DTYPES[one.dtype]) for one in metas)
+
+
+def _plain_bytes(meta: TensorMeta, dtype: torch.dtype) -> int:
+    return math.prod(meta.shape) * dtype.itemsize
 
 
 def _coded_bytes(meta: TensorMeta, dtype: torch.dtype) -> int:

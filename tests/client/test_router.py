@@ -149,7 +149,7 @@ def test_only_peers_that_offer_an_adapter_get_work_with_it() -> None:
     ):
         router.find_adapter("pirate")
     demand = replace(DECODE, adapter=one)
-    routes = [router.find(ALL, demand), router.find_share(ALL, demand)]
+    routes = [router.find(ALL, demand), *router.find_shares(ALL, demand, 2)]
     assert {hop.peer_id for route in routes for hop in route} == {peer_of(2)}
     hop = Hop(peer_of(2), ALL)
     assert router.find_rival(hop, demand) is None
@@ -163,7 +163,7 @@ def test_only_peers_that_offer_an_adapter_get_work_with_it() -> None:
 def test_shares_go_to_all_that_are_worthwhile() -> None:
     client = Client(record(1), record(2, prefill_tokens_per_s=8000.0), record(3, prefill_tokens_per_s=1000.0))
     bulk = Demand(num_tokens=1000, kv_tokens=0, bytes_per_token=0, is_decode=False)
-    used = {hop.peer_id for _ in range(40) for hop in client.router.find_share(ALL, bulk)}
+    used = {hop.peer_id for _ in range(40) for hop in client.router.find_shares(ALL, bulk, 1)[0]}
     assert used == {peer_of(1), peer_of(2)}
 
 

@@ -382,7 +382,7 @@ def test_peer_killed_in_training_changes_no_gradient(when: str, fault: FaultLog)
         outputs, _, segments = await forward(client, blocks_of(model()), named, call)
         if when == "backward":
             losing.append(asyncio.ensure_future(crash_of_who_computes(swarm, SPANS[hop])))
-        grads, _ = await backward(client, segments, {"hidden_states": torch.ones_like(inputs)}, call)
+        grads, _ = await backward(client, segments, {"hidden_states": torch.ones_like(inputs)})
         assert not (await losing[0]).is_up
         assert client.stats.failovers == 1
         assert torch.equal(outputs["hidden_states"], expected)

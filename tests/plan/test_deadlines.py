@@ -212,3 +212,11 @@ def test_silence_before_the_request_does_not_count() -> None:
     heart.heard(0.0)
     heart.wait_begins(1000.0)
     assert heart.beat(1000.1, awaits_answer=True) is Beat.NOTHING
+
+
+def test_expected_time_is_the_mean_of_such_work() -> None:
+    learner = WorkEstimator(min_timeout_s=2.0, max_timeout_s=30.0)
+    assert learner.expected_s(ALICE, "forward", work=100.0) is None
+    learner.observe(ALICE, "forward", work=100.0, took_s=0.5)
+    assert learner.expected_s(ALICE, "forward", work=100.0) == 0.5
+    assert learner.expected_s(ALICE, "forward", work=200.0) == 1.0

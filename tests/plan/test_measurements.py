@@ -173,3 +173,11 @@ def test_full_table_forgets_the_oldest() -> None:
     assert candidate(measurements).load == 1
     measurements.observe_lag(PeerId("one-more"), 1.0, now_s=0.0)
     assert candidate(measurements).load == 3
+
+
+def test_answer_that_waited_for_requests_of_ours_says_nothing_of_the_link() -> None:
+    measurements = measured(sample(num_bytes=LARGE_BYTES, is_alone=False), sample(is_alone=False))
+    assert measurements.bandwidth_bytes_per_s(ALICE, now_s=0.0) is None
+    candidate = measurements.candidate(RECORD, rtt_s=0.5, group="", now_s=0.0)
+    assert candidate.rtt_s == 0.5
+    assert candidate.decode_tokens_per_s == pytest.approx(4.0 / 0.03)

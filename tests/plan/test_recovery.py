@@ -203,6 +203,15 @@ def test_beyond_the_budget_reroutes_wait_longer_and_longer_but_never_give_up() -
     assert decider.on_hop_failed(ALICE, "first", TIMEOUT, now_s=10.0) == Reroute()
 
 
+def test_failure_that_another_microbatch_met_takes_no_retry() -> None:
+    decider = recovery(table(), budget=RetryBudget(floor=0.0))
+    error = PeerUnreachable("gone", peer_id=ALICE)
+    assert decider.on_hop_failed(ALICE, "first", error, now_s=0.0, is_known=True) == Reroute()
+    action = decider.on_hop_failed(ALICE, "first", error, now_s=0.0)
+    assert isinstance(action, Reroute)
+    assert action.wait_s > 0.0
+
+
 def test_wait_beyond_the_budget_ends_at_the_deadline() -> None:
     decider = recovery(table(), budget=RetryBudget(floor=0.0), deadline_s=10.05)
     action = decider.on_hop_failed(ALICE, "first", TIMEOUT, now_s=10.0)

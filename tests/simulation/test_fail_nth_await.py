@@ -102,7 +102,7 @@ async def train(client: Swarm, failing: Failing, oracle: Oracle) -> torch.Tensor
     named = {"hidden_states": lesson.inputs}
     outputs, _, segments = await failing.run(lambda: forward(client, blocks_of(model()), named, lesson.call))
     ones = {"hidden_states": torch.ones_like(lesson.inputs)}
-    grads, of_adapter = await failing.run(lambda: backward(client, segments, ones, lesson.call))
+    grads, of_adapter = await failing.run(lambda: backward(client, segments, ones))
     assert wrong_in_lesson(lesson, outputs["hidden_states"], grads["hidden_states"], of_adapter) == []
     grad: torch.Tensor = grads["hidden_states"]
     return grad

@@ -292,12 +292,12 @@ def test_loss_of_a_peer_in_training_changes_no_gradient(
         assert_equal(trained(stage.model, tokens, lambda: None, **kwargs), expected)  # meets the peers
         order = hop if when == "forward" else 1 - hop
         routes = [stage.stats.route]  # the next pass goes where the last one went, so that the loss hits it
-        share = Swarm.share
+        shares = Swarm.shares
 
-        async def share_again(self: Swarm, blocks: Span, demand: Demand) -> tuple[Hop, ...]:
-            return routes.pop() if routes else await share(self, blocks, demand)
+        async def shares_again(self: Swarm, blocks: Span, demand: Demand, count: int) -> list[tuple[Hop, ...]]:
+            return [routes.pop()] if routes else await shares(self, blocks, demand, count)
 
-        monkeypatch.setattr(Swarm, "share", share_again)
+        monkeypatch.setattr(Swarm, "shares", shares_again)
 
         def lose() -> None:
             stage.lose(Kill(hop=hop, call=0, moment_s=moment_s), order * HOP_S + moment_s)

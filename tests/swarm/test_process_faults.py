@@ -11,9 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from remote_modules import load
+from remote_modules import ClientConfig, load
+from remote_modules.client.chain import Chain
 from remote_modules.model.checkpoint import built_in_path
 from remote_modules.model.shrink import tiny_config, tiny_model
+from remote_modules.plan.routing import Hop
 from remote_modules.testing import LocalSwarm
 
 transformers_logging.disable_progress_bar()  # else its thread stays
@@ -136,6 +138,49 @@ def test_killed_process_changes_no_gradient(
     assert remote.model.layers.stats().failovers >= 1
     assert result[0] == expected[0]
     assert torch.equal(result[1], expected[1])
+    lost[0].restart()
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_process_killed_between_microbatches_changes_no_gradient(
+    swarm: LocalSwarm, prompt: torch.Tensor, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer is lost at the seventh answer of the pass; the others of its microbatches are under way."""
+    method = "check_outputs" if when == "forward" else "check_gradients"
+    lost: list[Any] = []
+
+    def run(lose: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
+        config = ClientConfig(microbatch_tokens=prompt.shape[1])
+        remote: Any = load(built_in_path(), trackers=swarm.trackers, mdns=False, config=config)
+        tokens = prompt.repeat(12, 1)
+        tokens[:, 0] = torch.arange(12) + 5
+        check, count = getattr(Chain, method), 0
+
+        def counted(self: Chain, hop: Hop, *args: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == 7 and lose:
+                lost.append(next(peer for peer in swarm.peers if peer.peer_id == hop.peer_id))
+                lost[0].kill()
+            return check(self, hop, *args)
+
+        monkeypatch.setattr(Chain, method, counted)
+        try:
+            inputs = remote.get_input_embeddings()(tokens).detach().requires_grad_()
+            output = remote(inputs_embeds=inputs, labels=tokens)
+            output.loss.backward()
+            assert inputs.grad is not None
+            return output.logits.detach(), inputs.grad, remote.model.layers.stats().failovers
+        finally:
+            monkeypatch.undo()
+            remote.model.layers.close()
+
+    logits, grad, _ = run(lose=False)
+    ours, our_grad, failovers = run(lose=True)
+    assert lost
+    assert failovers >= 1
+    assert torch.equal(ours, logits)
+    assert torch.equal(our_grad, grad)
     lost[0].restart()
 
 
