@@ -11,7 +11,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= fast,test
-JOBS ?= 2
+JOBS ?= 3
 SCENARIOS ?= overhead recovery memory
 ARGS ?=
 

@@ -1,6 +1,6 @@
 """Training through a peer on an accelerator, against the same span in one process on it: tokens/s, and FLOP/s achieved.
 
-    python benchmarks/training_device.py [--device cuda] [--rounds 5] [--in-flight 4] [--tokens 2048] [--quick]
+    python benchmarks/training_device.py [--device cuda] [--rounds 5] [--in-flight 8] [--tokens 2048] [--quick]
 
 A span of random blocks, by default ten of the shape of Llama 70B in bf16, is saved to a folder and loaded by a peer
 process; this process has the same span for comparison, and is the client: hidden states on the CPU, so every pass
@@ -37,6 +37,7 @@ from remote_modules.testing import LocalSwarm, child_process
 
 BAR = 0.9
 START_TIMEOUT_S = 400.0  # of a peer that reads, hashes and measures 17 GB
+LARGEST_DIFFERENCE = 0.05  # of the gradients of two local runs with and without an explicit mask, on an H200: 0.047
 QUICK = {"hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2, "blocks": 2, "tokens": 32, "microbatches": 2}
 
 
@@ -202,9 +203,9 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rows", type=int, default=1, help="of a microbatch")
     parser.add_argument("--tokens", type=int, default=2048, help="of each row")
-    parser.add_argument("--microbatches", type=int, default=16, help="in each round")
-    parser.add_argument("--in-flight", type=int, default=4, help="microbatches at once, each from a thread of its own")
-    parser.add_argument("--budget-gib", type=float, default=56.0, help="of kept graphs at the peer")
+    parser.add_argument("--microbatches", type=int, default=48, help="in each round")
+    parser.add_argument("--in-flight", type=int, default=8, help="microbatches at once, each from a thread of its own")
+    parser.add_argument("--budget-gib", type=float, default=76.0, help="of kept graphs at the peer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--matrix", type=int, default=8192, help="size of the product that is the limit")
     parser.add_argument("--quick", action="store_true", help="tiny blocks, one round, no bars of speed")
@@ -237,7 +238,7 @@ def main() -> int:
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
     flops = flops_of_token(config_of(options), options.tokens)
     local, remote, matrix = map(statistics.median, (outcome.local, outcome.remote, outcome.matrix))
-    bars = [Bar("largest relative difference of a gradient", outcome.largest_difference, "<=", 1e-2)]
+    bars = [Bar("largest relative difference of a gradient", outcome.largest_difference, "<=", LARGEST_DIFFERENCE)]
     if not options.quick:
         bars.append(Bar("tokens/s through the peer / in one process", outcome.ratio, ">=", BAR))
     head = ["side", "tokens/s", "TFLOP/s", "of the matrix rate"]

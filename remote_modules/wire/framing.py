@@ -22,13 +22,13 @@ TLS rejects flipped bits on the wire; the checksum is for memory, a relay's buff
 from __future__ import annotations
 
 import struct
-import zlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from remote_modules.errors import LocalProtocolError, RemoteProtocolError
+from remote_modules.wire.checksum import crc32
 
 __all__ = ["ByteSink", "Frame", "FrameReader", "encode_frame", "feed"]
 
@@ -64,9 +64,9 @@ def encode_frame(header: bytes, body: Sequence[Buffer] = ()) -> list[Buffer]:
     body_crc = 0
     for buffer in body:
         body_bytes += len(buffer)
-        body_crc = zlib.crc32(buffer, body_crc)
+        body_crc = crc32(buffer, body_crc)
     lengths = _LENGTHS.pack(MAGIC, FRAME_FORMAT, 0, len(header), body_bytes)
-    header_crc = zlib.crc32(header, zlib.crc32(lengths))
+    header_crc = crc32(header, crc32(lengths))
     return [lengths + _CHECKSUMS.pack(header_crc, body_crc) + header, *body]
 
 
@@ -164,7 +164,7 @@ class FrameReader:
         header_start = self._start + PREFIX_BYTES
         header = bytes(self._view[header_start : header_start + header_bytes])
         lengths = self._view[self._start : self._start + _LENGTHS.size]
-        if zlib.crc32(header, zlib.crc32(lengths)) != header_crc:
+        if crc32(header, crc32(lengths)) != header_crc:
             raise RemoteProtocolError("checksum of a frame header does not match its bytes")
         self._start = header_start + header_bytes
         self._header, self._body, self._body_crc = header, bytearray(body_bytes), body_crc
@@ -185,7 +185,7 @@ class FrameReader:
             raise RemoteProtocolError(f"frame of {body_bytes} bytes exceeds limit of {self.max_body_bytes} bytes")
 
     def _finish_frame(self) -> None:
-        if zlib.crc32(self._body) != self._body_crc:
+        if crc32(self._body) != self._body_crc:
             raise RemoteProtocolError(f"checksum of a frame body of {len(self._body)} bytes does not match its bytes")
         assert self._header is not None
         self._frames.append(Frame(self._header, self._body))

@@ -31,7 +31,7 @@ def swarm(finetune: Any) -> Iterator[LocalSwarm]:
 
 @pytest.mark.timeout(300)  # six processes are started
 def test_killed_process_inside_a_backward_changes_no_loss(finetune: Any) -> None:
-    bench = finetune.Bench(finetune.Task(steps=20), 1)
+    bench = finetune.Bench(finetune.Task(steps=10), 1)
     bench.run(["kills"])
     assert [bar.name for bar in bench.bars if not bar.is_met] == []
     assert len(bench.bars) == 5
