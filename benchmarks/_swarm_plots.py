@@ -76,7 +76,7 @@ def plot_scale(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def save(figure: Any, axes: Any, path: Path) -> None:
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=DPI, metadata={"Software": None})
     pyplot.close(figure)

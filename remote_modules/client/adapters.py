@@ -80,7 +80,7 @@ class CallAdapter:
             return None
         number_of = {id(parameter): number for number, parameter in enumerate(self.adapters.parameters)}
         content = content_of(part, self._digests)
-        tensors = {f"adapter.{n}": tensor.detach().contiguous() for n, tensor in enumerate(part.parameters)}
+        tensors = {f"adapter.{n}": tensor.detach().to("cpu").contiguous() for n, tensor in enumerate(part.parameters)}
         positions = tuple(number_of[id(parameter)] for parameter in part.parameters)
         return HopAdapter(content.name, tensors, positions, content)
 

@@ -31,7 +31,7 @@ class AnswerChecker:
     def check_outputs(
         self, hop: Hop, outputs: Named, like: Named, call: CallMeta, num_tokens: int | None = None
     ) -> Named:
-        """What the hop's last block returned, once names, shapes, dtypes and values can be true.
+        """What the hop's last block returned, once shapes, dtypes and values can be true, and nothing else.
 
         Values that are not finite are believed when two peers agree on them: then they are the model's.
 
@@ -56,8 +56,21 @@ class AnswerChecker:
             state = outputs.get(f"state.{index}")
             if state is not None and count and not spec.fits(state, call.rows, count, self._hidden_size):
                 raise _nonsense(hop, f"state {index} is {state.dtype} {list(state.shape)}, expected {spec.dims}")
+        outputs = {name: outputs[name] for name in stack.carried if name in outputs}
         self._check_finite(hop, outputs, like)
         return outputs
+
+    def check_recorded(self, hop: Hop, recorded: Named, call: CallMeta) -> Named:
+        """What was recorded of the hop's blocks, once it is what was asked for.
+
+        Raises:
+            PeerError: it is something else.
+        """
+        expected = {f"record.{kind}.{block}" for kind in call.record for block in hop.span}
+        for name, tensor in recorded.items():
+            if name not in expected or tensor.dim() < 2:
+                raise _nonsense(hop, f"'{name}', a tensor {list(tensor.shape)}, is not what was to be recorded")
+        return recorded
 
     def check_gradients(self, hop: Hop, grads: Named, inputs: Named, of_outputs: Named) -> Named:
         """Gradients by the names of ``inputs``, once they fit them.
@@ -76,6 +89,7 @@ class AnswerChecker:
                 got = "nothing" if grad is None else f"{grad.dtype} {list(grad.shape)}"
                 expected = f"{tensor.dtype} {list(tensor.shape)}"
                 raise _nonsense(hop, f"expected a gradient of '{name}', {expected}, got {got}")
+        grads = {name: grads[name] for name, tensor in inputs.items() if tensor.is_floating_point()}
         self._check_finite(hop, grads, inputs | of_outputs)
         return grads
 

@@ -110,6 +110,7 @@ class _Forward(Work):
         tensors = {**inputs, **self._call.owner_tensors(), **_own_inputs(self._call, chain, hop)}
         replies = await chain.request(hop, "forward", message, tensors, connection, adapter)
         recorded = {name: replies.pop(name) for name in list(replies) if name.startswith("record.")}
+        recorded = chain.answers.check_recorded(hop, recorded, meta)
         self.outputs = chain.check_outputs(hop, replies, inputs, meta)
         self.recorded.update(recorded)
         answer = chain.output

@@ -26,7 +26,7 @@ from remote_modules.wire.messages import Output
 __all__ = ["Router"]
 
 WORTHWHILE = 0.5  # a lone pass uses peers that have at least so much free of what the best has
-PASSES = ("forward", "backward")
+PASSES = ("forward", "backward", "kept_backward")
 
 T = TypeVar("T")
 

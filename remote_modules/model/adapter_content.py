@@ -46,14 +46,14 @@ def content_name(parts: Sequence[bytes]) -> str:
 
 def part_digest(tensor: torch.Tensor) -> bytes:
     """Of dtype, shape and bytes; SHA-256, of which 16 bytes are kept."""
-    flat = tensor.detach().contiguous().reshape(-1)
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
     digest.update(flat.view(torch.uint8).numpy().data)
     return digest.digest()[:DIGEST_BYTES]
 
 
 def content_of(adapters: AdapterSet | Adapter, digests: dict[int, bytes] | None = None) -> AdapterContent:
-    """The content of adapters whose tensors are on the CPU.
+    """The content of adapters, with tensors on the CPU.
 
     Args:
         digests: of tensors that are known already, by the ``id`` of each; the others are added.
@@ -69,7 +69,7 @@ def content_of(adapters: AdapterSet | Adapter, digests: dict[int, bytes] | None 
             if id(tensor) not in digests:
                 digests[id(tensor)] = part_digest(tensor)
             parts.append(digests[id(tensor)])
-            tensors.append(tensor.detach().contiguous())
+            tensors.append(tensor.detach().to("cpu").contiguous())
     return AdapterContent(tuple(parts), tuple(tensors))
 
 

@@ -6,6 +6,7 @@ Each method is one kind of entry. Entries and tensors that came from outside are
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, TypeAlias
 
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 MAX_ENTRIES = 65_536  # 1,024 blocks of 64 modules
+MAX_AT_PLACE = 16  # adapters of one module that are active at once
 MAX_NEUMANN_TERMS = 64
 MAX_RANK = 65_536  # of all experts of one parameter together, or tokens of a prompt
 
@@ -281,6 +283,9 @@ def check_entries(entries: Sequence[Entry]) -> None:
     if not 0 < len(entries) <= MAX_ENTRIES:
         raise RemoteProtocolError(f"adapter has {len(entries)} entries, expected 1 to {MAX_ENTRIES}")
     kinds: dict[tuple[int, str], type] = {}
+    most = max(Counter((entry.block, entry.place) for entry in entries).values())
+    if most > MAX_AT_PLACE:  # each may be computed as a matrix of the layer's size
+        raise RemoteProtocolError(f"adapter has {most} entries at one place, expected at most {MAX_AT_PLACE}")
     for entry in entries:
         if not math.isfinite(getattr(entry, "scaling", 0.0)):
             raise RemoteProtocolError(f"adapter of '{entry.place}' claims scaling {getattr(entry, 'scaling', 0.0)}")

@@ -65,7 +65,7 @@ _OF_REASON = {
     RefusalReason.SESSION_LOST: Failure.SESSION_LOST,
     RefusalReason.OUT_OF_MEMORY: Failure.BUSY,
     RefusalReason.BUSY: Failure.BUSY,
-    RefusalReason.ADAPTER_MISSING: Failure.INTERNAL,  # asked for in the request that brings it
+    RefusalReason.ADAPTER_MISSING: Failure.BUSY,  # also by those that do not offer what others do
     RefusalReason.DRAINING: Failure.BUSY,
     RefusalReason.INTERNAL: Failure.INTERNAL,
 }

@@ -55,8 +55,14 @@ class Activations:
         return sum(map(len, self._kept.values()))
 
     def has_room(self, blocks: Span, num_tokens: int) -> bool:
-        """Whether a graph like the latest one, of so many tokens, is no larger than the budget."""
-        return self._max_bytes > 0 and self._token_bytes * num_tokens * len(blocks) <= self._max_bytes
+        """Whether a graph like the latest one, of so many tokens, is no larger than the budget.
+
+        After a no the next is expected to be smaller: the latest may have been unlike it, and nothing else would show.
+        """
+        if self._token_bytes * num_tokens * len(blocks) <= self._max_bytes:
+            return self._max_bytes > 0
+        self._token_bytes /= 2
+        return False
 
     def keep(self, connection_id: int, request_id: int, graph: Graph, *, lease_s: float, now_s: float) -> bool:
         """Keep ``graph`` for at most ``lease_s``; whether there was room."""

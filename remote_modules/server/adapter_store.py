@@ -114,7 +114,8 @@ class AdapterStore:
         """The adapter of a request, from what it brings and what is here already.
 
         Raises:
-            PeerRefused: ``adapter_missing``, or ``bad_request`` for one that is none or does not fit ``blocks``.
+            PeerRefused: ``adapter_missing``, ``out_of_memory`` for one that is larger than all that is kept, or
+                ``bad_request`` for one that is none or does not fit ``blocks``.
         """
         if not call.adapter:
             return None
@@ -150,7 +151,8 @@ class AdapterStore:
     def _use(self, name: str, connection_id: int) -> Adapter:
         if (preloaded := self._preloaded.get(name)) is not None:
             return preloaded
-        key = name if name in self._held else f"{connection_id} {name}"
+        is_public = name in self._held and " " not in name
+        key = name if is_public else f"{connection_id} {name}"
         held = self._held.get(key)
         if held is None:
             refuse(MISSING, RefusalReason.ADAPTER_MISSING)
@@ -176,7 +178,11 @@ class AdapterStore:
         known = {part: found for part in parts if (found := self._find(part)) is not None}
         if any(part not in brought and part not in known for part in parts):
             refuse(MISSING, RefusalReason.ADAPTER_MISSING)
-        content, adapter = await self._verified(keys, parts, brought, known, blocks)
+        num_bytes = sum((brought if part in brought else known)[part].nbytes for part in parts)
+        if num_bytes > self._max_bytes:
+            text = f"the adapter has {num_bytes} bytes, this peer keeps {self._max_bytes} at most"
+            refuse(text, RefusalReason.OUT_OF_MEMORY)
+        content, adapter = await self._verified(num_bytes, call, brought, known, blocks)
         self._hold(call.adapter, content, adapter, connection_id)
         self._count(tensors)
         return adapter
@@ -189,8 +195,8 @@ class AdapterStore:
 
     async def _verified(
         self,
-        keys: set[bytes],
-        parts: tuple[bytes, ...],
+        num_bytes: int,
+        call: CallMeta,
         brought: dict[bytes, torch.Tensor],
         known: dict[bytes, torch.Tensor],
         blocks: Mapping[int, nn.Module],
@@ -198,10 +204,11 @@ class AdapterStore:
         """Requests that name something of it meanwhile wait, as it is there as soon as it was received."""
 
         def verify() -> Found:
-            return _verify(parts, brought, known, blocks)
+            return _verify(call.adapter_parts, brought, known, blocks)
 
-        if self._offload is None or _size(brought.values()) < OFFLOAD_BYTES:
+        if self._offload is None or num_bytes < OFFLOAD_BYTES:
             return verify()
+        keys = {*brought, call.adapter.encode()}
         arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._arriving.update(dict.fromkeys(keys, arrived))
         try:

@@ -112,8 +112,9 @@ class Engine:
                 if not is_out_of_memory(exc):
                     raise
             else:
+                answer = _answer(_detached(graph.outputs), dtype)
                 keep(graph)
-                return _answer(_detached(graph.outputs), dtype)
+                return answer
             free_unused()  # not before the exception, which holds the graph, is gone
         with torch.set_grad_enabled(arguments.with_grad), forgetting():
             inputs, past = tensors.inputs, tensors.past

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import Protocol as Interface
 
-from remote_modules.errors import PeerRefused, ProtocolError, RefusalReason, RemoteProtocolError
+from remote_modules.errors import LocalProtocolError, PeerRefused, ProtocolError, RefusalReason, RemoteProtocolError
 from remote_modules.net.connection import Connection
 from remote_modules.server.executor import Executor
 from remote_modules.server.sessions import SessionTable
@@ -106,6 +106,8 @@ class Served:
             self.connection.send(output, buffers)
         except PeerRefused as exc:
             self._refuse(request, exc.reason, str(exc), exc.retry_after_s or 0.0)
+        except LocalProtocolError as exc:  # what was asked for makes an answer that may not be sent
+            self._refuse(request, RefusalReason.BAD_REQUEST, str(exc), 0.0)
         except ProtocolError as exc:
             self.connection.abort(exc)
         except Exception:  # the task's boundary: a bug of ours must not leave a client waiting

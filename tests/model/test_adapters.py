@@ -373,6 +373,12 @@ def test_numbers_of_entries_are_bounded() -> None:
         decode_entries(b" " * (2**25 + 1))
 
 
+def test_only_so_many_adapters_are_at_one_module() -> None:
+    assert len(decode_entries(encode_entries([LORA] * 16))) == 16
+    with pytest.raises(RemoteProtocolError, match="adapter has 17 entries at one place, expected at most 16"):
+        decode_entries(encode_entries([LORA] * 17))
+
+
 def test_two_kinds_at_one_module_are_refused() -> None:
     other = Ia3(block=1, module="self_attn.q_proj", is_feedforward=False)
     with pytest.raises(RemoteProtocolError, match="'self_attn.q_proj' of block 1 are of several kinds"):

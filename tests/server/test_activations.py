@@ -61,6 +61,13 @@ def test_room_is_judged_by_the_latest_graph() -> None:
     assert not table.has_room(SPAN, 11)
 
 
+def test_small_graph_of_much_fixed_cost_does_not_keep_larger_ones_out_for_ever() -> None:
+    table = Activations(max_bytes=100)
+    assert keep(table, 1, 1, 80)  # 8 bytes for each token of a block, as far as it shows
+    answers = [table.has_room(SPAN, 50) for _ in range(5)]
+    assert answers == [False, False, False, True, True]
+
+
 def test_oldest_of_a_client_goes_first() -> None:
     table = Activations(max_bytes=30)
     assert [keep(table, 1, number) for number in range(5)] == [True] * 5

@@ -245,22 +245,41 @@ def test_entries_that_do_not_fit_are_refused_before_anything_is_computed(
     entry: Entry, shapes: list[list[int]], text: str
 ) -> None:
     request = sent(raw(encode_entries([entry]), [torch.ones(shape) for shape in shapes]))
-    reason, got = refusal_of(lambda: take(new_store(), request))
+    reason, got = refusal_of(lambda: take(new_store(max_bytes=1 << 22), request))
     assert reason is RefusalReason.BAD_REQUEST
     assert text in got
 
 
-def test_adapter_larger_than_the_store_serves_its_request_and_the_next() -> None:
-    store, first, second = new_store(max_bytes=BYTES - 1), lora(1), lora(2)
+def test_adapter_larger_than_the_store_is_refused_and_drives_nobody_out() -> None:
+    store, first, second = new_store(max_bytes=BYTES), lora(1), lora(2, Lora(2, "proj", 0.5))
     take(store, sent(first))
-    large = take(store, sent(second))
-    assert use(store, second.name) is large
-    assert not is_held(store, first.name)
+    both = AdapterContent(first.parts + second.parts, first.tensors + second.tensors)
+    reason, text = refusal_of(lambda: take(store, sent(both, only={3, 4, 5})))
+    assert (reason, text) == (
+        RefusalReason.OUT_OF_MEMORY,
+        f"the adapter has {2 * BYTES} bytes, this peer keeps {BYTES} at most",
+    )
+    assert is_held(store, first.name)
+    assert store.num_bytes == BYTES
+
+
+def test_parts_that_are_named_again_and_again_count_each_time() -> None:
+    store, content = new_store(max_bytes=3 * BYTES), lora()
+    take(store, sent(content))
+    often = AdapterContent(content.parts * 4, content.tensors * 4)
+    assert refusal_of(lambda: take(store, sent(often, only=set())))[0] is RefusalReason.OUT_OF_MEMORY
+
+
+def test_private_name_of_another_connection_is_nobodys() -> None:
+    store = new_store()
+    take(store, whole(), 1)
+    assert is_held(store, "a", 1)
+    assert not is_held(store, "1 a", 2)
 
 
 def test_preloaded_adapter_stays_and_its_parts_need_not_be_sent() -> None:
     clock = Clock()
-    store, content = new_store(max_bytes=1, clock=clock), lora()
+    store, content = new_store(max_bytes=2 * BYTES, clock=clock), lora()
     preloaded = FrozenAdapter((ENTRY,), content.tensors[1:])
     store.preload(preloaded, "agreed")
     clock.now_s = 1e6

@@ -1,0 +1,49 @@
+"""What a peer may answer; whole passes with peers that lie are in tests/faults."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from remote_modules.client.answers import AnswerChecker
+from remote_modules.errors import PeerError
+from remote_modules.model.stack import StackSpec
+from remote_modules.peers import PeerId
+from remote_modules.plan.routing import Hop
+from remote_modules.spans import Span
+from remote_modules.wire.messages import CallMeta
+
+HOP = Hop(PeerId("a" * 52), Span(1, 3))
+CALL = CallMeta(rows=2, num_tokens=3, record=("hidden_states",))
+HIDDEN = torch.zeros(2, 3, 8)
+
+
+@pytest.fixture
+def checker() -> AnswerChecker:
+    return AnswerChecker(StackSpec("model.layers", 4), 8)
+
+
+def test_what_nobody_asked_for_goes_no_further(checker: AnswerChecker) -> None:
+    answered = {"hidden_states": HIDDEN, "foo": torch.full((), float("nan")), "state.9": HIDDEN}
+    assert list(checker.check_outputs(HOP, answered, {"hidden_states": HIDDEN}, CALL)) == ["hidden_states"]
+    sent = {"hidden_states": HIDDEN, "side.index": torch.zeros(2, dtype=torch.int64)}
+    assert list(checker.check_gradients(HOP, answered, sent, {})) == ["hidden_states"]
+
+
+def test_recorded_tensors_are_those_of_the_hops_own_blocks(checker: AnswerChecker) -> None:
+    recorded = {"record.hidden_states.1": HIDDEN, "record.hidden_states.2": HIDDEN}
+    assert checker.check_recorded(HOP, recorded, CALL) == recorded
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("record.hidden_states.3", HIDDEN),
+        ("record.router_logits.1", HIDDEN),
+        ("record.hidden_states.one", HIDDEN),
+        ("record.hidden_states.1", torch.zeros(())),
+    ],
+)
+def test_other_recorded_tensors_are_the_peers_fault(checker: AnswerChecker, name: str, tensor: torch.Tensor) -> None:
+    with pytest.raises(PeerError, match=f"wrong answer for blocks 1:3: '{name}', a tensor .* is not what was to be"):
+        checker.check_recorded(HOP, {name: tensor}, CALL)
