@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from remote_modules.errors import LocalProtocolError, RemoteProtocolError
+from remote_modules.wire import codecs
 from remote_modules.wire.framing import Buffer
 from remote_modules.wire.messages import TensorMeta
-from remote_modules.wire.tensors import ALIGNMENT_BYTES, DTYPES, decode_tensors, encode_tensors
+from remote_modules.wire.tensors import ALIGNMENT_BYTES, DTYPES, body_bytes, decode_tensors, encode_tensors
 
 SHAPES = [(), (0,), (1,), (3,), (2, 0, 4), (2, 3), (1, 5, 7), (2, 3, 4, 5), (1,) * 8]
 
@@ -199,3 +200,12 @@ def test_body_without_tensors_is_refused() -> None:
 def test_claim_of_more_than_the_memory_is_refused_by_its_size() -> None:
     with pytest.raises(RemoteProtocolError, match=f"tensors claim {8 * (2**53 - 64)} bytes, the body has 64 bytes"):
         decode_tensors([TensorMeta("x", "float64", (2**53 - 64,))], bytearray(64))
+
+
+@pytest.mark.parametrize("codec", ["", "int8"])
+def test_bytes_of_a_body_follow_from_its_tensors(codec: str) -> None:
+    tensors = {"hidden_states": torch.randn(2, 3, 64), "position_ids": torch.zeros(2, 3, dtype=torch.int64)}
+    metas, body = encode_tensors(tensors, codec, frozenset({"hidden_states"}))
+    plain = {"": 2 * 3 * 64 * 4, "int8": codecs.num_bytes((2, 3, 64))}[codec]
+    assert body_bytes(metas) == plain + 2 * 3 * 8
+    assert 0 <= sum(map(len, body)) - body_bytes(metas) < len(metas) * ALIGNMENT_BYTES
