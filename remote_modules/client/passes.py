@@ -169,7 +169,7 @@ class _Backward(Work):
             replies = await chain.request(hop, "backward", message, tensors, connection, adapter)
             chain.swarm.stats.recomputed_backwards += 1
         found = {name.removeprefix("grad."): grad for name, grad in replies.items()}
-        trained = {} if adapter is None else {n: t for n, t in adapter.tensors.items() if n != "adapter"}
+        trained = {} if adapter is None else adapter.tensors
         found = chain.check_gradients(hop, found, inputs | sides | trained, grads)
         if adapter is not None:
             for name, number in zip(trained, adapter.positions, strict=True):

@@ -224,7 +224,7 @@ class _Election:
         self.rule = rule
         self.members = staying
         self.counts = _counts(layout, [member for member in staying if member.state is PeerState.ONLINE])
-        self.has_gap = bool((_counts(layout, staying) == 0).any())
+        self.has_gap = bool(gaps(layout, staying))
         candidates = [member for member in staying if self._may_move(member)]
         if len(candidates) > MAX_CANDIDATES:
             totals = _totals(layout, staying)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from remote_modules.peers import PeerId, PeerState, short_id
-from remote_modules.plan.election import Member, Proposal, Rule, elect, gaps, members_of, view_seed
+from remote_modules.plan.election import Member, Proposal, Rule, elect, members_of, view_seed
 from remote_modules.spans import Span
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "Turns",
     "decide_move",
     "elect",
-    "gaps",
     "members_of",
     "should_yield",
     "view_seed",
