@@ -12,12 +12,14 @@ import enum
 import socket
 from dataclasses import dataclass
 
+from remote_modules.net.http import UPGRADE
 from remote_modules.net.loop import LoopThread
 from remote_modules.peers import check_address
 
 __all__ = ["Fault", "FaultyLink"]
 
 CHUNK_BYTES = 16 * 1024
+UPGRADE_HEADER = f"Upgrade: {UPGRADE}".encode()
 
 
 class Fault(enum.Enum):
@@ -38,6 +40,12 @@ class _Armed:
     after_bytes: int
     delay_s: float
     times: int | None
+    streams: frozenset[_Connection] | None  # which connections it strikes; None for all, and those to come
+
+
+@dataclass(slots=True, eq=False)
+class _Connection:
+    is_stream: bool = False  # upgraded from HTTP to frames
 
 
 class FaultyLink:
@@ -52,6 +60,7 @@ class FaultyLink:
         self.fired = 0
         self._armed: _Armed | None = None
         self._passed = 0
+        self._connections: set[_Connection] = set()
         self._io = LoopThread("remote-modules-faulty-link")
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -64,7 +73,15 @@ class FaultyLink:
         assert self._server is not None
         return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
-    def inject(self, fault: Fault, *, after_bytes: int = 0, delay_s: float = 0.1, times: int | None = 1) -> None:
+    def inject(
+        self,
+        fault: Fault,
+        *,
+        after_bytes: int = 0,
+        delay_s: float = 0.1,
+        times: int | None = 1,
+        only_open_streams: bool = False,
+    ) -> None:
         """Arm a fault, and count anew.
 
         Args:
@@ -72,9 +89,12 @@ class FaultyLink:
             delay_s: for `Fault.SLOW`.
             times: how often it may happen; None for every time. `Fault.STALL`, `Fault.SLOW` and `Fault.SLICE` last
                 until `clear`.
+            only_open_streams: strike (and count) only connections that carry frames now; what trackers and peers ask of
+                the target by HTTP passes.
         """
         self._passed = self.fired = 0
-        self._armed = _Armed(fault, after_bytes, delay_s, times)
+        streams = frozenset(connection for connection in self._connections.copy() if connection.is_stream)
+        self._armed = _Armed(fault, after_bytes, delay_s, times, streams if only_open_streams else None)
 
     def clear(self) -> None:
         """Pass everything again; what was stalled stays lost."""
@@ -121,35 +141,44 @@ class FaultyLink:
             writer.close()
 
     async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._fires(Fault.REFUSE_DIAL):
+        if not self.target or self._fires(Fault.REFUSE_DIAL):
             _reset(writer)
             return
         host, port = check_address(self.target)
         far_reader, far_writer = await asyncio.open_connection(host, port)
         self._writers.add(far_writer)
+        connection = _Connection()
+        self._connections.add(connection)
         try:
-            there = asyncio.ensure_future(self._pass(reader, far_writer, comes_back=False))
-            back = asyncio.ensure_future(self._pass(far_reader, writer, comes_back=True))
+            there = asyncio.ensure_future(self._pass(reader, far_writer, connection, comes_back=False))
+            back = asyncio.ensure_future(self._pass(far_reader, writer, connection, comes_back=True))
             await asyncio.wait([there, back], return_when=asyncio.FIRST_COMPLETED)
             for half in (there, back):
                 half.cancel()
             await asyncio.gather(there, back, return_exceptions=True)
         finally:
+            self._connections.discard(connection)
             self._writers.discard(far_writer)
             far_writer.close()
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, comes_back: bool) -> None:
+    async def _pass(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: _Connection, *, comes_back: bool
+    ) -> None:
         while data := await reader.read(CHUNK_BYTES):
-            if not await self._disturb(data, writer, comes_back=comes_back):
+            if not comes_back and UPGRADE_HEADER in data:
+                connection.is_stream = True
+            armed = self._armed
+            if armed is None or (armed.streams is not None and connection not in armed.streams):
+                await _send(writer, data)
+            elif not await self._disturb(armed, data, writer, comes_back=comes_back):
                 return
 
-    async def _disturb(self, data: bytes, writer: asyncio.StreamWriter, *, comes_back: bool) -> bool:
+    async def _disturb(self, armed: _Armed, data: bytes, writer: asyncio.StreamWriter, *, comes_back: bool) -> bool:
         """Pass ``data`` on, or what the armed fault makes of it; False to end the connection."""
-        armed = self._armed
-        is_due = armed is not None and comes_back and self._passed + len(data) > armed.after_bytes
+        is_due = comes_back and self._passed + len(data) > armed.after_bytes
         if comes_back:
             self._passed += len(data)
-        if armed is None or not (is_due or (armed.fault is Fault.STALL and self.fired)):
+        if not (is_due or (armed.fault is Fault.STALL and self.fired)):
             return await _send(writer, data)
         room = max(0, armed.after_bytes - (self._passed - len(data)))
         if armed.fault is Fault.STALL:

@@ -195,7 +195,7 @@ def test_broken_streams_change_no_token(
         def strike(kind: Fault = kind, hit: list[FaultyLink] = hit) -> None:
             for hop in (0, 1):
                 hit.append(link_to(linked, remote, hop))
-                hit[-1].inject(kind, after_bytes=100)
+                hit[-1].inject(kind, after_bytes=100, only_open_streams=True)
 
         before = remote.stats()
         processors = LogitsProcessorList([AtStep(3, strike)])

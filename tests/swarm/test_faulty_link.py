@@ -301,7 +301,7 @@ def test_generation_goes_on_through_a_fault(
 
     def strike() -> None:
         hit.append(link_to(broken, remote, hop))
-        hit[0].inject(fault, after_bytes=100, delay_s=0.02)
+        hit[0].inject(fault, after_bytes=100, delay_s=0.02, only_open_streams=True)
 
     output = generate(model, prompt(rows=2), logits_processor=LogitsProcessorList([AtStep(3, strike)]))
     (link,) = hit
@@ -321,7 +321,7 @@ def test_gradients_are_those_of_the_faultless_run(
     ours, theirs = noise(2, 7).requires_grad_(), noise(2, 7).requires_grad_()
     output, expected = remote(ours), run_locally(local, theirs)
     link = link_to(broken, remote, hop)
-    link.inject(fault, after_bytes=100, delay_s=0.02)
+    link.inject(fault, after_bytes=100, delay_s=0.02, only_open_streams=True)
     output.pow(2).sum().backward()
     expected.pow(2).sum().backward()
     assert link.fired
@@ -371,7 +371,7 @@ def test_faults_in_a_row_are_all_survived(local: PreTrainedModel, remote: Remote
     def strike(fault: Fault, hop: int) -> Callable[[], None]:
         def act() -> None:
             link = link_to(broken, remote, hop)
-            link.inject(fault)
+            link.inject(fault, only_open_streams=True)
             hit.append(link)
 
         return act

@@ -145,12 +145,12 @@ def test_killed_process_changes_no_gradient(
 def test_process_killed_between_microbatches_changes_no_gradient(
     swarm: LocalSwarm, prompt: torch.Tensor, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A peer is lost at the seventh answer of the pass; the others of its microbatches are under way."""
+    """A peer is lost at the seventh answer of the pass; others of its microbatches are under way or yet to be sent."""
     method = "check_outputs" if when == "forward" else "check_gradients"
     lost: list[Any] = []
 
     def run(lose: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
-        config = ClientConfig(microbatch_tokens=prompt.shape[1])
+        config = ClientConfig(microbatch_tokens=prompt.shape[1], max_microbatches_in_flight=4)
         remote: Any = load(built_in_path(), trackers=swarm.trackers, mdns=False, config=config)
         tokens = prompt.repeat(12, 1)
         tokens[:, 0] = torch.arange(12) + 5
