@@ -61,7 +61,9 @@ lint: $(READY)
 
 # wire and plan are covered by their own tests, every branch of them (setup.cfg).
 cover: $(READY)
-	COVERAGE_FILE=$(VENV)/.coverage $(BIN)/coverage run -m pytest -q tests/wire tests/plan
+	@rm -f $(VENV)/.coverage*
+	COVERAGE_FILE=$(CURDIR)/$(VENV)/.coverage $(BIN)/coverage run -m pytest -q --numprocesses=$(JOBS) --dist=worksteal tests/wire tests/plan
+	COVERAGE_FILE=$(VENV)/.coverage $(BIN)/coverage combine --quiet
 	COVERAGE_FILE=$(VENV)/.coverage $(BIN)/coverage report
 
 # Links resolve, code blocks run or parse, the protocol's tables say what the code does.

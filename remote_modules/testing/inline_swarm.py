@@ -69,6 +69,8 @@ class InlineSwarm:
         folder: a checkpoint.
         spans: one peer for each.
         seed: decides everything random.
+        loaded: spans of this checkpoint that another swarm has loaded, and that this one adds to; swarms that share
+            them must not run at the same time.
     """
 
     def __init__(
@@ -78,7 +80,9 @@ class InlineSwarm:
         *,
         seed: int = 0,
         config: ClientConfig | None = None,
+        loaded: dict[Span, Holding] | None = None,
     ) -> None:
+        self._loaded = {} if loaded is None else loaded
         self.io = _InlineLoop()
         self._checkpoint = open_checkpoint(str(folder))
         cls, self._model_config = serving_class(read_config(self._checkpoint))
@@ -134,9 +138,11 @@ class InlineSwarm:
         self.close()
 
     def _holding(self, span: Span) -> Holding:
-        model, _ = load_span(self._checkpoint, self._model_config, self._cls, span)
-        engine = Engine(SpanModel(model, self.stack, span))
-        return Holding(engine, engine.kv_costs())
+        if span not in self._loaded:
+            model, _ = load_span(self._checkpoint, self._model_config, self._cls, span)
+            engine = Engine(SpanModel(model, self.stack, span))
+            self._loaded[span] = Holding(engine, engine.kv_costs())
+        return self._loaded[span]
 
 
 async def _started(seed: int, holdings: Sequence[Holding], config: ClientConfig | None) -> SimulatedSwarm:

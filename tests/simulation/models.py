@@ -22,7 +22,7 @@ from remote_modules.model.shrink import tiny_config, tiny_model
 from remote_modules.model.stack import StackSpec
 from remote_modules.spans import Span
 from remote_modules.testing.inline_swarm import InlineSwarm
-from remote_modules.testing.simulation import SimulatedPeer
+from remote_modules.testing.simulation import Holding, SimulatedPeer
 
 __all__ = ["HOP_S", "Family", "Kill", "Stage", "family_of", "opened"]
 
@@ -39,12 +39,14 @@ class Family:
     Attributes:
         local: the oracle; not to be changed.
         spans: of the two hops.
+        loaded: what its swarms share.
     """
 
     local: Any
     folder: Path
     stack: StackSpec
     spans: tuple[Span, Span]
+    loaded: dict[Span, Holding] = field(default_factory=dict)
 
 
 @functools.cache
@@ -59,6 +61,8 @@ def family_of(model_type: str, seed: int = 0) -> Family:
     count = stack.num_blocks
     cuts = (stack.cuts or frozenset(range(count + 1))) - {0, count}
     cut = min(cuts, key=lambda cut: abs(cut - count / 2))
+    gc.collect()
+    gc.freeze()  # the modules of the family stay; `Stage.check_end` need not look at them each time
     return Family(local, Path(_folders[-1].name), stack, (Span(0, cut), Span(cut, count)))
 
 
@@ -159,7 +163,8 @@ def opened(model_type: str, **settings: Any) -> Iterator[Stage]:
         settings: of the client.
     """
     family = family_of(model_type)
-    with InlineSwarm(family.folder, family.spans * SPARES, config=ClientConfig(**settings)) as swarm:
+    config = ClientConfig(**settings)
+    with InlineSwarm(family.folder, family.spans * SPARES, config=config, loaded=family.loaded) as swarm:
         model: Any = swarm.load()
         model.generation_config.eos_token_id = None
         layers = next(module for module in model.modules() if isinstance(module, RemoteSequential))
