@@ -20,6 +20,7 @@ from remote_modules.errors import (
 )
 from remote_modules.identity import verify_hello
 from remote_modules.net.connection import Connection
+from remote_modules.net.loop import new_body
 from remote_modules.peers import PeerId, short_id
 from remote_modules.plan.deadlines import Beat, Heartbeat
 from remote_modules.wire import messages
@@ -54,7 +55,7 @@ class ClientConnection(Connection):
         max_body_bytes: int,
         software: str,
     ) -> None:
-        protocol = Protocol(Role.CLIENT, max_body_bytes=max_body_bytes)
+        protocol = Protocol(Role.CLIENT, max_body_bytes=max_body_bytes, new_body=new_body)
         super().__init__(protocol, on_message=self._receive, on_lost=self._lose)
         self.peer_id = peer_id
         self.is_draining = False

@@ -10,9 +10,22 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-__all__ = ["LoopThread", "shared_loop"]
+from remote_modules.wire.bodies import BodyPool
+from remote_modules.wire.framing import Body
+
+__all__ = ["LoopThread", "new_body", "shared_loop"]
 
 T = TypeVar("T")
+
+_pools = threading.local()
+
+
+def new_body(num_bytes: int) -> Body:
+    """Memory for a body that the event loop of this thread receives; that of all its connections is one pool."""
+    pool: BodyPool | None = getattr(_pools, "bodies", None)
+    if pool is None:
+        pool = _pools.bodies = BodyPool()
+    return pool.take(num_bytes)
 
 
 class LoopThread:

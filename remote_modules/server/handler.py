@@ -23,6 +23,7 @@ from remote_modules.model.adapters import Adapter
 from remote_modules.model.past import length_of
 from remote_modules.net.connection import Connection
 from remote_modules.net.http import Dialer
+from remote_modules.net.loop import new_body
 from remote_modules.server.activations import Activations
 from remote_modules.server.adapter_store import AdapterStore, Offload
 from remote_modules.server.arguments import owner_arguments, whole_mask
@@ -46,7 +47,7 @@ from remote_modules.server.training import Training
 from remote_modules.spans import Span
 from remote_modules.wire import messages
 from remote_modules.wire.codecs import CODECS
-from remote_modules.wire.framing import Buffer
+from remote_modules.wire.framing import Body, Buffer
 from remote_modules.wire.messages import (
     AnyRequest,
     BackwardRequest,
@@ -184,7 +185,7 @@ class Handler:
         )
 
     def new_protocol(self) -> Protocol:
-        return Protocol(Role.SERVER, max_body_bytes=self._limits.max_body_bytes)
+        return Protocol(Role.SERVER, max_body_bytes=self._limits.max_body_bytes, new_body=new_body)
 
     def forget(self, connection_id: int) -> None:
         self._served.pop(connection_id, None)
@@ -192,7 +193,7 @@ class Handler:
         self.activations.forget(connection_id)
         self.sessions.disown(connection_id)
 
-    async def answer(self, request: AnyRequest, body: bytearray, connection_id: int) -> Reply:
+    async def answer(self, request: AnyRequest, body: Body, connection_id: int) -> Reply:
         """Do what is asked.
 
         Raises:

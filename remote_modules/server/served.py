@@ -11,7 +11,7 @@ from remote_modules.net.connection import Connection
 from remote_modules.server.executor import Executor
 from remote_modules.server.sessions import SessionTable
 from remote_modules.wire import messages
-from remote_modules.wire.framing import Buffer
+from remote_modules.wire.framing import Body, Buffer
 from remote_modules.wire.messages import AnyRequest, Refused
 from remote_modules.wire.protocol import MessageReceived, Protocol
 
@@ -37,7 +37,7 @@ class Answering(Interface):
     def forget(self, connection_id: int) -> None: ...
 
     async def answer(
-        self, request: AnyRequest, body: bytearray, connection_id: int
+        self, request: AnyRequest, body: Body, connection_id: int
     ) -> tuple[messages.Output, list[Buffer]]: ...
 
 
@@ -89,7 +89,7 @@ class Served:
         if self._handler.is_draining:
             self.say_draining()
 
-    def _begin(self, request: AnyRequest, body: bytearray) -> None:
+    def _begin(self, request: AnyRequest, body: Body) -> None:
         if request.request_id in self._tasks:
             raise RemoteProtocolError(f"request id {request.request_id} is in use")
         if len(self._tasks) >= MAX_REQUESTS_PER_CONNECTION:
@@ -100,7 +100,7 @@ class Served:
         self._tasks[request.request_id] = task
         task.add_done_callback(lambda _: self._tasks.pop(request.request_id, None))
 
-    async def _answer(self, request: AnyRequest, body: bytearray) -> None:
+    async def _answer(self, request: AnyRequest, body: Body) -> None:
         try:
             output, buffers = await self._handler.answer(request, body, self.connection_id)
             self.connection.send(output, buffers)

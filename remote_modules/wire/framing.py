@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,14 +42,15 @@ _LENGTHS = struct.Struct("<2sBBIQ")
 _CHECKSUMS = struct.Struct("<II")
 
 Buffer = bytes | bytearray | memoryview
+Body = bytearray | memoryview  # may be written to, so that tensors can lie in it
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame as it arrived; ``body`` is memory of its own, free to be kept."""
+    """One frame as it arrived; ``body`` is its own for as long as something refers to it."""
 
     header: bytes
-    body: bytearray
+    body: Body
 
 
 def encode_frame(header: bytes, body: Sequence[Buffer] = ()) -> list[Buffer]:
@@ -97,16 +98,18 @@ class FrameReader:
 
     Args:
         max_body_bytes: larger frames are refused before their body is allocated.
+        new_body: gives the memory of a body of so many bytes.
     """
 
-    def __init__(self, *, max_body_bytes: int) -> None:
+    def __init__(self, *, max_body_bytes: int, new_body: Callable[[int], Body] = bytearray) -> None:
         self.max_body_bytes = max_body_bytes
+        self._new_body = new_body
         self._staging = bytearray(STAGING_BYTES)
         self._view = memoryview(self._staging)
         self._start = 0
         self._end = 0
         self._header: bytes | None = None  # set while a body is awaited
-        self._body = bytearray()
+        self._body: Body = bytearray()
         self._body_crc = 0
         self._filled = 0
         self._frames: deque[Frame] = deque()
@@ -167,7 +170,7 @@ class FrameReader:
         if crc32(header, crc32(lengths)) != header_crc:
             raise RemoteProtocolError("checksum of a frame header does not match its bytes")
         self._start = header_start + header_bytes
-        self._header, self._body, self._body_crc = header, bytearray(body_bytes), body_crc
+        self._header, self._body, self._body_crc = header, self._new_body(body_bytes), body_crc
         self._filled = min(body_bytes, self._end - self._start)
         self._body[: self._filled] = self._view[self._start : self._start + self._filled]
         self._start += self._filled

@@ -18,12 +18,12 @@ everything as it was.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from remote_modules.errors import LocalProtocolError, RemoteProtocolError
 from remote_modules.wire import messages
-from remote_modules.wire.framing import Buffer, FrameReader, encode_frame, feed
+from remote_modules.wire.framing import Body, Buffer, FrameReader, encode_frame, feed
 from remote_modules.wire.messages import Message, decode_message, encode_message
 
 __all__ = ["MessageReceived", "Protocol", "Role", "State"]
@@ -48,7 +48,7 @@ class MessageReceived:
     """A message and the raw bytes of its tensors (`wire.tensors.decode_tensors` reads them)."""
 
     message: Message
-    body: bytearray
+    body: Body
 
 
 _CLIENT_SENDS = (
@@ -77,16 +77,17 @@ class Protocol:
     Args:
         role: which side this is.
         max_body_bytes: largest body to accept, as said in our hello.
+        new_body: gives the memory of a body that comes.
     """
 
-    def __init__(self, role: Role, *, max_body_bytes: int) -> None:
+    def __init__(self, role: Role, *, max_body_bytes: int, new_body: Callable[[int], Body] = bytearray) -> None:
         self.role = role
         self.their_role = Role.SERVER if role is Role.CLIENT else Role.CLIENT
         self.state = State.START
         self.max_body_bytes = max_body_bytes
         self.their_max_body_bytes = 0
         self.their_minor = 0
-        self._reader = FrameReader(max_body_bytes=HELLO_BODY_BYTES)
+        self._reader = FrameReader(max_body_bytes=HELLO_BODY_BYTES, new_body=new_body)
         self._events: list[MessageReceived] = []
         self._outgoing: list[Buffer] = []
 

@@ -14,7 +14,7 @@ import torch
 
 from remote_modules.errors import LocalProtocolError, RemoteProtocolError
 from remote_modules.wire import codecs
-from remote_modules.wire.framing import Buffer
+from remote_modules.wire.framing import Body, Buffer
 from remote_modules.wire.parts import MAX_DIMENSIONS, TensorMeta
 
 __all__ = ["DTYPES", "body_bytes", "decode_tensors", "encode_tensors"]
@@ -72,7 +72,7 @@ def encode_tensors(
     return tuple(metas), buffers
 
 
-def decode_tensors(metas: Sequence[TensorMeta], body: bytearray) -> dict[str, torch.Tensor]:
+def decode_tensors(metas: Sequence[TensorMeta], body: Body) -> dict[str, torch.Tensor]:
     """Views of ``body``, or new tensors of those that are coded; every claim of ``metas`` is checked first.
 
     Raises:
@@ -117,14 +117,14 @@ def _coded_bytes(meta: TensorMeta, dtype: torch.dtype) -> int:
     return codecs.num_bytes(meta.shape)
 
 
-def _read(body: bytearray, meta: TensorMeta, dtype: torch.dtype, start: int, num_bytes: int) -> torch.Tensor:
+def _read(body: Body, meta: TensorMeta, dtype: torch.dtype, start: int, num_bytes: int) -> torch.Tensor:
     if meta.codec and num_bytes:
         data = torch.frombuffer(body, dtype=torch.uint8, count=num_bytes, offset=start)
         return codecs.decode(data, meta.shape, dtype)
     return _view(body, meta.shape, dtype, start, num_bytes)
 
 
-def _view(body: bytearray, shape: tuple[int, ...], dtype: torch.dtype, start: int, num_bytes: int) -> torch.Tensor:
+def _view(body: Body, shape: tuple[int, ...], dtype: torch.dtype, start: int, num_bytes: int) -> torch.Tensor:
     if num_bytes == 0:
         return torch.empty(shape, dtype=dtype)
     if dtype is torch.bool:  # any byte may come from outside, and a bool that is neither 0 nor 1 is undefined behaviour

@@ -179,7 +179,7 @@ def test_body_with_the_hello_is_not_sent(sender: Role) -> None:
 @pytest.mark.parametrize(("sender", "message"), [(Role.CLIENT, FORWARD), (Role.SERVER, OUTPUT)], ids=name_of)
 def test_body_over_the_limit_in_the_hello_is_refused_on_both_sides(sender: Role, message: Message) -> None:
     pair = ConnectionPair.in_state(State.OPEN)
-    assert pair.pass_on(sender, message, [bytes(MAX_BODY_BYTES)])[0].body == bytes(MAX_BODY_BYTES)
+    assert pair.pass_on(sender, message, [bytes(MAX_BODY_BYTES)])[0].body == bytearray(MAX_BODY_BYTES)
     with pytest.raises(LocalProtocolError, match=f"message of {MAX_BODY_BYTES + 1} bytes exceeds the other side's"):
         pair.ends[sender].send(message, [bytes(MAX_BODY_BYTES), b"x"])
     assert pair.state is State.OPEN
