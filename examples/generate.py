@@ -10,15 +10,17 @@ import contextlib
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from remote_modules import RemoteSequential
+from remote_modules import ClientConfig, RemoteSequential
 from remote_modules.model.checkpoint import built_in_path
 from remote_modules.testing import LocalSwarm
 
+ALONE = ClientConfig(peer_cache=None)  # no peers of other swarms that this machine remembers
 
-def generate(model_name: str, trackers: list[str], prompt: str, num_tokens: int) -> None:
+
+def generate(model_name: str, trackers: list[str], config: ClientConfig, prompt: str, num_tokens: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     model = AutoModelForCausalLM.from_pretrained(model_name)
-    layers = RemoteSequential.from_swarm(model, trackers=trackers, mdns=False)
+    layers = RemoteSequential.from_swarm(model, trackers=trackers, mdns=False, config=config)
     model.model.layers = layers  # the one line: from here on, all blocks run in the swarm
 
     inputs = tokenizer(prompt, return_tensors="pt")
@@ -39,10 +41,10 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if options.tracker is None:
             swarm = stack.enter_context(LocalSwarm(options.model, spans=["0:3", "3:6", "6:8"]))
-            trackers = swarm.trackers
+            trackers, config = swarm.trackers, ALONE
         else:
-            trackers = [options.tracker]
-        generate(options.model, trackers, options.prompt, options.tokens)
+            trackers, config = [options.tracker], ClientConfig()
+        generate(options.model, trackers, config, options.prompt, options.tokens)
 
 
 if __name__ == "__main__":

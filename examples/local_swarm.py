@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
-from remote_modules import RemoteSequential, load
+from remote_modules import ClientConfig, RemoteSequential, load
 from remote_modules.model.checkpoint import built_in_path
 from remote_modules.testing import LocalSwarm
 
+ALONE = ClientConfig(peer_cache=None)  # no peers of other swarms that this machine remembers
 NUM_TOKENS = 24
 KILL_AT = 8
 
@@ -44,8 +45,8 @@ def main() -> None:
     local = AutoModelForCausalLM.from_pretrained(built_in_path())
     expected = local.generate(**inputs, **options)
 
-    with LocalSwarm("pydoc-2m", spans=["0:3", "3:6", "3:6", "6:8"], mode="process", num_threads=1) as swarm:
-        model: Any = load("pydoc-2m", trackers=swarm.trackers, mdns=False)
+    with LocalSwarm(built_in_path(), spans=["0:3", "3:6", "3:6", "6:8"], mode="process", num_threads=1) as swarm:
+        model: Any = load(built_in_path(), trackers=swarm.trackers, mdns=False, config=ALONE)
         layers = model.model.layers
         killer = KillOnce(swarm, layers, inputs["input_ids"].shape[1] + KILL_AT)
         output = model.generate(**inputs, **options, stopping_criteria=StoppingCriteriaList([killer]))
