@@ -149,10 +149,8 @@ class Ia3(_AtModule, frozen=True, tag="ia3", forbid_unknown_fields=True):
         return (None, size) if self.is_feedforward else (size, None)
 
 
-class LoHa(_AtModule, frozen=True, tag="loha", forbid_unknown_fields=True):
-    """One LoHa on one linear layer: the elementwise product of two products of low rank.
-
-    Tensors: ``w1_a [out, r]``, ``w1_b [r, in]``, ``w2_a [out, r]``, ``w2_b [r, in]``.
+class _Lycoris(_AtModule, frozen=True, forbid_unknown_fields=True):
+    """What LoHa and LoKr share.
 
     Attributes:
         scaling: factor of the update.
@@ -167,6 +165,13 @@ class LoHa(_AtModule, frozen=True, tag="loha", forbid_unknown_fields=True):
     @property
     def is_random(self) -> bool:
         return self.rank_dropout > 0
+
+
+class LoHa(_Lycoris, frozen=True, tag="loha", forbid_unknown_fields=True):
+    """One LoHa on one linear layer: the elementwise product of two products of low rank.
+
+    Tensors: ``w1_a [out, r]``, ``w1_b [r, in]``, ``w2_a [out, r]``, ``w2_b [r, in]``.
+    """
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -179,30 +184,20 @@ class LoHa(_AtModule, frozen=True, tag="loha", forbid_unknown_fields=True):
         return shapes[0][0], shapes[1][1]
 
 
-class LoKr(_AtModule, frozen=True, tag="lokr", forbid_unknown_fields=True):
+class LoKr(_Lycoris, frozen=True, tag="lokr", forbid_unknown_fields=True):
     """One LoKr on one linear layer: the Kronecker product of two matrices, each whole or a product of low rank.
 
     Tensors: ``w1 [a, c]`` or ``w1_a [a, r]`` and ``w1_b [r, c]``; ``w2 [b, d]`` or ``w2_a [b, r]`` and ``w2_b [r, d]``;
     the layer has ``a * b`` outputs and ``c * d`` inputs.
 
     Attributes:
-        scaling: factor of the update.
         is_w1_whole, is_w2_whole: which tensors there are.
-        rank_dropout: probability that an output of the update is left out, 0.0 outside of training.
         scales_dropout: whether the outputs that stay grow accordingly.
-        cast_input: whether the layer's input is cast to the dtype of the update.
     """
 
-    scaling: float
     is_w1_whole: bool = True
     is_w2_whole: bool = False
-    rank_dropout: Probability = 0.0
     scales_dropout: bool = False
-    cast_input: bool = True
-
-    @property
-    def is_random(self) -> bool:
-        return self.rank_dropout > 0
 
     @property
     def tensor_names(self) -> tuple[str, ...]:

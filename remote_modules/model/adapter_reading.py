@@ -128,42 +128,34 @@ def _read_ia3(block: int, path: str, layer: Any, name: str) -> Read:
 
 def _read_loha(block: int, path: str, layer: Any, name: str) -> Read:
     if name in layer.hada_w1_a:
-        _check_module_dropout(block, path, layer, name)
-        entry = LoHa(
-            block=block,
-            module=path,
-            scaling=float(layer.scaling[name]),
-            rank_dropout=_rank_dropout(layer, name),
-            cast_input=layer.cast_input_dtype_enabled,
-        )
+        entry = LoHa(**_lycoris_fields(block, path, layer, name))
         yield entry, [layer.hada_w1_a[name], layer.hada_w1_b[name], layer.hada_w2_a[name], layer.hada_w2_b[name]]
 
 
 def _read_lokr(block: int, path: str, layer: Any, name: str) -> Read:
     if name not in layer._available_adapters:
         return
-    _check_module_dropout(block, path, layer, name)
     entry = LoKr(
-        block=block,
-        module=path,
-        scaling=float(layer.scaling[name]),
+        **_lycoris_fields(block, path, layer, name),
         is_w1_whole=name in layer.lokr_w1,
         is_w2_whole=name in layer.lokr_w2,
-        rank_dropout=_rank_dropout(layer, name),
         scales_dropout=bool(layer.rank_dropout_scale.get(name)),
-        cast_input=layer.cast_input_dtype_enabled,
     )
     yield entry, [getattr(layer, f"lokr_{tensor}")[name] for tensor in entry.tensor_names]
 
 
-def _rank_dropout(layer: Any, name: str) -> float:
-    return float(layer.rank_dropout[name]) if layer.training else 0.0
-
-
-def _check_module_dropout(block: int, path: str, layer: Any, name: str) -> None:
-    """Locally, parameters of a layer that is left out get no gradient at all, and from a peer they would get zeros."""
+def _lycoris_fields(block: int, path: str, layer: Any, name: str) -> dict[str, Any]:
+    """What LoHa and LoKr share."""
     if layer.training and layer.module_dropout[name]:
+        # locally, parameters of a layer that is left out get no gradient at all, and from a peer they would get zeros
         raise UnsupportedCallError(f"module_dropout at '{path}' of block {block} is not carried to peers; leave it 0")
+    return {
+        "block": block,
+        "module": path,
+        "scaling": float(layer.scaling[name]),
+        "rank_dropout": float(layer.rank_dropout[name]) if layer.training else 0.0,
+        "cast_input": layer.cast_input_dtype_enabled,
+    }
 
 
 def _read_oft(block: int, path: str, layer: Any, name: str) -> Read:
