@@ -41,11 +41,15 @@ def test_generate_streams_text_over_three_peers() -> None:
     assert re.search(r"^12 passes over 0:3 \w{6} => 3:6 \w{6} => 6:8 \w{6}$", output, re.MULTILINE)
 
 
-def test_train_prompt_has_the_losses_of_the_local_model() -> None:
-    steps = re.findall(r"loss ([\d.]+), local [\d.]+, difference ([\d.e+-]+)", run("train_prompt.py", "--steps", "3"))
-    assert len(steps) == 3
-    assert all(float(difference) < 1e-4 for _, difference in steps)
-    assert float(steps[-1][0]) < float(steps[0][0])
+def test_train_prompt_learns_and_has_the_numbers_of_the_local_model() -> None:
+    options = ("--steps", "4", "--validation", "8")
+    remote = run("train_prompt.py", *options)
+    found = re.findall(
+        r"^(\w+ ?\w*), \d+ parameters: perplexity ([\d.]+) before, ([\d.]+) after$", remote, re.MULTILINE
+    )
+    assert [kind for kind, _, _ in found] == ["prompt", "deep prompt"]
+    assert all(float(after) < float(before) for _, before, after in found)
+    assert remote == run("train_prompt.py", *options, "--local")
 
 
 def test_local_swarm_survives_a_killed_peer() -> None:
