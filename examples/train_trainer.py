@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from licence_texts import licence_texts, windows
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from remote_modules import ClientConfig, RemoteModulesTrainerCallback, load
 from remote_modules.model.checkpoint import built_in_path
@@ -86,6 +93,7 @@ def main() -> None:
         torch.manual_seed(0)
         model = get_peft_model(base, lora)
         trainer = trainer_of(model, tokenizer, options, folder)
+        trainer.remove_callback(PrinterCallback)  # it prints each log as a dict of 30 entries; some of them are below
         RemoteModulesTrainerCallback().add_to(trainer)
         trainer.add_callback(KillPeer(swarm, options.steps // 2))
         trainer.train()

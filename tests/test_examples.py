@@ -42,7 +42,7 @@ def test_generate_streams_text_over_three_peers() -> None:
 
 
 def test_train_prompt_learns_and_has_the_numbers_of_the_local_model() -> None:
-    options = ("--steps", "4", "--validation", "8")
+    options = ("--steps", "4", "--validation", "8", "--rate", "0.03")
     remote = run("train_prompt.py", *options)
     found = re.findall(
         r"^(\w+ ?\w*), \d+ parameters: perplexity ([\d.]+) before, ([\d.]+) after$", remote, re.MULTILINE
