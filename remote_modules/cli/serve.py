@@ -129,6 +129,17 @@ def serve(
             rich_help_panel=LIMITS,
         ),
     ] = None,
+    activation_gib: Annotated[
+        float | None,
+        typer.Option(
+            "--activation-gib",
+            "--activation-budget",
+            min=0.0,
+            metavar="GIB",
+            help="Memory for graphs kept for backwards; 0: none. [dim]Default: a quarter of what is free.[/dim]",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None,
     num_threads: Annotated[
         int | None,
         typer.Option("--threads", "--num-threads", min=1, metavar="N", help="CPU threads.", rich_help_panel=LIMITS),
@@ -202,7 +213,8 @@ def serve(
         cache_dir=None if cache_dir is None else str(cache_dir),
         token=token,
         identity_path=identity,
-        kv_budget_bytes=None if kv_gib is None else int(kv_gib * 2**30),
+        kv_budget_bytes=_bytes_of(kv_gib),
+        activation_budget_bytes=_bytes_of(activation_gib),
         max_batch_tokens=max_batch_tokens,
         max_sessions=max_sessions,
         max_queue=max_queue,
@@ -214,6 +226,10 @@ def serve(
         num_threads=num_threads,
     )
     _run(config, sources, as_json=as_json)
+
+
+def _bytes_of(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * 2**30)
 
 
 def _run(config: ServerConfig, sources: Sources, *, as_json: bool) -> None:

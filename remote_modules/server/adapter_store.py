@@ -122,13 +122,8 @@ class AdapterStore:
         if call.adapter_parts:
             return await self._take(call, tensors, blocks, connection_id)
         if tensors.adapter is not None:
-            adapter = _read_whole(tensors, blocks)
-            self._hold(f"{connection_id} {call.adapter}", content_of(adapter), adapter, connection_id)
-            self._count(tensors)
-            return adapter
-        name_part = call.adapter.encode()
-        if (coming := self._arriving.get(name_part)) is not None:
-            await asyncio.shield(coming)
+            return await self._take_whole(call, tensors, blocks, connection_id)
+        await self._arrival({call.adapter.encode(), _private(connection_id, call.adapter).encode()})
         return self._use(call.adapter, connection_id)
 
     def forget(self, connection_id: int) -> None:
@@ -152,7 +147,7 @@ class AdapterStore:
         if (preloaded := self._preloaded.get(name)) is not None:
             return preloaded
         is_public = name in self._held and " " not in name
-        key = name if is_public else f"{connection_id} {name}"
+        key = name if is_public else _private(connection_id, name)
         held = self._held.get(key)
         if held is None:
             refuse(MISSING, RefusalReason.ADAPTER_MISSING)
@@ -163,6 +158,23 @@ class AdapterStore:
         self._held.move_to_end(key)
         return held.adapter
 
+    async def _arrival(self, keys: set[bytes]) -> None:
+        """Wait for what is being verified."""
+        while coming := [self._arriving[key] for key in keys if key in self._arriving]:
+            await asyncio.wait(coming)
+
+    async def _take_whole(
+        self, call: CallMeta, tensors: RequestTensors, blocks: Mapping[int, nn.Module], connection_id: int
+    ) -> Adapter:
+        """As clients before 1.3 send it."""
+        name = _private(connection_id, call.adapter)
+        await self._arrival({name.encode()})
+        num_bytes = _size(tensors.adapter_tensors.values())
+        content, adapter = await self._verified(num_bytes, {name.encode()}, lambda: _read_whole(tensors, blocks))
+        self._hold(name, content, adapter, connection_id)
+        self._count(tensors)
+        return adapter
+
     async def _take(
         self, call: CallMeta, tensors: RequestTensors, blocks: Mapping[int, nn.Module], connection_id: int
     ) -> Adapter:
@@ -170,8 +182,7 @@ class AdapterStore:
         if tensors.adapter is not None or content_name(parts) != call.adapter:
             refuse("adapter is not usable: its name is not that of its parts")
         keys = {*parts, call.adapter.encode()}
-        while coming := [self._arriving[key] for key in keys if key in self._arriving]:
-            await asyncio.wait(coming)
+        await self._arrival(keys)
         if not tensors.adapter_tensors and (call.adapter in self._held or call.adapter in self._preloaded):
             return self._use(call.adapter, connection_id)
         brought = _brought(parts, tensors)
@@ -182,7 +193,8 @@ class AdapterStore:
         if num_bytes > self._max_bytes:
             text = f"the adapter has {num_bytes} bytes, this peer keeps {self._max_bytes} at most"
             refuse(text, RefusalReason.OUT_OF_MEMORY)
-        content, adapter = await self._verified(num_bytes, call, brought, known, blocks)
+        keys = {*brought, call.adapter.encode()}
+        content, adapter = await self._verified(num_bytes, keys, lambda: _verify(parts, brought, known, blocks))
         self._hold(call.adapter, content, adapter, connection_id)
         self._count(tensors)
         return adapter
@@ -193,22 +205,10 @@ class AdapterStore:
         held = self._parts.get(part)
         return None if held is None else held.tensor
 
-    async def _verified(
-        self,
-        num_bytes: int,
-        call: CallMeta,
-        brought: dict[bytes, torch.Tensor],
-        known: dict[bytes, torch.Tensor],
-        blocks: Mapping[int, nn.Module],
-    ) -> Found:
-        """Requests that name something of it meanwhile wait, as it is there as soon as it was received."""
-
-        def verify() -> Found:
-            return _verify(call.adapter_parts, brought, known, blocks)
-
+    async def _verified(self, num_bytes: int, keys: set[bytes], verify: Callable[[], Found]) -> Found:
+        """Requests that name one of ``keys`` meanwhile wait, as it is there as soon as it was received."""
         if self._offload is None or num_bytes < OFFLOAD_BYTES:
             return verify()
-        keys = {*brought, call.adapter.encode()}
         arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._arriving.update(dict.fromkeys(keys, arrived))
         try:
@@ -269,6 +269,11 @@ class AdapterStore:
                 self.num_bytes -= found.tensor.nbytes
 
 
+def _private(connection_id: int, name: str) -> str:
+    """The name of what holds for one connection only."""
+    return f"{connection_id} {name}"
+
+
 def _settle(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
@@ -306,7 +311,7 @@ def _verify(
     return content, adapter
 
 
-def _read_whole(tensors: RequestTensors, blocks: Mapping[int, nn.Module]) -> Adapter:
+def _read_whole(tensors: RequestTensors, blocks: Mapping[int, nn.Module]) -> Found:
     """As clients before 1.3 send it."""
     assert tensors.adapter is not None
     try:
@@ -319,4 +324,4 @@ def _read_whole(tensors: RequestTensors, blocks: Mapping[int, nn.Module]) -> Ada
         check_fit(blocks, adapter)
     except (RemoteProtocolError, UnsupportedCallError) as exc:
         refuse(f"adapter is not usable: {first_line(exc)}")
-    return adapter
+    return content_of(adapter), adapter

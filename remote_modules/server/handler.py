@@ -43,6 +43,7 @@ from remote_modules.server.limits import HandlerLimits
 from remote_modules.server.served import Served
 from remote_modules.server.sessions import Session, SessionTable
 from remote_modules.server.training import Training
+from remote_modules.server.uploads import Uploads
 from remote_modules.spans import Span
 from remote_modules.wire import messages
 from remote_modules.wire.codecs import CODECS
@@ -108,7 +109,8 @@ class Handler:
         for name, adapter in (preloaded or {}).items():
             self.adapters.preload(adapter, name, device=engine.model.device)
         self.activations = Activations(max_bytes=limits.activation_bytes)
-        self.training = Training(engine, self.activations, run=self._run, clock=clock)
+        uploads = Uploads(engine.model.device, max_bytes=limits.upload_bytes)
+        self.training = Training(engine, self.activations, uploads, run=self._run, clock=clock)
         self._limits = limits
         self._clock = clock
         self._certificate_sha256 = certificate_sha256
@@ -349,10 +351,17 @@ class Handler:
         return reply
 
     async def _run(
-        self, request: AnyRequest, connection_id: int, priority: Priority, work: Callable[[], dict[str, torch.Tensor]]
+        self,
+        request: AnyRequest,
+        connection_id: int,
+        priority: Priority,
+        work: Callable[[], dict[str, torch.Tensor]],
+        on_admitted: Callable[[], object] | None = None,
     ) -> Timed[dict[str, torch.Tensor]]:
         try:
-            return await self.executor.run(priority, work, client=connection_id, timeout_s=request.timeout_s)
+            return await self.executor.run(
+                priority, work, client=connection_id, timeout_s=request.timeout_s, on_admitted=on_admitted
+            )
         except PeerRefused:
             raise
         except UnsupportedCallError as exc:  # this architecture cannot do what is asked, here or anywhere

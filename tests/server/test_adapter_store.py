@@ -364,6 +364,24 @@ def test_adapter_of_an_older_client_that_comes_again_replaces_the_one_before() -
     assert (len(store), store.num_bytes) == (1, BYTES)
 
 
+def test_large_adapter_of_an_older_client_is_verified_elsewhere_while_followers_wait() -> None:
+    verified: list[Found] = []
+
+    async def later(verify: Callable[[], Found]) -> Found:
+        await asyncio.sleep(0)
+        verified.append(verify())
+        return verified[-1]
+
+    async def main() -> None:
+        store = AdapterStore(max_bytes=1 << 30, lease_s=1.0, clock=Clock(), offload=later)
+        large = whole(Lora(1, "wide", 0.5), tensors=[torch.ones(1, OFFLOAD_BYTES // 4), torch.ones(1, 1)])
+        named = Sent(CallMeta(1, 1, adapter="a"), RequestTensors())
+        found = await asyncio.gather(store.of(*large, BLOCKS, 1), store.of(*named, BLOCKS, 1))
+        assert found[0] is found[1] is verified[0][1]
+
+    asyncio.run(main())
+
+
 def without(name: str) -> Sent:
     request = whole()
     request.tensors.adapter_tensors["adapter.9"] = request.tensors.adapter_tensors.pop(name)
