@@ -49,6 +49,7 @@ from remote_modules.wire import messages
 from remote_modules.wire.codecs import CODECS
 from remote_modules.wire.framing import Buffer
 from remote_modules.wire.messages import (
+    AdapterRequest,
     AnyRequest,
     BackwardRequest,
     CacheMeta,
@@ -204,11 +205,15 @@ class Handler:
         model = self.engine.model
         kind = messages.kind_of(request)
         if isinstance(request, ReadRequest):
-            self.num_requests[kind] = self.num_requests.get(kind, 0) + 1
+            self._count(kind)
             meta, parts = await self._copies.read(request)
             return self._reply(request, Timed(parts, 0.0, 0.0), meta)
+        if isinstance(request, AdapterRequest):
+            self._count(kind)
+            await self.adapters.bring(request.parts, decode_tensors(request.tensors, body), connection_id)
+            return self._reply(request, Timed({}, 0.0, 0.0))
         blocks = check_blocks(request, model.span, model.stack)
-        self.num_requests[kind] = self.num_requests.get(kind, 0) + 1
+        self._count(kind)
         if isinstance(request, CopyRequest):
             indices = decode_tensors(request.tensors, body)
             meta = await self._copies.copy(request, indices, connection_id, may_open=not self.is_draining)
@@ -229,6 +234,9 @@ class Handler:
         if isinstance(request, StepRequest):
             return await self._step(request, blocks, tensors, adapter, connection_id)
         return await self._pass(request, blocks, tensors, adapter, connection_id)
+
+    def _count(self, kind: str) -> None:
+        self.num_requests[kind] = self.num_requests.get(kind, 0) + 1
 
     async def _pass(
         self,
@@ -376,7 +384,7 @@ class Handler:
     def _reply(
         self, request: AnyRequest, timed: Timed[dict[str, torch.Tensor]], cache: CacheMeta | None = None
     ) -> Reply:
-        wanted = "" if isinstance(request, CopyRequest | ReadRequest) else request.call.reply_codec
+        wanted = request.call.reply_codec if isinstance(request, messages.Request) else ""
         codec = wanted if wanted in CODECS else ""
         metas, body = encode_tensors(timed.value, codec, self.engine.model.stack.coded)
         output = Output(
