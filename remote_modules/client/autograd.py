@@ -75,14 +75,12 @@ class _RemoteFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         remote, count = plan.remote, len(plan.names)
-        own = [tensor.detach().clone() for tensor in tensors]  # the optimizer may change them before the backward
-        named = dict(zip(plan.names, own, strict=False))
+        named = {name: tensor.detach().clone() for name, tensor in zip(plan.names, tensors, strict=False)}
         past = {name: named[name] for name in remote.call.past}
         sides = {n: t for n, t in named.items() if n not in plan.carried and n not in past}
         call = replace(remote.call, sides=sides, past=past)
-        if call.adapter is not None:
-            adapters = replace(call.adapter.adapters, parameters=tuple(own[count:]))
-            call = replace(call, adapter=replace(call.adapter, adapters=adapters))
+        if call.adapter is not None:  # the optimizer may change it before the backward
+            call = replace(call, adapter=call.adapter.taken(tensors[count:]))
         inputs = {name: tensor for name, tensor in named.items() if name in plan.carried}
         wanted = _wanted(ctx, plan, len(tensors))
         outputs, recorded, ctx.trace = remote.io.run(forward(remote.swarm, remote.blocks, inputs, call, wanted))
