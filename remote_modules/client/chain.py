@@ -78,16 +78,16 @@ class Work(ABC):
     def forget_hop(self, hop: Hop) -> None:  # noqa: B027 - only sessions have something to forget
         """The peer lost the hop's session: build it anew when the hop is done next."""
 
+    @abstractmethod
     def rival(self, hop: Hop) -> Work | None:
         """The next hop's work alone, to be done elsewhere at the same time; None if that cannot be.
 
         It changes nothing of this one, and is given other hops by `replace_hop`.
         """
-        return None
 
+    @abstractmethod
     def adopt(self, hop: Hop, rival: Work) -> None:
         """Take what the rival did for the work of the next hop, which was stopped."""
-        raise NotImplementedError
 
     def discard(self) -> None:  # noqa: B027 - only sessions hold something
         """This rival lost: free what peers hold for it."""
