@@ -28,7 +28,7 @@ from remote_modules.peers import PeerRecord
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
 from remote_modules.wire.framing import Buffer
-from remote_modules.wire.messages import AnyRequest, CallMeta, CloseSession, StepRequest
+from remote_modules.wire.messages import AdapterRequest, AnyRequest, CallMeta, CloseSession, StepRequest
 from remote_modules.wire.tensors import encode_tensors
 
 __all__ = ["Client", "Injector", "Loss", "PlainSession"]
@@ -85,6 +85,8 @@ class Injector:
     async def request(
         self, connection: ClientConnection, message: AnyRequest, body: list[Buffer], timeout_s: float
     ) -> Reply:
+        if isinstance(message, AdapterRequest):
+            return await ClientConnection.request(connection, message, body, timeout_s=timeout_s)
         if self._fails(message.start, is_reply=False):
             await self._cut(connection, message, is_reply=False)
         began_s = time.perf_counter()

@@ -136,7 +136,7 @@ class Killer:
         return reply
 
     def _due(self, kind: str, message: messages.AnyRequest) -> Fault | None:
-        if kind not in self._took_s:
+        if kind not in self._took_s or isinstance(message, messages.AdapterRequest):
             return None
         fits = [f for f in self.due if f.kind == kind and self.step >= f.step and f.span.start == message.start]
         return fits[0] if fits else None

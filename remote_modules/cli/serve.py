@@ -7,6 +7,7 @@ import shlex
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,6 +42,11 @@ BLOCKS = "Blocks"
 LIMITS = "Limits"
 NETWORK = "Network"
 
+_of_blocks = partial(typer.Option, rich_help_panel=BLOCKS)
+_of_limits = partial(typer.Option, rich_help_panel=LIMITS)
+_of_network = partial(typer.Option, rich_help_panel=NETWORK)
+_of_swarm = partial(typer.Option, rich_help_panel=SWARM)
+
 
 def serve(
     model: ModelArgument,
@@ -48,130 +54,99 @@ def serve(
     peers: PeersOption = None,
     mdns: MdnsOption = True,
     blocks: Annotated[
-        str | None,
-        typer.Option(
-            "--blocks",
-            metavar="A:B",
-            help="Span to hold. [dim]Default: what is needed most.[/dim]",
-            rich_help_panel=BLOCKS,
-        ),
+        str | None, _of_blocks("--blocks", metavar="A:B", help="Span to hold. [dim]Default: what is needed most.[/dim]")
     ] = None,
     num_blocks: Annotated[
         int | None,
-        typer.Option(
-            "--num-blocks",
-            min=1,
-            metavar="N",
-            help="How many to hold. [dim]Default: all that fit.[/dim]",
-            rich_help_panel=BLOCKS,
-        ),
+        _of_blocks("--num-blocks", min=1, metavar="N", help="How many to hold. [dim]Default: all that fit.[/dim]"),
     ] = None,
     device: Annotated[
-        str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute.", rich_help_panel=BLOCKS)
+        str, _of_blocks("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")
     ] = DEFAULTS.device,
     dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype",
-            metavar="auto|float32|bfloat16|float16",
-            help="'auto' is the checkpoint's.",
-            rich_help_panel=BLOCKS,
-        ),
+        str, _of_blocks("--dtype", metavar="auto|float32|bfloat16|float16", help="'auto' is the checkpoint's.")
     ] = DEFAULTS.dtype,
     quantization: Annotated[
         str,
-        typer.Option(
+        _of_blocks(
             "--quantization",
             metavar="none|int8|nf4",
             help="Of the weights: 1/2 or 1/4 of bfloat16's memory. Needs pip install 'remote-modules\\[quantization]'.",
-            rich_help_panel=BLOCKS,
         ),
     ] = DEFAULTS.quantization,
     adapters: Annotated[
         list[str] | None,
-        typer.Option(
+        _of_blocks(
             "--adapter",
             metavar="[NAME=]PATH|ID",
             help="A LoRA to offer, as peft saves it: folder or hub id; repeatable.",
-            rich_help_panel=BLOCKS,
         ),
     ] = None,
-    host: Annotated[
-        str, typer.Option("--host", help="Where to listen; 0.0.0.0 for all interfaces.", rich_help_panel=NETWORK)
-    ] = DEFAULTS.host,
+    host: Annotated[str, _of_network("--host", help="Where to listen; 0.0.0.0 for all interfaces.")] = DEFAULTS.host,
     port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, metavar="PORT", help="0: any free one.", rich_help_panel=NETWORK)
+        int, _of_network("--port", min=0, max=65535, metavar="PORT", help="0: any free one.")
     ] = DEFAULTS.port,
     announce: Annotated[
         list[str] | None,
-        typer.Option(
+        _of_network(
             "--announce",
             metavar="HOST:PORT",
             help="What others dial, if not where it listens (port forwarding); up to 4.",
-            rich_help_panel=NETWORK,
         ),
     ] = None,
     identity: Annotated[
         Path | None,
-        typer.Option(
+        _of_network(
             "--identity",
             metavar="PATH",
             help="Key file, made when missing. [dim]Default: a new identity each time.[/dim]",
-            rich_help_panel=NETWORK,
         ),
     ] = None,
     kv_gib: Annotated[
         float | None,
-        typer.Option(
-            "--kv-gib",
+        _of_limits("--kv-gib", metavar="GIB", help="Memory for KV caches. [dim]Default: half of what is free.[/dim]"),
+    ] = None,
+    activation_gib: Annotated[
+        float | None,
+        _of_limits(
+            "--activation-gib",
+            "--activation-budget",
+            min=0.0,
             metavar="GIB",
-            help="Memory for KV caches. [dim]Default: half of what is free.[/dim]",
-            rich_help_panel=LIMITS,
+            help="Memory for graphs kept for backwards; 0: none. [dim]Default: a quarter of what is free.[/dim]",
         ),
     ] = None,
     num_threads: Annotated[
-        int | None,
-        typer.Option("--threads", "--num-threads", min=1, metavar="N", help="CPU threads.", rich_help_panel=LIMITS),
+        int | None, _of_limits("--threads", "--num-threads", min=1, metavar="N", help="CPU threads.")
     ] = None,
     max_batch_tokens: Annotated[
-        int,
-        typer.Option(
-            "--max-batch-tokens", min=1, metavar="N", help="Rows x tokens of one request.", rich_help_panel=LIMITS
-        ),
+        int, _of_limits("--max-batch-tokens", min=1, metavar="N", help="Rows x tokens of one request.")
     ] = DEFAULTS.max_batch_tokens,
     max_sessions: Annotated[
-        int, typer.Option("--max-sessions", min=1, metavar="N", help="Open at once.", rich_help_panel=LIMITS)
+        int, _of_limits("--max-sessions", min=1, metavar="N", help="Open at once.")
     ] = DEFAULTS.max_sessions,
     max_queue: Annotated[
-        int, typer.Option("--max-queue", min=1, metavar="N", help="Requests that may wait.", rich_help_panel=LIMITS)
+        int, _of_limits("--max-queue", min=1, metavar="N", help="Requests that may wait.")
     ] = DEFAULTS.max_queue,
     max_connections: Annotated[
-        int, typer.Option("--max-connections", min=1, metavar="N", help="Open at once.", rich_help_panel=LIMITS)
+        int, _of_limits("--max-connections", min=1, metavar="N", help="Open at once.")
     ] = DEFAULTS.max_connections,
     session_idle_s: Annotated[
-        float,
-        typer.Option(
-            "--session-idle-s", metavar="SECONDS", help="Idle sessions are dropped after this.", rich_help_panel=LIMITS
-        ),
+        float, _of_limits("--session-idle-s", metavar="SECONDS", help="Idle sessions are dropped after this.")
     ] = DEFAULTS.session_idle_s,
     orphan_session_s: Annotated[
-        float,
-        typer.Option(
-            "--orphan-session-s", metavar="SECONDS", help="The same once the client is gone.", rich_help_panel=LIMITS
-        ),
+        float, _of_limits("--orphan-session-s", metavar="SECONDS", help="The same once the client is gone.")
     ] = DEFAULTS.orphan_session_s,
     announce_interval_s: Annotated[
-        float,
-        typer.Option("--announce-interval-s", metavar="SECONDS", help="Between announcements.", rich_help_panel=SWARM),
+        float, _of_swarm("--announce-interval-s", metavar="SECONDS", help="Between announcements.")
     ] = DEFAULTS.announce_interval_s,
     drain_s: Annotated[
         float,
-        typer.Option(
+        _of_limits(
             "--drain-s",
             min=0.0,
             metavar="SECONDS",
             help=f"Longest wait for running sessions on SIGTERM; Ctrl-C waits {MAX_INTERRUPT_DRAIN_S:g} s at most.",
-            rich_help_panel=LIMITS,
         ),
     ] = DEFAULTS.drain_s,
     revision: RevisionOption = None,
@@ -202,7 +177,8 @@ def serve(
         cache_dir=None if cache_dir is None else str(cache_dir),
         token=token,
         identity_path=identity,
-        kv_budget_bytes=None if kv_gib is None else int(kv_gib * 2**30),
+        kv_budget_bytes=_bytes_of(kv_gib),
+        activation_budget_bytes=_bytes_of(activation_gib),
         max_batch_tokens=max_batch_tokens,
         max_sessions=max_sessions,
         max_queue=max_queue,
@@ -214,6 +190,10 @@ def serve(
         num_threads=num_threads,
     )
     _run(config, sources, as_json=as_json)
+
+
+def _bytes_of(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * 2**30)
 
 
 def _run(config: ServerConfig, sources: Sources, *, as_json: bool) -> None:

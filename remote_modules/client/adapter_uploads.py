@@ -19,7 +19,7 @@ import torch
 
 from remote_modules.client.adapters import HopAdapter
 from remote_modules.client.stats import StatsRecorder
-from remote_modules.errors import PeerRefused, RefusalReason
+from remote_modules.errors import LocalProtocolError, PeerRefused, RefusalReason
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.peers import PeerId
 from remote_modules.wire.messages import CallMeta
@@ -29,8 +29,18 @@ __all__ = ["AdapterUploads"]
 MAX_ADAPTERS = 64  # of one peer; of those used before, nothing is known
 MAX_PEERS = 256
 MAX_TRIES = 4
+MAX_OLD_TENSORS = 960  # of the 1,024 that a message had before 1.3; the others are the request's own
+MAX_PARTS_AT_ONCE = 512  # of one message: about 26 KiB of its header
+MAX_BYTES_AT_ONCE = 64 << 20
+MAX_PIECES_WAIT_S = 60.0  # for an adapter that takes several messages
 
 Named = dict[str, torch.Tensor]
+
+
+class Bring(Protocol):
+    """Sends parts of an adapter, by their digests, ahead of the request that names them."""
+
+    async def __call__(self, parts: dict[bytes, torch.Tensor]) -> None: ...
 
 
 class Send(Protocol):
@@ -41,9 +51,9 @@ class Send(Protocol):
 
 @dataclass(eq=False)
 class _Upload:
-    """One request that brings something."""
+    """One request that brings something; over several messages, without a ``connection`` that keeps their order."""
 
-    connection: ClientConnection
+    connection: ClientConnection | None
     parts: tuple[bytes, ...]
     ended: asyncio.Future[None]
 
@@ -71,12 +81,14 @@ class _Peer:
         others = {upload for upload in found if upload is not None and upload.connection is not connection}
         if not others:
             return
+        if any(upload.connection is None for upload in others):
+            max_wait_s = max(max_wait_s, MAX_PIECES_WAIT_S)
         await asyncio.wait([upload.ended for upload in others], timeout=max_wait_s)
         for part in parts:
             if self._coming.get(part) in others:
                 del self._coming[part]
 
-    def begin(self, connection: ClientConnection, parts: Sequence[bytes]) -> _Upload:
+    def begin(self, connection: ClientConnection | None, parts: Sequence[bytes]) -> _Upload:
         upload = _Upload(connection, tuple(parts), asyncio.get_running_loop().create_future())
         self._coming.update(dict.fromkeys(parts, upload))
         return upload
@@ -122,11 +134,14 @@ class AdapterUploads:
         self._peers: OrderedDict[PeerId, _Peer] = OrderedDict()
         self._old_peers: WeakKeyDictionary[ClientConnection, _Peer] = WeakKeyDictionary()
 
-    async def send(self, connection: ClientConnection, adapter: HopAdapter, call: CallMeta, send: Send) -> Named:
-        """Send a request with what the peer lacks of ``adapter``.
+    async def send(
+        self, connection: ClientConnection, adapter: HopAdapter, call: CallMeta, send: Send, bring: Bring
+    ) -> Named:
+        """Send a request with what the peer lacks of ``adapter``; what is too much for one message is brought before.
 
         Raises:
-            PeerError: what ``send`` raised; ``adapter_missing`` only after some tries.
+            PeerError: what ``send`` or ``bring`` raised; ``adapter_missing`` only after some tries.
+            LocalProtocolError: the peer speaks less than 1.3, and the adapter has more tensors than it takes.
         """
         peer = self._peer(connection)
         parts = self._parts(connection, adapter)
@@ -136,8 +151,12 @@ class AdapterUploads:
             asks = number == 1 and len(lacks) == len(set(parts)) and self._may_have(connection, call)
             changed, brought = self._changes(connection, adapter, call, set(lacks), only_asks=asks)
             lacks = [] if asks else lacks
-            num_losses, upload = peer.num_losses, peer.begin(connection, lacks)
+            pieces = _pieces(changed.adapter_parts, brought)
+            num_losses, upload = peer.num_losses, peer.begin(None if pieces else connection, lacks)
             try:
+                for piece in pieces:
+                    await bring(piece)
+                    brought = {}
                 replies = await send(changed, brought, is_first=number == 1)
             except PeerRefused as exc:
                 is_missing = exc.reason is RefusalReason.ADAPTER_MISSING and adapter.content is not None
@@ -189,7 +208,26 @@ class AdapterUploads:
                         brought[f"adapter.{number}"] = tensor
             else:
                 brought = adapter.whole()
+                if len(brought) > MAX_OLD_TENSORS:
+                    text = f"the adapter has {len(brought)} tensors for one peer, which speaks a protocol before 1.3"
+                    raise LocalProtocolError(f"{text} and takes {MAX_OLD_TENSORS}; update the peer")
         if brought:
             self._stats.adapters_sent += 1
             self._stats.adapter_bytes += sum(tensor.nbytes for tensor in brought.values())
         return msgspec.structs.replace(call, **changes), brought
+
+
+def _pieces(parts: Sequence[bytes], brought: Named) -> list[dict[bytes, torch.Tensor]]:
+    """What comes in messages of its own, each within its bounds; none where the request itself can bring it."""
+    num_bytes = sum(tensor.nbytes for tensor in brought.values())
+    if not parts or (len(brought) <= MAX_PARTS_AT_ONCE and num_bytes <= MAX_BYTES_AT_ONCE):
+        return []
+    pieces: list[dict[bytes, torch.Tensor]] = []
+    num_bytes = 0
+    for name, tensor in brought.items():
+        if not pieces or len(pieces[-1]) == MAX_PARTS_AT_ONCE or num_bytes + tensor.nbytes > MAX_BYTES_AT_ONCE:
+            pieces.append({})
+            num_bytes = 0
+        pieces[-1][parts[int(name.removeprefix("adapter."))]] = tensor
+        num_bytes += tensor.nbytes
+    return pieces

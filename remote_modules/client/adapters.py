@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from remote_modules.client.adapter_snapshots import Snapshots
 from remote_modules.model.adapter_content import AdapterContent, content_of
 from remote_modules.model.adapter_entries import Entry
 from remote_modules.model.adapter_reading import collect
@@ -54,17 +55,27 @@ class CallAdapter:
         adapters: with tensors on the CPU.
         seed: of their dropout, or None.
         offered: ``name@digest`` of one that peers offer, in the place of all that; or "".
+        snapshots: of the tensors, from call to call.
+        digests: of tensors of ``adapters`` that are known, by the ``id`` of each; others are computed when needed.
     """
 
     adapters: AdapterSet
     seed: int | None = None
     offered: str = ""
+    snapshots: Snapshots = field(default_factory=Snapshots)
+    digests: dict[int, bytes] = field(default_factory=dict)
     _parts: dict[Span, HopAdapter | None] = field(default_factory=dict, init=False)
-    _digests: dict[int, bytes] = field(default_factory=dict, init=False)
 
     @classmethod
     def named(cls, offered: str) -> CallAdapter:
         return cls(AdapterSet((), ()), offered=offered)
+
+    def taken(self, parameters: Sequence[torch.Tensor]) -> CallAdapter:
+        """The same with what ``parameters`` hold now, in the place of its own, and hashed. On the caller's thread."""
+        found = self.snapshots.take(parameters)
+        adapters = replace(self.adapters, parameters=tuple(snapshot.tensor for snapshot in found))
+        digests = {id(snapshot.tensor): snapshot.digest for snapshot in found}
+        return replace(self, adapters=adapters, digests=digests)
 
     def part(self, blocks: Span) -> HopAdapter | None:
         """What the hop with these ``blocks`` needs; None if they have none."""
@@ -79,7 +90,7 @@ class CallAdapter:
         if part is None:
             return None
         number_of = {id(parameter): number for number, parameter in enumerate(self.adapters.parameters)}
-        content = content_of(part, self._digests)
+        content = content_of(part, self.digests)
         tensors = {f"adapter.{n}": tensor.detach().to("cpu").contiguous() for n, tensor in enumerate(part.parameters)}
         positions = tuple(number_of[id(parameter)] for parameter in part.parameters)
         return HopAdapter(content.name, tensors, positions, content)
@@ -110,9 +121,12 @@ class AdapterWatch:
         self._seen = -1
         self._has_any = False
         self._last: tuple[Any, CallAdapter] | None = None
+        self._snapshots = Snapshots()
 
     def read(self, blocks_now: Callable[[], Mapping[int, nn.Module]]) -> CallAdapter | None:
         """The active adapters now; ``blocks_now`` is asked only while there can be some.
+
+        A write through ``.data`` alone is seen by passes, which take the tensors again, and by no step of a session.
 
         Raises:
             UnsupportedCallError: one that is not carried.
@@ -128,5 +142,8 @@ class AdapterWatch:
         version = (found.entries, found.version)
         if self._last is None or self._last[0] != version or found.has_dropout:
             seed = secrets.randbits(48) if found.has_dropout else None
-            self._last = (version, CallAdapter(found, seed))
+            taken = self._snapshots.take(found.parameters)  # hashed here, on the caller's thread
+            known = zip(found.parameters, taken, strict=True)
+            digests = {id(parameter): snapshot.digest for parameter, snapshot in known}
+            self._last = (version, CallAdapter(found, seed, snapshots=self._snapshots, digests=digests))
         return self._last[1]

@@ -7,14 +7,16 @@ failure-free run.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from remote_modules.client.call import CallArguments, Named
-from remote_modules.client.passes import Wanted, backward, forward
+from remote_modules.client.passes import Segment, Wanted, backward, forward, release
 from remote_modules.client.swarm import Swarm
 from remote_modules.errors import UnsupportedCallError
 from remote_modules.net.loop import LoopThread
@@ -73,16 +75,17 @@ class _RemoteFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         remote, count = plan.remote, len(plan.names)
-        own = [tensor.detach().clone() for tensor in tensors]  # the optimizer may change them before the backward
-        named = dict(zip(plan.names, own, strict=False))
+        named = {name: tensor.detach().clone() for name, tensor in zip(plan.names, tensors, strict=False)}
         past = {name: named[name] for name in remote.call.past}
         sides = {n: t for n, t in named.items() if n not in plan.carried and n not in past}
         call = replace(remote.call, sides=sides, past=past)
-        if call.adapter is not None:
-            adapters = replace(call.adapter.adapters, parameters=tuple(own[count:]))
-            call = replace(call, adapter=replace(call.adapter, adapters=adapters))
+        if call.adapter is not None:  # the optimizer may change it before the backward
+            call = replace(call, adapter=call.adapter.taken(tensors[count:]))
         inputs = {name: tensor for name, tensor in named.items() if name in plan.carried}
-        outputs, recorded, ctx.trace = remote.io.run(forward(remote.swarm, remote.blocks, inputs, call))
+        wanted = _wanted(ctx, plan, len(tensors))
+        outputs, recorded, ctx.trace = remote.io.run(forward(remote.swarm, remote.blocks, inputs, call, wanted))
+        if ctx.trace.is_kept:  # this graph may be dropped without a backward
+            weakref.finalize(ctx.trace, _release, remote.io, ctx.trace.segments).atexit = False
         outputs = outputs | recorded
         plan.outputs = tuple(outputs)
         ctx.plan, ctx.num_tensors = plan, len(tensors)
@@ -110,12 +113,23 @@ class _RemoteFunction(torch.autograd.Function):
                 grads[name] = torch.zeros(shape, dtype=dtype)
         remote, count = plan.remote, len(plan.names)
         numbers = range(ctx.num_tensors - count)
-        needs = ctx.needs_input_grad[1:]  # the first is the plan
-        names = frozenset(name for name, is_needed in zip(plan.names, needs, strict=False) if is_needed)
-        wanted = Wanted(names, frozenset(number for number in numbers if needs[count + number]))
+        wanted = _wanted(ctx, plan, ctx.num_tensors)
         found, of_adapters = remote.io.run(backward(remote.swarm, ctx.trace, grads, wanted))
-        own = (found.get(name) if name in names else None for name in plan.names)
+        own = (found.get(name) if name in wanted.names else None for name in plan.names)
         return (*own, *(of_adapters.get(number) if number in wanted.adapters else None for number in numbers))
+
+
+def _wanted(ctx: Any, plan: _Plan, num_tensors: int) -> Wanted:
+    """What gradients are asked for: in the forward, the most that may be."""
+    count, needs = len(plan.names), ctx.needs_input_grad[1:]  # the first is the plan
+    names = frozenset(name for name, is_needed in zip(plan.names, needs, strict=False) if is_needed)
+    return Wanted(names, frozenset(number for number in range(num_tensors - count) if needs[count + number]))
+
+
+def _release(io: LoopThread, segments: Sequence[Sequence[Segment]]) -> None:
+    """The graph is gone, on whatever thread: peers need not keep theirs."""
+    if any(segment.kept is not None for own in segments for segment in own):
+        io.call_soon(partial(release, segments))
 
 
 class _NoBackward(torch.autograd.Function):

@@ -21,6 +21,7 @@ from functools import partial
 from typing import TypeVar
 
 import msgspec
+import torch
 
 from remote_modules.client.adapters import HopAdapter
 from remote_modules.client.answers import AnswerChecker
@@ -44,8 +45,8 @@ from remote_modules.peers import short_id
 from remote_modules.plan.recovery import Failure, GiveUp, Recovery, Replay, Reroute, failure_of
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
-from remote_modules.wire.messages import CallMeta, Output, Request
-from remote_modules.wire.tensors import body_bytes
+from remote_modules.wire.messages import AdapterRequest, CallMeta, Output, Request
+from remote_modules.wire.tensors import body_bytes, encode_tensors
 
 __all__ = ["Chain", "Work"]
 
@@ -77,16 +78,16 @@ class Work(ABC):
     def forget_hop(self, hop: Hop) -> None:  # noqa: B027 - only sessions have something to forget
         """The peer lost the hop's session: build it anew when the hop is done next."""
 
+    @abstractmethod
     def rival(self, hop: Hop) -> Work | None:
         """The next hop's work alone, to be done elsewhere at the same time; None if that cannot be.
 
         It changes nothing of this one, and is given other hops by `replace_hop`.
         """
-        return None
 
+    @abstractmethod
     def adopt(self, hop: Hop, rival: Work) -> None:
         """Take what the rival did for the work of the next hop, which was stopped."""
-        raise NotImplementedError
 
     def discard(self) -> None:  # noqa: B027 - only sessions hold something
         """This rival lost: free what peers hold for it."""
@@ -234,7 +235,17 @@ class Chain:
             changed = msgspec.structs.replace(message, call=call, request_id=request_id)
             return await self._request(hop, kind, changed, {**tensors, **brought}, connection)
 
-        return await self.swarm.uploads.send(connection, adapter, message.call, send)
+        return await self.swarm.uploads.send(connection, adapter, message.call, send, partial(self._bring, connection))
+
+    async def _bring(self, connection: ClientConnection, parts: dict[bytes, torch.Tensor]) -> None:
+        swarm = self.swarm
+        metas, body = encode_tensors({f"adapter.{number}": tensor for number, tensor in enumerate(parts.values())})
+        timeout_s = min(swarm.config.copy_timeout_s, max(0.1, self.recovery.deadline_s - swarm.clock()))
+        message = AdapterRequest(connection.new_request_id(), metas, timeout_s, tuple(parts))
+        try:
+            await connection.request(message, body, timeout_s=timeout_s)
+        finally:
+            swarm.count_bytes(connection)
 
     async def _request(
         self, hop: Hop, kind: str, message: Request, tensors: Named, connection: ClientConnection

@@ -20,12 +20,13 @@ from remote_modules.client.microbatches import Microbatch, NotCutError, cut, cut
 from remote_modules.client.pipeline import Pipeline
 from remote_modules.client.swarm import Swarm
 from remote_modules.errors import PeerRefused, RefusalReason
+from remote_modules.model.stack import StackSpec
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
 from remote_modules.wire.messages import BackwardRequest, ForwardRequest
 
-__all__ = ["Segment", "Trace", "Wanted", "backward", "forward"]
+__all__ = ["Segment", "Trace", "Wanted", "backward", "forward", "release"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,16 @@ class Segment:
 
     def take_kept(self, connection: ClientConnection) -> int | None:
         """The id of the forward whose graph the peer keeps, for the one backward that may use it."""
+        if self.kept is not None and self.kept[0] is not connection:
+            self.release()
         kept, self.kept = self.kept, None
-        return kept[1] if kept is not None and kept[0] is connection else None
+        return None if kept is None else kept[1]
+
+    def release(self) -> None:
+        """No backward will come here: the peer need not keep the graph until its lease ends."""
+        kept, self.kept = self.kept, None
+        if kept is not None:
+            kept[0].release_graph(kept[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +69,16 @@ class Wanted:
     names: frozenset[str]
     adapters: frozenset[int]
 
+    def has_own(self, call: CallArguments, stack: StackSpec, span: Span) -> bool:
+        """Whether anything that the blocks of ``span`` take for themselves is wanted."""
+        own = call.sides_of(stack, span) | call.past_of(stack, span)
+        if self.names & own.keys():
+            return True
+        adapter = call.adapter_of(span)
+        return adapter is not None and bool(self.adapters & set(adapter.positions))
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)  # not slots: weakly referenced
 class Trace:
     """What a forward did: the microbatches, and the segments of each."""
 
@@ -77,21 +94,30 @@ class Trace:
         if wanted is None or wanted.names & part.inputs.keys():
             return segments
         for index, segment in enumerate(segments):
-            adapter = part.call.adapter_of(segment.hop.span)
-            own = part.call.sides_of(swarm.stack, segment.hop.span) | part.call.past_of(swarm.stack, segment.hop.span)
-            if wanted.names & own.keys() or (adapter is not None and wanted.adapters & set(adapter.positions)):
+            if wanted.has_own(part.call, swarm.stack, segment.hop.span):
                 return segments[index:]
         return segments
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether a peer keeps anything of it."""
+        return any(segment.kept is not None for segments in self.segments for segment in segments)
 
 
 class _Forward(Work):
     """A forward; keeps each hop's inputs for the backward.
 
+    Args:
+        wanted: what a backward may be asked for; None for all.
+
     Attributes:
-        keeps: whether peers may keep their graphs, as the backward will come to them.
+        keeps: whether peers may keep their graphs, as the backward will come to them: not before the first hop that
+            has something wanted.
     """
 
-    def __init__(self, hops: Sequence[Hop], inputs: Named, call: CallArguments, demand: Demand) -> None:
+    def __init__(
+        self, hops: Sequence[Hop], inputs: Named, call: CallArguments, demand: Demand, wanted: Wanted | None = None
+    ) -> None:
         self.hops = list(hops)
         self.demand = demand
         self.segments: list[Segment] = []
@@ -99,13 +125,16 @@ class _Forward(Work):
         self.recorded: Named = {}
         self.keeps = call.with_grad
         self._call = call
+        self._wanted = None if wanted is None or wanted.names & inputs.keys() else wanted
 
     async def do_hop(self, hop: Hop, chain: Chain) -> None:
         connection = await chain.connect(hop, "bulk", self.demand)
         inputs = self.outputs
+        if self._wanted is not None and self._wanted.has_own(self._call, chain.swarm.stack, hop.span):
+            self._wanted = None
         adapter, meta = self._call.adapter_of(hop.span), self._call.meta()
         request_id = connection.new_request_id()
-        keep_s = chain.swarm.config.retain_activations_s if self.keeps else 0.0
+        keep_s = chain.swarm.config.retain_activations_s if self.keeps and self._wanted is None else 0.0
         message = ForwardRequest(request_id, hop.span.start, hop.span.end, (), 0.0, meta, keep_s)
         tensors = {**inputs, **self._call.owner_tensors(), **_own_inputs(self._call, chain, hop)}
         replies = await chain.request(hop, "forward", message, tensors, connection, adapter)
@@ -200,6 +229,7 @@ class _Backward(Work):
         again = _Forward(hops[:-1], self._segments[0].inputs, self._call, self.demand)
         again.keeps = False
         await chain.drive(again)
+        self._segments[0].release()
         segments = [*again.segments, Segment(hops[-1], again.outputs)]
         self._segments[:1] = segments[::-1]
         self.hops[:1] = [segment.hop for segment in segments[::-1]]
@@ -214,10 +244,17 @@ class _Backward(Work):
         for name, grad in rival.side_grads.items():
             self._add_side_grad(name, grad)
         self.hops.pop(0)
-        self._segments.pop(0)
+        self._segments.pop(0).release()
 
     def _add_side_grad(self, name: str, grad: torch.Tensor) -> None:
         self.side_grads[name] = self.side_grads[name] + grad if name in self.side_grads else grad
+
+
+def release(segments: Sequence[Sequence[Segment]]) -> None:
+    """No backward will come for these, or no other: let peers drop what they keep. On the event loop."""
+    for own in segments:
+        for segment in own:
+            segment.release()
 
 
 def _own_inputs(call: CallArguments, chain: Chain, hop: Hop) -> Named:
@@ -226,33 +263,46 @@ def _own_inputs(call: CallArguments, chain: Chain, hop: Hop) -> Named:
     return call.sides_of(stack, hop.span) | call.past_of(stack, hop.span)
 
 
-async def forward(swarm: Swarm, blocks: Span, inputs: Named, call: CallArguments) -> tuple[Named, Named, Trace]:
+async def forward(
+    swarm: Swarm, blocks: Span, inputs: Named, call: CallArguments, wanted: Wanted | None = None
+) -> tuple[Named, Named, Trace]:
     """Run ``inputs`` (CPU) through ``blocks``; outputs, what was recorded, and what `backward` needs.
+
+    Args:
+        wanted: the most that a backward will be asked for; None for all.
 
     Raises:
         PeerError, NoRouteError: see `Chain.drive`.
     """
     parts = cut(swarm.stack, blocks, inputs, call, swarm.config)
     try:
-        return await _forward(swarm, blocks, parts)
+        return await _forward(swarm, blocks, parts, wanted)
     except NotCutError as exc:
         logger.info("the batch is run in one piece: %s", exc)
-        return await _forward(swarm, blocks, whole(inputs, call))
+        return await _forward(swarm, blocks, whole(inputs, call), wanted)
 
 
-async def _forward(swarm: Swarm, blocks: Span, parts: Sequence[Microbatch]) -> tuple[Named, Named, Trace]:
+async def _forward(
+    swarm: Swarm, blocks: Span, parts: Sequence[Microbatch], wanted: Wanted | None
+) -> tuple[Named, Named, Trace]:
     demand = demand_of(parts[0].inputs, parts[0].call, kv_tokens=0)
     pipeline = await Pipeline.plan(swarm, blocks, demand, len(parts))
+    begun: list[_Forward] = []
 
     async def do(number: int) -> _Forward:
         part, chain = parts[number], pipeline.begin()
-        work = _Forward(await pipeline.route(number, chain), part.inputs, part.call, demand)
+        work = _Forward(await pipeline.route(number, chain), part.inputs, part.call, demand, wanted)
+        begun.append(work)
         await chain.drive(work)
         return work
 
-    works = await pipeline.run(do)
-    outputs = join(swarm.stack, [work.outputs for work in works], parts)
-    recorded = join(swarm.stack, [work.recorded for work in works], parts)
+    try:
+        works = await pipeline.run(do)
+        outputs = join(swarm.stack, [work.outputs for work in works], parts)
+        recorded = join(swarm.stack, [work.recorded for work in works], parts)
+    except BaseException:  # cancelled as well: nobody will come for what peers keep
+        release([work.segments for work in begun])
+        raise
     trace = Trace(parts, [work.segments for work in works])
     pipeline.finish(trace.route(0))
     return outputs, recorded, trace
@@ -275,6 +325,8 @@ async def backward(
     parts, stack = trace.microbatches, swarm.stack
     num_rows = parts[-1].rows.stop
     needed = [trace.needed(number, swarm, wanted) for number in range(len(parts))]
+    pairs = zip(trace.segments, needed, strict=True)
+    release([segments[: len(segments) - len(own)] for segments, own in pairs])
     demand = demand_of(
         cut_grads(stack, grads, num_rows, parts[0].rows) if len(parts) > 1 else grads, parts[0].call, kv_tokens=0
     )

@@ -166,9 +166,17 @@ class ClientConnection(Connection):
 
     def _expire(self, answer: asyncio.Future[MessageReceived], message: messages.AnyRequest, timeout_s: float) -> None:
         if not answer.done():
-            text = f"a {messages.kind_of(message)} of blocks {message.start}:{message.end} within {timeout_s:.1f} s"
+            what = "an adapter"
+            if not isinstance(message, messages.AdapterRequest):
+                what = f"a {messages.kind_of(message)} of blocks {message.start}:{message.end}"
+            text = f"{what} within {timeout_s:.1f} s"
             error = PeerTimeout(f"peer '{short_id(self.peer_id)}' did not answer {text}", peer_id=self.peer_id)
             answer.set_exception(error)
+
+    def release_graph(self, request_id: int) -> None:
+        """No backward will come for this forward, whose graph the peer keeps."""
+        if self.is_open:
+            self.send(messages.ReleaseGraph(request_id))
 
     def _read_reply(self, event: MessageReceived) -> Reply:
         reply = event.message
@@ -201,6 +209,8 @@ class ClientConnection(Connection):
                 answer = self._answers.pop(request_id, None)
                 if answer is not None and not answer.done():  # else cancelled or timed out: late, ignored
                     answer.set_result(event)
+                elif isinstance(event.message, Output) and event.message.is_kept:
+                    self.release_graph(request_id)
             case messages.Ping(nonce):
                 self.send(messages.Pong(nonce))
             case messages.Pong(_, load):

@@ -67,7 +67,7 @@ class Activations:
     def keep(self, connection_id: int, request_id: int, graph: Graph, *, lease_s: float, now_s: float) -> bool:
         """Keep ``graph`` for at most ``lease_s``; whether there was room."""
         self._token_bytes = graph.num_bytes / max(1, graph.num_tokens * len(graph.blocks))
-        self._drop(connection_id, request_id)
+        self.drop(connection_id, request_id)
         if not self._make_room(connection_id, graph.num_bytes):
             return False
         if len(self._kept.get(connection_id, ())) >= MAX_GRAPHS:
@@ -85,6 +85,12 @@ class Activations:
             self._kept.pop(connection_id, None)
         return None if kept is None else kept.graph
 
+    def drop(self, connection_id: int, request_id: int) -> None:
+        """No backward will ask for the graph of this forward, if it is kept at all."""
+        graph = self.take(connection_id, request_id)
+        if graph is not None:
+            self.release(graph)
+
     def release(self, graph: Graph) -> None:
         """The backward of a graph that was taken is over."""
         self.used_bytes -= graph.num_bytes
@@ -93,12 +99,12 @@ class Activations:
         """Drop those whose lease is over."""
         for connection_id, own in list(self._kept.items()):
             for request_id in [request_id for request_id, kept in own.items() if now_s >= kept.expires_s]:
-                self._drop(connection_id, request_id)
+                self.drop(connection_id, request_id)
 
     def forget(self, connection_id: int) -> None:
         """The connection is lost."""
         for request_id in list(self._kept.get(connection_id, ())):
-            self._drop(connection_id, request_id)
+            self.drop(connection_id, request_id)
 
     def clear(self) -> int:
         """Drop all; how many."""
@@ -130,9 +136,4 @@ class Activations:
         return sum(kept.graph.num_bytes for kept in self._kept[connection_id].values())
 
     def _drop_oldest(self, connection_id: int) -> None:
-        self._drop(connection_id, next(iter(self._kept[connection_id])))
-
-    def _drop(self, connection_id: int, request_id: int) -> None:
-        graph = self.take(connection_id, request_id)
-        if graph is not None:
-            self.release(graph)
+        self.drop(connection_id, next(iter(self._kept[connection_id])))

@@ -122,14 +122,27 @@ class AdapterStore:
         if call.adapter_parts:
             return await self._take(call, tensors, blocks, connection_id)
         if tensors.adapter is not None:
-            adapter = _read_whole(tensors, blocks)
-            self._hold(f"{connection_id} {call.adapter}", content_of(adapter), adapter, connection_id)
-            self._count(tensors)
-            return adapter
-        name_part = call.adapter.encode()
-        if (coming := self._arriving.get(name_part)) is not None:
-            await asyncio.shield(coming)
+            return await self._take_whole(call, tensors, blocks, connection_id)
+        await self._arrival({call.adapter.encode(), _private(connection_id, call.adapter).encode()})
         return self._use(call.adapter, connection_id)
+
+    async def bring(self, parts: tuple[bytes, ...], tensors: Mapping[str, torch.Tensor], connection_id: int) -> None:
+        """Keep parts for a request that will name them; not for long if none does.
+
+        Raises:
+            PeerRefused: as `of`.
+        """
+        brought = _brought(parts, tensors)
+        if len(brought) != len(set(parts)):
+            refuse(f"adapter is not usable: {len(parts)} parts are named, {len(tensors)} came")
+        num_bytes = _size(brought.values())
+        self._check_size(num_bytes)
+        await self._arrival(set(brought))
+        content, adapter = await self._verified(num_bytes, set(brought), lambda: (_owned(brought), Adapter((), ())))
+        name = _private(connection_id, f"parts {content.name}")
+        self._hold(name, content, adapter, connection_id)
+        self._held[name].is_replaced = True
+        self._count(tensors)
 
     def forget(self, connection_id: int) -> None:
         """The connection is lost; what came over it stays until its lease ends, but for private names."""
@@ -152,9 +165,9 @@ class AdapterStore:
         if (preloaded := self._preloaded.get(name)) is not None:
             return preloaded
         is_public = name in self._held and " " not in name
-        key = name if is_public else f"{connection_id} {name}"
+        key = name if is_public else _private(connection_id, name)
         held = self._held.get(key)
-        if held is None:
+        if held is None or not held.adapter.entries:
             refuse(MISSING, RefusalReason.ADAPTER_MISSING)
         held.used_s, held.is_replaced = self._clock(), False
         if held.owner is None:
@@ -163,6 +176,23 @@ class AdapterStore:
         self._held.move_to_end(key)
         return held.adapter
 
+    async def _arrival(self, keys: set[bytes]) -> None:
+        """Wait for what is being verified."""
+        while coming := [self._arriving[key] for key in keys if key in self._arriving]:
+            await asyncio.wait(coming)
+
+    async def _take_whole(
+        self, call: CallMeta, tensors: RequestTensors, blocks: Mapping[int, nn.Module], connection_id: int
+    ) -> Adapter:
+        """As clients before 1.3 send it."""
+        name = _private(connection_id, call.adapter)
+        await self._arrival({name.encode()})
+        num_bytes = _size(tensors.adapter_tensors.values())
+        content, adapter = await self._verified(num_bytes, {name.encode()}, lambda: _read_whole(tensors, blocks))
+        self._hold(name, content, adapter, connection_id)
+        self._count(tensors.adapter_tensors)
+        return adapter
+
     async def _take(
         self, call: CallMeta, tensors: RequestTensors, blocks: Mapping[int, nn.Module], connection_id: int
     ) -> Adapter:
@@ -170,22 +200,28 @@ class AdapterStore:
         if tensors.adapter is not None or content_name(parts) != call.adapter:
             refuse("adapter is not usable: its name is not that of its parts")
         keys = {*parts, call.adapter.encode()}
-        while coming := [self._arriving[key] for key in keys if key in self._arriving]:
-            await asyncio.wait(coming)
+        await self._arrival(keys)
         if not tensors.adapter_tensors and (call.adapter in self._held or call.adapter in self._preloaded):
             return self._use(call.adapter, connection_id)
-        brought = _brought(parts, tensors)
+        brought = _brought(parts, tensors.adapter_tensors)
         known = {part: found for part in parts if (found := self._find(part)) is not None}
         if any(part not in brought and part not in known for part in parts):
             refuse(MISSING, RefusalReason.ADAPTER_MISSING)
         num_bytes = sum((brought if part in brought else known)[part].nbytes for part in parts)
+        self._check_size(num_bytes)
+        keys = {*brought, call.adapter.encode()}
+        content, adapter = await self._verified(num_bytes, keys, lambda: _verify(parts, brought, known, blocks))
+        self._hold(call.adapter, content, adapter, connection_id)
+        for name, held in list(self._held.items()):  # what came before it has served its purpose
+            if held.owner == connection_id and not held.adapter.entries and set(held.parts) <= set(parts):
+                self._drop(name)
+        self._count(tensors.adapter_tensors)
+        return adapter
+
+    def _check_size(self, num_bytes: int) -> None:
         if num_bytes > self._max_bytes:
             text = f"the adapter has {num_bytes} bytes, this peer keeps {self._max_bytes} at most"
             refuse(text, RefusalReason.OUT_OF_MEMORY)
-        content, adapter = await self._verified(num_bytes, call, brought, known, blocks)
-        self._hold(call.adapter, content, adapter, connection_id)
-        self._count(tensors)
-        return adapter
 
     def _find(self, part: bytes) -> torch.Tensor | None:
         if part in self._pinned:
@@ -193,22 +229,10 @@ class AdapterStore:
         held = self._parts.get(part)
         return None if held is None else held.tensor
 
-    async def _verified(
-        self,
-        num_bytes: int,
-        call: CallMeta,
-        brought: dict[bytes, torch.Tensor],
-        known: dict[bytes, torch.Tensor],
-        blocks: Mapping[int, nn.Module],
-    ) -> Found:
-        """Requests that name something of it meanwhile wait, as it is there as soon as it was received."""
-
-        def verify() -> Found:
-            return _verify(call.adapter_parts, brought, known, blocks)
-
+    async def _verified(self, num_bytes: int, keys: set[bytes], verify: Callable[[], Found]) -> Found:
+        """Requests that name one of ``keys`` meanwhile wait, as it is there as soon as it was received."""
         if self._offload is None or num_bytes < OFFLOAD_BYTES:
             return verify()
-        keys = {*brought, call.adapter.encode()}
         arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._arriving.update(dict.fromkeys(keys, arrived))
         try:
@@ -219,10 +243,10 @@ class AdapterStore:
             # after the caller has put it into the store, which it does without waiting again
             asyncio.get_running_loop().call_soon(_settle, arrived)
 
-    def _count(self, tensors: RequestTensors) -> None:
-        if tensors.adapter_tensors:
+    def _count(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        if tensors:
             self.num_received += 1
-            self.bytes_received += _size(tensors.adapter_tensors.values())
+            self.bytes_received += _size(tensors.values())
 
     def _hold(self, name: str, content: AdapterContent, adapter: Adapter, connection_id: int) -> None:
         slot = tuple(p for p, t in zip(content.parts, content.tensors, strict=True) if t.dtype is torch.uint8)
@@ -269,6 +293,11 @@ class AdapterStore:
                 self.num_bytes -= found.tensor.nbytes
 
 
+def _private(connection_id: int, name: str) -> str:
+    """The name of what holds for one connection only."""
+    return f"{connection_id} {name}"
+
+
 def _settle(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
@@ -278,13 +307,21 @@ def _size(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _brought(parts: Sequence[bytes], tensors: RequestTensors) -> dict[bytes, torch.Tensor]:
+def _brought(parts: Sequence[bytes], tensors: Mapping[str, torch.Tensor]) -> dict[bytes, torch.Tensor]:
     """What came with the request, by the digest that it must have."""
     numbers = {f"adapter.{number}": part for number, part in enumerate(parts)}
-    unknown = [name for name in tensors.adapter_tensors if name not in numbers]
+    unknown = [name for name in tensors if name not in numbers]
     if unknown:
         refuse(f"adapter is not usable: it has {len(parts)} parts, '{unknown[0]}' is none of them")
-    return {numbers[name]: tensor for name, tensor in tensors.adapter_tensors.items()}
+    return {numbers[name]: tensor for name, tensor in tensors.items()}
+
+
+def _owned(brought: Mapping[bytes, torch.Tensor]) -> AdapterContent:
+    """Parts whose digests are right, apart from the request's body."""
+    for part, tensor in brought.items():
+        if part_digest(tensor) != part:
+            refuse("adapter is not usable: a part does not have the digest that it is named by")
+    return AdapterContent(tuple(brought), tuple(tensor.clone() for tensor in brought.values()))
 
 
 def _verify(
@@ -293,10 +330,8 @@ def _verify(
     known: dict[bytes, torch.Tensor],
     blocks: Mapping[int, nn.Module],
 ) -> Found:
-    for part, tensor in brought.items():
-        if part_digest(tensor) != part:
-            refuse("adapter is not usable: a part does not have the digest that it is named by")
-    own = {part: tensor.clone() for part, tensor in brought.items()}  # apart from the request's body
+    owned = _owned(brought)
+    own = dict(zip(owned.parts, owned.tensors, strict=True))
     content = AdapterContent(parts, tuple(known[part] if part in known else own[part] for part in parts))
     try:
         adapter = assemble(content.tensors)
@@ -306,7 +341,7 @@ def _verify(
     return content, adapter
 
 
-def _read_whole(tensors: RequestTensors, blocks: Mapping[int, nn.Module]) -> Adapter:
+def _read_whole(tensors: RequestTensors, blocks: Mapping[int, nn.Module]) -> Found:
     """As clients before 1.3 send it."""
     assert tensors.adapter is not None
     try:
@@ -319,4 +354,4 @@ def _read_whole(tensors: RequestTensors, blocks: Mapping[int, nn.Module]) -> Ada
         check_fit(blocks, adapter)
     except (RemoteProtocolError, UnsupportedCallError) as exc:
         refuse(f"adapter is not usable: {first_line(exc)}")
-    return adapter
+    return content_of(adapter), adapter

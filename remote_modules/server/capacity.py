@@ -16,7 +16,7 @@ from remote_modules.plan.placement import choose_span
 from remote_modules.plan.throughput import Capacity, Layout
 from remote_modules.spans import Span
 
-__all__ = ["activation_budget", "choose_blocks", "free_bytes", "free_unused", "parameter_bytes"]
+__all__ = ["activation_budget", "choose_blocks", "free_bytes", "free_unused", "parameter_bytes", "upload_budget"]
 
 WORKSPACE_BYTES = 512 * 1024 * 1024  # activations and allocator slack, where they are not measured
 KV_TOKENS = 8192  # room that a peer keeps when it chooses how many blocks to hold
@@ -56,6 +56,11 @@ def _allowed_bytes(cgroup: Path) -> int:
 def activation_budget(wanted_bytes: int | None, device: torch.device) -> int:
     """For kept graphs: what is wanted, or a quarter of what is free (the KV caches may take half of it)."""
     return free_bytes(device) // 4 if wanted_bytes is None else wanted_bytes
+
+
+def upload_budget(device: torch.device) -> int:
+    """For inputs that lie on an accelerator before their turn: a sixteenth of what is free, nothing on a CPU."""
+    return 0 if device.type == "cpu" else free_bytes(device) // 16
 
 
 def free_unused() -> None:

@@ -58,13 +58,20 @@ class Executor(Protocol):
         """Jobs waiting or running."""
 
     async def run(
-        self, priority: Priority, work: Callable[[], T], *, client: int = 0, timeout_s: float = math.inf
+        self,
+        priority: Priority,
+        work: Callable[[], T],
+        *,
+        client: int = 0,
+        timeout_s: float = math.inf,
+        on_admitted: Callable[[], object] | None = None,
     ) -> Timed[T]:
         """Run ``work``; cancelling before it began drops it, cancelling later waits for its end.
 
         Args:
             client: whose work it is; clients take turns.
             timeout_s: work that has not begun by then is refused, for nobody waits for it any more.
+            on_admitted: called, on the event loop, when the work has its place in the queue.
 
         Raises:
             PeerRefused: ``busy``, and the work was not begun; or ``internal``, the device broke under it.
@@ -126,7 +133,13 @@ class DeviceThread:
         return self._broken_by is not None
 
     async def run(
-        self, priority: Priority, work: Callable[[], T], *, client: int = 0, timeout_s: float = math.inf
+        self,
+        priority: Priority,
+        work: Callable[[], T],
+        *,
+        client: int = 0,
+        timeout_s: float = math.inf,
+        on_admitted: Callable[[], object] | None = None,
     ) -> Timed[T]:
         now_s = self._clock()
         job = _Job(
@@ -143,6 +156,8 @@ class DeviceThread:
             refused = [job] if self._is_stopped else self._queue.put(job, now_s=now_s)
             self._wake.notify()
         self._refuse(refused, f"{len(self._queue)} requests wait for the device already")
+        if on_admitted is not None and job not in refused:
+            on_admitted()
         try:
             return await asyncio.shield(job.answer)
         except asyncio.CancelledError:

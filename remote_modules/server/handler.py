@@ -44,11 +44,13 @@ from remote_modules.server.limits import HandlerLimits
 from remote_modules.server.served import Served
 from remote_modules.server.sessions import Session, SessionTable
 from remote_modules.server.training import Training
+from remote_modules.server.uploads import Uploads
 from remote_modules.spans import Span
 from remote_modules.wire import messages
 from remote_modules.wire.codecs import CODECS
 from remote_modules.wire.framing import Body, Buffer
 from remote_modules.wire.messages import (
+    AdapterRequest,
     AnyRequest,
     BackwardRequest,
     CacheMeta,
@@ -109,7 +111,8 @@ class Handler:
         for name, adapter in (preloaded or {}).items():
             self.adapters.preload(adapter, name, device=engine.model.device)
         self.activations = Activations(max_bytes=limits.activation_bytes)
-        self.training = Training(engine, self.activations, run=self._run, clock=clock)
+        uploads = Uploads(engine.model.device, max_bytes=limits.upload_bytes)
+        self.training = Training(engine, self.activations, uploads, run=self._run, clock=clock)
         self._limits = limits
         self._clock = clock
         self._certificate_sha256 = certificate_sha256
@@ -203,11 +206,15 @@ class Handler:
         model = self.engine.model
         kind = messages.kind_of(request)
         if isinstance(request, ReadRequest):
-            self.num_requests[kind] = self.num_requests.get(kind, 0) + 1
+            self._count(kind)
             meta, parts = await self._copies.read(request)
             return self._reply(request, Timed(parts, 0.0, 0.0), meta)
+        if isinstance(request, AdapterRequest):
+            self._count(kind)
+            await self.adapters.bring(request.parts, decode_tensors(request.tensors, body), connection_id)
+            return self._reply(request, Timed({}, 0.0, 0.0))
         blocks = check_blocks(request, model.span, model.stack)
-        self.num_requests[kind] = self.num_requests.get(kind, 0) + 1
+        self._count(kind)
         if isinstance(request, CopyRequest):
             indices = decode_tensors(request.tensors, body)
             meta = await self._copies.copy(request, indices, connection_id, may_open=not self.is_draining)
@@ -228,6 +235,9 @@ class Handler:
         if isinstance(request, StepRequest):
             return await self._step(request, blocks, tensors, adapter, connection_id)
         return await self._pass(request, blocks, tensors, adapter, connection_id)
+
+    def _count(self, kind: str) -> None:
+        self.num_requests[kind] = self.num_requests.get(kind, 0) + 1
 
     async def _pass(
         self,
@@ -350,10 +360,17 @@ class Handler:
         return reply
 
     async def _run(
-        self, request: AnyRequest, connection_id: int, priority: Priority, work: Callable[[], dict[str, torch.Tensor]]
+        self,
+        request: AnyRequest,
+        connection_id: int,
+        priority: Priority,
+        work: Callable[[], dict[str, torch.Tensor]],
+        on_admitted: Callable[[], object] | None = None,
     ) -> Timed[dict[str, torch.Tensor]]:
         try:
-            return await self.executor.run(priority, work, client=connection_id, timeout_s=request.timeout_s)
+            return await self.executor.run(
+                priority, work, client=connection_id, timeout_s=request.timeout_s, on_admitted=on_admitted
+            )
         except PeerRefused:
             raise
         except UnsupportedCallError as exc:  # this architecture cannot do what is asked, here or anywhere
@@ -368,7 +385,7 @@ class Handler:
     def _reply(
         self, request: AnyRequest, timed: Timed[dict[str, torch.Tensor]], cache: CacheMeta | None = None
     ) -> Reply:
-        wanted = "" if isinstance(request, CopyRequest | ReadRequest) else request.call.reply_codec
+        wanted = request.call.reply_codec if isinstance(request, messages.Request) else ""
         codec = wanted if wanted in CODECS else ""
         metas, body = encode_tensors(timed.value, codec, self.engine.model.stack.coded)
         output = Output(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from remote_modules.config import ServerConfig
-from remote_modules.server.capacity import activation_budget
+from remote_modules.server.capacity import activation_budget, upload_budget
 
 __all__ = ["MAX_BODY_BYTES", "HandlerLimits"]
 
@@ -24,6 +24,7 @@ class HandlerLimits:
     adapter_budget_bytes: int = 1 << 28
     adapter_lease_s: float = 600.0
     activation_bytes: int = 0
+    upload_bytes: int = 0  # of inputs on an accelerator whose turn has not come
 
     @classmethod
     def configured(cls, config: ServerConfig, device: torch.device) -> HandlerLimits:
@@ -35,4 +36,5 @@ class HandlerLimits:
             adapter_budget_bytes=config.adapter_budget_bytes,
             adapter_lease_s=config.adapter_lease_s,
             activation_bytes=activation_budget(config.activation_budget_bytes, device),
+            upload_bytes=upload_budget(device),
         )

@@ -8,6 +8,7 @@ from typing import Protocol as Interface
 
 from remote_modules.errors import LocalProtocolError, PeerRefused, ProtocolError, RefusalReason, RemoteProtocolError
 from remote_modules.net.connection import Connection
+from remote_modules.server.activations import Activations
 from remote_modules.server.executor import Executor
 from remote_modules.server.sessions import SessionTable
 from remote_modules.wire import messages
@@ -28,6 +29,7 @@ class Answering(Interface):
 
     executor: Executor
     sessions: SessionTable
+    activations: Activations
     is_draining: bool
 
     def hello(self, hello: messages.ClientHello) -> messages.ServerHello | messages.Reject: ...
@@ -72,6 +74,8 @@ class Served:
                     task.cancel()
             case messages.CloseSession(session_id):
                 self._handler.sessions.close(session_id)
+            case messages.ReleaseGraph(request_id):
+                self._handler.activations.drop(self.connection_id, request_id)
             case messages.Ping(nonce):
                 self.connection.send(messages.Pong(nonce, self._handler.executor.load))
             case request if isinstance(request, AnyRequest):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Protocol
@@ -16,7 +15,7 @@ from remote_modules.server.checks import RequestTensors, refuse
 from remote_modules.server.engine import Engine
 from remote_modules.server.executor import Priority, Timed
 from remote_modules.server.graphs import Graph
-from remote_modules.server.transfers import uploaded
+from remote_modules.server.uploads import Uploads
 from remote_modules.spans import Span
 from remote_modules.wire.messages import AnyRequest, BackwardRequest, ForwardRequest
 
@@ -27,15 +26,23 @@ Named = dict[str, torch.Tensor]
 
 class _Run(Protocol):
     def __call__(
-        self, request: AnyRequest, connection_id: int, priority: Priority, work: Callable[[], Named]
+        self,
+        request: AnyRequest,
+        connection_id: int,
+        priority: Priority,
+        work: Callable[[], Named],
+        on_admitted: Callable[[], object] | None = None,
     ) -> Awaitable[Timed[Named]]: ...
 
 
 class Training:
     """Args: run: has the device do something for a request; raises `PeerRefused`."""
 
-    def __init__(self, engine: Engine, activations: Activations, *, run: _Run, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, engine: Engine, activations: Activations, uploads: Uploads, *, run: _Run, clock: Callable[[], float]
+    ) -> None:
         self._engine = engine
+        self._uploads = uploads
         self._activations = activations
         self._run_on_device = run
         self._clock = clock
@@ -51,11 +58,10 @@ class Training:
         """The outputs, and whether the graph is kept."""
         num_tokens = arguments.rows * arguments.num_tokens
         keeps = request.keep_s > 0 and arguments.with_grad and self._activations.has_room(blocks, num_tokens)
-        tensors = await self._uploaded(tensors)
         graphs: list[Graph] = []
         keep = graphs.append if keeps else None
-        work = lambda: self._engine.forward(blocks, tensors, arguments, keep)  # noqa: E731
-        timed = await self._run(request, connection_id, work)
+        work = lambda there: self._engine.forward(blocks, there, arguments, keep)  # noqa: E731
+        timed = await self._run(request, connection_id, tensors, work)
         is_kept = bool(graphs) and self._activations.keep(
             connection_id, request.request_id, graphs[-1], lease_s=request.keep_s, now_s=self._clock()
         )
@@ -70,9 +76,8 @@ class Training:
         connection_id: int,
     ) -> Timed[Named]:
         """The gradients, of a forward that is done again."""
-        tensors = await self._uploaded(tensors)
-        work = lambda: self._engine.backward(blocks, tensors, arguments)  # noqa: E731
-        timed = await self._run(request, connection_id, work)
+        work = lambda there: self._engine.backward(blocks, there, arguments)  # noqa: E731
+        timed = await self._run(request, connection_id, tensors, work)
         self._activations.num_recomputed += 1
         return timed
 
@@ -90,12 +95,12 @@ class Training:
         if graph is None:
             activations.num_lost += 1
             refuse("the graph of this forward is not kept any more", RefusalReason.SESSION_LOST)
+        upload = self._uploads.of(grads)
         try:
             if graph.blocks != blocks:
                 refuse(f"the forward that is kept ran blocks {graph.blocks}, got {blocks}")
-            there = await self._on_device(grads)
-            work = lambda: self._engine.backward_kept(graph, there)  # noqa: E731
-            timed = await self._run_on_device(request, connection_id, Priority.TRAINING, work)
+            work = lambda: self._engine.backward_kept(graph, *upload.take())  # noqa: E731
+            timed = await self._run_on_device(request, connection_id, Priority.TRAINING, work, upload.begin)
         except PeerRefused as exc:
             if exc.reason is not RefusalReason.OUT_OF_MEMORY:
                 raise
@@ -103,26 +108,30 @@ class Training:
             activations.clear()
             refuse("the device has no memory for the backward of what was kept", RefusalReason.SESSION_LOST)
         finally:
+            upload.end()
             activations.release(graph)
         activations.num_used += 1
         return timed
 
-    async def _uploaded(self, tensors: RequestTensors) -> RequestTensors:
-        inputs, grads = await self._on_device(tensors.inputs), await self._on_device(tensors.grads)
-        return replace(tensors, inputs=inputs, grads=grads)
+    async def _run(
+        self,
+        request: AnyRequest,
+        connection_id: int,
+        tensors: RequestTensors,
+        work: Callable[[RequestTensors], Named],
+    ) -> Timed[Named]:
+        """Inputs go ahead to an accelerator; kept graphs go before a request is refused for want of memory."""
+        upload = self._uploads.of(tensors.inputs, tensors.grads)
 
-    async def _on_device(self, tensors: Named) -> Named:
-        """Inputs go to an accelerator while the request waits for its turn there."""
-        device = self._engine.model.device
-        if device.type == "cpu":
-            return tensors
-        return await asyncio.to_thread(uploaded, tensors, device)
+        def work_there() -> Named:
+            inputs, grads = upload.take()
+            return work(replace(tensors, inputs=inputs, grads=grads))
 
-    async def _run(self, request: AnyRequest, connection_id: int, work: Callable[[], Named]) -> Timed[Named]:
-        """Kept graphs go before a request is refused for want of memory."""
         try:
-            return await self._run_on_device(request, connection_id, Priority.TRAINING, work)
+            return await self._run_on_device(request, connection_id, Priority.TRAINING, work_there, upload.begin)
         except PeerRefused as exc:
             if exc.reason is not RefusalReason.OUT_OF_MEMORY or not self._activations.clear():
                 raise
-        return await self._run_on_device(request, connection_id, Priority.TRAINING, work)
+        finally:
+            upload.end()
+        return await self._run_on_device(request, connection_id, Priority.TRAINING, lambda: work(tensors))

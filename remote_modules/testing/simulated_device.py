@@ -89,10 +89,18 @@ class SimulatedDevice:
         return sum(not turn.done() for _, _, turn in self._waiting) + (self._running is not None)
 
     async def run(
-        self, priority: Priority, work: Callable[[], T], *, client: int = 0, timeout_s: float = math.inf
+        self,
+        priority: Priority,
+        work: Callable[[], T],
+        *,
+        client: int = 0,
+        timeout_s: float = math.inf,
+        on_admitted: Callable[[], object] | None = None,
     ) -> Timed[T]:
         if self._is_stopped or len(self._waiting) >= MAX_QUEUE:
             raise busy()
+        if on_admitted is not None:
+            on_admitted()
         ailment = self.ailment
         if ailment is not None and self._rng.random() >= ailment.share:
             ailment = None

@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from remote_modules.errors import LocalProtocolError, RefusalReason, RemoteProtocolError
 from remote_modules.wire.parts import (
+    AdapterParts,
     Base,
     Block,
     CacheMeta,
@@ -34,6 +35,7 @@ from remote_modules.wire.parts import (
 )
 
 __all__ = [
+    "AdapterRequest",
     "AnyRequest",
     "BackwardRequest",
     "CacheMeta",
@@ -54,6 +56,7 @@ __all__ = [
     "ReadRequest",
     "Refused",
     "Reject",
+    "ReleaseGraph",
     "Request",
     "ServerHello",
     "StepRequest",
@@ -248,6 +251,21 @@ class ReadRequest(Base, frozen=True, tag="read"):
     timeout_s: Seconds
 
 
+class AdapterRequest(Base, frozen=True, tag="adapter"):
+    """Bring parts of an adapter that a later request on this connection names, where one message cannot bring all.
+
+    Attributes:
+        request_id, timeout_s: as in `StepRequest`.
+        tensors: ``adapter.<n>`` for each of ``parts``.
+        parts: digests.
+    """
+
+    request_id: Id
+    tensors: Tensors
+    timeout_s: Seconds
+    parts: AdapterParts
+
+
 class Output(Base, frozen=True, tag="output"):
     """The result of a request.
 
@@ -298,6 +316,12 @@ class CloseSession(Base, frozen=True, tag="close_session"):
     session_id: SessionId
 
 
+class ReleaseGraph(Base, frozen=True, tag="release_graph"):
+    """No backward will come for a forward on this connection: drop its graph. Unknown ids are ignored."""
+
+    request_id: Id
+
+
 class Ping(Base, frozen=True, tag="ping"):
     """Answer with `Pong` at once."""
 
@@ -316,7 +340,7 @@ class Draining(Base, frozen=True, tag="draining"):
 
 
 Request: TypeAlias = StepRequest | ForwardRequest | BackwardRequest
-AnyRequest: TypeAlias = Request | CopyRequest | ReadRequest
+AnyRequest: TypeAlias = Request | CopyRequest | ReadRequest | AdapterRequest
 Message: TypeAlias = (
     ClientHello
     | ServerHello
@@ -326,10 +350,12 @@ Message: TypeAlias = (
     | BackwardRequest
     | CopyRequest
     | ReadRequest
+    | AdapterRequest
     | Output
     | Refused
     | Cancel
     | CloseSession
+    | ReleaseGraph
     | Ping
     | Pong
     | Draining
@@ -337,7 +363,7 @@ Message: TypeAlias = (
 
 
 def kind_of(request: AnyRequest) -> str:
-    """``"step"``, ``"forward"``, ``"backward"``, ``"copy"`` or ``"read"``: the request's tag."""
+    """``"step"``, ``"forward"``, ``"backward"``, ``"copy"``, ``"read"`` or ``"adapter"``: the request's tag."""
     return str(request.__struct_config__.tag)
 
 

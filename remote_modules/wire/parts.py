@@ -40,7 +40,7 @@ __all__ = [
     "Text",
 ]
 
-MAX_TENSORS = 1024
+MAX_TENSORS = 2048  # gradients of an adapter's tensors come back in one message
 MAX_OPTIONS = 32
 MAX_DIMENSIONS = 8
 MAX_CACHE_OPS = 1024

@@ -5,7 +5,7 @@
     CLIENT                              SERVER
     start   -- ClientHello -->          greeted
     greeted <-- ServerHello --          open        (or Reject, then closed)
-    open    -- Step, Forward, Backward, Copy, Read, Cancel, CloseSession, Ping, Pong -->
+    open    -- Step, Forward, Backward, Copy, Read, Adapter, Cancel, CloseSession, ReleaseGraph, Ping, Pong -->
     open    <-- Output, Refused, Ping, Pong, Draining --
     any     -- end of stream -->        closed
 
@@ -57,8 +57,10 @@ _CLIENT_SENDS = (
     messages.BackwardRequest,
     messages.CopyRequest,
     messages.ReadRequest,
+    messages.AdapterRequest,
     messages.Cancel,
     messages.CloseSession,
+    messages.ReleaseGraph,
     messages.Ping,
     messages.Pong,
 )

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from remote_modules.cli import serve as serving
+from remote_modules.config import ServerConfig
 from remote_modules.spans import Span
 from remote_modules.testing import LocalSwarm
 
@@ -89,3 +91,20 @@ def test_interrupt_while_starting_ends_it_quickly() -> None:
     assert outcome.code == 130
     assert time.monotonic() - began_s < 3.0
     assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("options", "kv_bytes", "activation_bytes"),
+    [
+        ((), None, None),
+        (("--kv-gib", "0.5", "--activation-gib", "0.25"), 1 << 29, 1 << 28),
+        (("--activation-budget", "0"), None, 0),
+    ],
+)
+def test_budgets_are_given_in_gib(
+    monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], kv_bytes: int | None, activation_bytes: int | None
+) -> None:
+    found: list[ServerConfig] = []
+    monkeypatch.setattr(serving, "_run", lambda config, *_, **__: found.append(config))
+    invoke("serve", NAMES.model, *NOWHERE, *options)
+    assert (found[0].kv_budget_bytes, found[0].activation_budget_bytes) == (kv_bytes, activation_bytes)

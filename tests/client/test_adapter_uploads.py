@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from remote_modules.client.adapter_uploads import MAX_TRIES, AdapterUploads, Named
+from remote_modules.client import adapter_uploads
+from remote_modules.client.adapter_uploads import MAX_PARTS_AT_ONCE, MAX_TRIES, AdapterUploads, Named
 from remote_modules.client.adapters import CallAdapter, HopAdapter
 from remote_modules.client.stats import StatsRecorder
-from remote_modules.errors import PeerRefused, PeerUnreachable, RefusalReason
+from remote_modules.errors import LocalProtocolError, PeerRefused, PeerUnreachable, RefusalReason
+from remote_modules.model.adapter_content import part_digest
 from remote_modules.model.adapter_entries import Lora
 from remote_modules.model.adapters import AdapterSet
 from remote_modules.net.client_connection import ClientConnection
@@ -66,6 +68,10 @@ ALL = ["adapter.0", "adapter.1", "adapter.2"]
 CALL = CallMeta(1, 1)
 
 
+async def unused(parts: dict[bytes, torch.Tensor]) -> None:
+    raise AssertionError("a request can bring these parts itself")
+
+
 def run(work: Coroutine[Any, Any, None]) -> None:
     run_virtual(work)
 
@@ -78,7 +84,7 @@ def test_part_is_sent_once_and_only_what_changed_follows() -> None:
     async def main() -> None:
         uploads, link, asked = new_uploads(), connection(), [Asked() for _ in range(3)]
         for request, adapter in zip(asked, (lora(), lora(), lora(up=2.0)), strict=True):
-            await uploads.send(link, adapter, CALL, request)
+            await uploads.send(link, adapter, CALL, request, unused)
         assert [request.brought for request in asked] == [[ALL], [[]], [["adapter.2"]]]
         assert [request.num_named for request in asked] == [[3], [0], [3]]
         assert uploads._stats.adapters_sent == 2
@@ -89,7 +95,7 @@ def test_part_is_sent_once_and_only_what_changed_follows() -> None:
 def test_requests_that_follow_on_the_same_connection_do_not_wait() -> None:
     async def main() -> None:
         uploads, link, asked = new_uploads(), connection(), [Asked(1.0), Asked(1.0)]
-        await asyncio.gather(*(uploads.send(link, lora(), CALL, request) for request in asked))
+        await asyncio.gather(*(uploads.send(link, lora(), CALL, request, unused) for request in asked))
         assert [request.brought for request in asked] == [[ALL], [[]]]
         assert asked[0].begun_s == asked[1].begun_s
 
@@ -100,7 +106,8 @@ def test_requests_on_another_connection_wait_until_it_arrived() -> None:
     async def main() -> None:
         uploads, asked = new_uploads(), [Asked(1.0), Asked()]
         work = [
-            uploads.send(link, lora(), CALL, one) for link, one in zip((connection(), connection()), asked, strict=True)
+            uploads.send(link, lora(), CALL, one, unused)
+            for link, one in zip((connection(), connection()), asked, strict=True)
         ]
         await asyncio.gather(*work)
         assert [request.brought for request in asked] == [[ALL], [[]]]
@@ -113,7 +120,8 @@ def test_what_takes_too_long_on_another_connection_is_sent_again() -> None:
     async def main() -> None:
         uploads, asked = new_uploads(), [Asked(100.0), Asked()]
         work = [
-            uploads.send(link, lora(), CALL, one) for link, one in zip((connection(), connection()), asked, strict=True)
+            uploads.send(link, lora(), CALL, one, unused)
+            for link, one in zip((connection(), connection()), asked, strict=True)
         ]
         await asyncio.gather(*work)
         assert [request.brought for request in asked] == [[ALL], [ALL]]
@@ -129,8 +137,8 @@ def test_part_of_a_request_that_failed_is_sent_again(error: Any) -> None:
     async def main() -> None:
         uploads, link, failed, again = new_uploads(), connection(), Asked(errors=(error,)), Asked()
         with pytest.raises(type(error)):
-            await uploads.send(link, lora(), CALL, failed)
-        await uploads.send(link, lora(), CALL, again)
+            await uploads.send(link, lora(), CALL, failed, unused)
+        await uploads.send(link, lora(), CALL, again, unused)
         assert (failed.brought, again.brought) == ([ALL], [ALL])
 
     run(main())
@@ -141,9 +149,9 @@ def test_peer_that_lost_an_adapter_gets_all_of_it_once() -> None:
 
     async def main() -> None:
         uploads, link = new_uploads(), connection()
-        await uploads.send(link, lora(), CALL, Asked())
+        await uploads.send(link, lora(), CALL, Asked(), unused)
         asked = [Asked(1.0, errors=(MISSING,)), Asked(1.0, errors=(MISSING,))]
-        await asyncio.gather(*(uploads.send(link, lora(), CALL, request) for request in asked))
+        await asyncio.gather(*(uploads.send(link, lora(), CALL, request, unused) for request in asked))
         assert [request.brought for request in asked] == [[[], ALL], [[], []]]
 
     run(main())
@@ -153,7 +161,7 @@ def test_peer_that_never_keeps_it_is_given_up() -> None:
     async def main() -> None:
         asked = Asked(errors=(MISSING,) * 9)
         with pytest.raises(PeerRefused):
-            await new_uploads().send(connection(), lora(), CALL, asked)
+            await new_uploads().send(connection(), lora(), CALL, asked, unused)
         assert asked.brought == [ALL] * MAX_TRIES
 
     run(main())
@@ -162,12 +170,12 @@ def test_peer_that_never_keeps_it_is_given_up() -> None:
 def test_peer_that_offers_adapters_is_asked_first() -> None:
     async def main() -> None:
         has, lacks = Asked(), Asked(errors=(MISSING,))
-        await new_uploads(offers=lambda _: True).send(connection(), lora(), CALL, has)
-        await new_uploads(offers=lambda _: True).send(connection(), lora(), CALL, lacks)
+        await new_uploads(offers=lambda _: True).send(connection(), lora(), CALL, has, unused)
+        await new_uploads(offers=lambda _: True).send(connection(), lora(), CALL, lacks, unused)
         assert (has.brought, has.num_named) == ([[]], [3])
         assert (lacks.brought, lacks.num_named) == ([[], ALL], [3, 3])
         trained = Asked()
-        await new_uploads(offers=lambda _: True).send(connection(), lora(), CallMeta(1, 1, seed=7), trained)
+        await new_uploads(offers=lambda _: True).send(connection(), lora(), CallMeta(1, 1, seed=7), trained, unused)
         assert trained.brought == [ALL]
 
     run(main())
@@ -179,7 +187,7 @@ def test_adapter_that_only_peers_have_is_named_and_not_asked_for_again() -> None
         assert adapter is not None
         asked = Asked(errors=(MISSING,))
         with pytest.raises(PeerRefused):
-            await new_uploads().send(connection(), adapter, CALL, asked)
+            await new_uploads().send(connection(), adapter, CALL, asked, unused)
         assert (asked.brought, asked.num_named) == ([[]], [0])
 
     run(main())
@@ -195,7 +203,7 @@ def test_older_peer_gets_it_whole_once_for_each_connection() -> None:
             (links[1], lora(), asked[2]),
             (links[1], lora(up=2.0), asked[3]),
         ):
-            await uploads.send(link, adapter, CALL, request)
+            await uploads.send(link, adapter, CALL, request, unused)
         whole = ["adapter", "adapter.0", "adapter.1"]
         assert [request.brought for request in asked] == [[whole], [[]], [whole], [whole]]
         assert not any(sum(request.num_named) for request in asked)
@@ -207,11 +215,66 @@ def test_versions_of_long_ago_are_forgotten() -> None:
     async def main() -> None:
         uploads, link, again = new_uploads(), connection(), Asked()
         for number in range(100):
-            await uploads.send(link, lora(up=float(number)), CALL, Asked())
+            await uploads.send(link, lora(up=float(number)), CALL, Asked(), unused)
         peer = uploads._peers[PEER]
         assert (len(peer._held), len(peer._coming)) == (64, 0)
         assert len(peer._users) == 2 + 2 * 64  # names and changed parts; entries and frozen parts once
-        await uploads.send(link, lora(up=0.0), CALL, again)
+        await uploads.send(link, lora(up=0.0), CALL, again, unused)
         assert again.brought == [["adapter.2"]]
+
+    run(main())
+
+
+def many(count: int) -> HopAdapter:
+    """So many LoRA in one block: two tensors each."""
+    tensors = tuple(torch.full((1, 8), float(number)) for number in range(2 * count))
+    found = CallAdapter(AdapterSet(tuple(Lora(0, f"proj{n}", 0.5) for n in range(count)), tensors)).part(Span(0, 1))
+    assert found is not None
+    return found
+
+
+class Brought:
+    """What came ahead of requests."""
+
+    def __init__(self) -> None:
+        self.pieces: list[dict[bytes, torch.Tensor]] = []
+
+    async def __call__(self, parts: dict[bytes, torch.Tensor]) -> None:
+        await asyncio.sleep(1.0)
+        self.pieces.append(parts)
+
+
+def test_more_parts_than_one_message_holds_come_ahead_while_followers_wait() -> None:
+    async def main() -> None:
+        uploads, link, asked, brought = new_uploads(), connection(), [Asked(), Asked()], Brought()
+        adapter = many(MAX_PARTS_AT_ONCE)
+        await asyncio.gather(*(uploads.send(link, adapter, CALL, request, brought) for request in asked))
+        assert adapter.content is not None
+        assert [len(piece) for piece in brought.pieces] == [MAX_PARTS_AT_ONCE, MAX_PARTS_AT_ONCE, 1]
+        assert {part for piece in brought.pieces for part in piece} == set(adapter.content.parts)
+        assert all(part_digest(tensor) == part for piece in brought.pieces for part, tensor in piece.items())
+        assert [request.brought for request in asked] == [[[]], [[]]]
+        assert [request.num_named for request in asked] == [[len(adapter.content.parts)], [0]]
+        assert uploads._stats.adapter_bytes == sum(tensor.nbytes for tensor in adapter.content.tensors)
+
+    run(main())
+
+
+def test_more_bytes_than_one_message_holds_come_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(adapter_uploads, "MAX_BYTES_AT_ONCE", 100)
+        brought, asked = Brought(), Asked()
+        await new_uploads().send(connection(), lora(), CALL, asked, brought)
+        assert [[tensor.nbytes for tensor in piece.values()][-2:] for piece in brought.pieces][-1] == [64]
+        assert len(brought.pieces) == 3
+        assert asked.brought == [[]]
+
+    run(main())
+
+
+def test_older_peer_is_not_sent_more_than_it_takes() -> None:
+    async def main() -> None:
+        with pytest.raises(LocalProtocolError, match="1025 tensors for one peer, which speaks a protocol before 1.3"):
+            await new_uploads().send(connection(minor=2), many(512), CALL, Asked(), unused)
 
     run(main())

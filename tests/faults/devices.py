@@ -47,7 +47,13 @@ class QueuedDevice:
         return len(self._queue) + (self._worker is not None)
 
     async def run(
-        self, priority: Priority, work: Callable[[], T], *, client: int = 0, timeout_s: float = math.inf
+        self,
+        priority: Priority,
+        work: Callable[[], T],
+        *,
+        client: int = 0,
+        timeout_s: float = math.inf,
+        on_admitted: Callable[[], object] | None = None,
     ) -> Timed[T]:
         now_s = self._loop.time()
         job = _Job(
@@ -61,6 +67,8 @@ class QueuedDevice:
         refused = self._queue.put(job, now_s=now_s)
         self.num_refused += len(refused)
         self._refuse(refused)
+        if on_admitted is not None and job not in refused:
+            on_admitted()
         if self._worker is None:
             self._worker = self._loop.create_task(self._work())
         try:

@@ -334,6 +334,67 @@ def test_follower_of_an_adapter_that_turns_out_unusable_is_told_that_it_is_missi
     assert reasons == [RefusalReason.BAD_REQUEST, RefusalReason.ADAPTER_MISSING]
 
 
+# -------------------------------------------------------------------------------- in several messages
+
+
+def piece(content: AdapterContent, *numbers: int) -> tuple[tuple[bytes, ...], dict[str, torch.Tensor]]:
+    return tuple(content.parts[n] for n in numbers), {
+        f"adapter.{at}": content.tensors[n] for at, n in enumerate(numbers)
+    }
+
+
+def test_parts_may_come_ahead_of_the_request_that_names_them() -> None:
+    store, content = new_store(), lora()
+    for numbers in ((0, 1), (2,)):
+        asyncio.run(store.bring(*piece(content, *numbers), 1))
+    assert store.num_bytes == BYTES
+    assert refusal_of(lambda: use(store, content.name))[0] is RefusalReason.ADAPTER_MISSING
+    adapter = take(store, sent(content, only=set()))
+    assert all(map(torch.equal, adapter.tensors, content.tensors[1:]))
+    assert (len(store), store.num_bytes, store.bytes_received) == (1, BYTES, BYTES)
+
+
+def test_parts_that_nothing_names_go_with_their_connection_and_after_a_minute() -> None:
+    clock = Clock()
+    store, content = new_store(lease_s=600.0, clock=clock), lora()
+    for connection_id in (1, 2):
+        asyncio.run(store.bring(*piece(content, 0, 1, 2), connection_id))
+    store.forget(1)
+    assert (len(store), store.num_bytes) == (1, BYTES)
+    clock.now_s = REPLACED_LEASE_S
+    store.expire()
+    assert (len(store), store.num_bytes) == (0, 0)
+
+
+def test_parts_that_came_ahead_are_no_adapter_and_make_way() -> None:
+    """Bounded, and nothing that is in use goes for them."""
+    store, used = new_store(max_bytes=2 * BYTES), lora(1)
+    take(store, sent(used), connection_id=2)
+    asyncio.run(store.bring(*piece(lora(2), 0, 1, 2), 1))
+    name = next(name for name in store._held if name.startswith("1 ")).removeprefix("1 ")
+    assert refusal_of(lambda: use(store, name))[0] is RefusalReason.ADAPTER_MISSING
+    asyncio.run(store.bring(*piece(lora(3), 0, 1, 2), 1))
+    assert is_held(store, used.name, connection_id=2)
+    assert store.num_bytes <= 2 * BYTES
+
+
+def test_bad_parts_ahead_of_a_request_are_refused() -> None:
+    store, content = new_store(), lora()
+    parts, tensors = piece(content, 1, 2)
+    bad = [
+        ((parts[1], parts[0]), tensors, "does not have the digest"),
+        (parts, {"adapter.0": tensors["adapter.0"]}, "2 parts are named, 1 came"),
+        (parts, {**tensors, "adapter.2": tensors["adapter.0"]}, "'adapter.2' is none of them"),
+    ]
+    for named, brought, expected in bad:
+        reason, text = refusal_of(lambda named=named, brought=brought: asyncio.run(store.bring(named, brought, 1)))  # type: ignore[misc]
+        assert reason is RefusalReason.BAD_REQUEST
+        assert expected in text
+    small = new_store(max_bytes=8)
+    assert refusal_of(lambda: asyncio.run(small.bring(parts, tensors, 1)))[0] is RefusalReason.OUT_OF_MEMORY
+    assert len(store) == len(small) == 0
+
+
 # -------------------------------------------------------------------------------- older clients
 
 
@@ -362,6 +423,24 @@ def test_adapter_of_an_older_client_that_comes_again_replaces_the_one_before() -
     again = take(store, whole(seed=2))
     assert use(store, "a") is again
     assert (len(store), store.num_bytes) == (1, BYTES)
+
+
+def test_large_adapter_of_an_older_client_is_verified_elsewhere_while_followers_wait() -> None:
+    verified: list[Found] = []
+
+    async def later(verify: Callable[[], Found]) -> Found:
+        await asyncio.sleep(0)
+        verified.append(verify())
+        return verified[-1]
+
+    async def main() -> None:
+        store = AdapterStore(max_bytes=1 << 30, lease_s=1.0, clock=Clock(), offload=later)
+        large = whole(Lora(1, "wide", 0.5), tensors=[torch.ones(1, OFFLOAD_BYTES // 4), torch.ones(1, 1)])
+        named = Sent(CallMeta(1, 1, adapter="a"), RequestTensors())
+        found = await asyncio.gather(store.of(*large, BLOCKS, 1), store.of(*named, BLOCKS, 1))
+        assert found[0] is found[1] is verified[0][1]
+
+    asyncio.run(main())
 
 
 def without(name: str) -> Sent:

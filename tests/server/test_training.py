@@ -16,6 +16,7 @@ from remote_modules.net.client_connection import ClientConnection
 from remote_modules.server.engine import Engine
 from remote_modules.spans import Span
 from remote_modules.wire.messages import BackwardRequest, CallMeta, ForwardRequest, Output
+from remote_modules.wire.protocol import MessageReceived
 from remote_modules.wire.tensors import encode_tensors
 
 from .peer_support import Peer, running_peer
@@ -102,6 +103,37 @@ def test_forward_is_not_kept(engine: Engine, limits: dict[str, int], options: di
         await check_gone(peer, client, answer, hidden(2, 3))
 
     run(main, engine, **limits)
+
+
+def test_client_lets_go_of_its_own_graphs_alone(engine: Engine) -> None:
+    async def main(peer: Peer) -> None:
+        owner, other = await peer.connect(), await peer.connect()
+        answer, kept = await forward(owner, hidden(2, 3)), await forward(owner, hidden(2, 3))
+        other.release_graph(answer.request_id)
+        await other.ping()
+        assert len(peer.handler.activations) == 2
+        owner.release_graph(answer.request_id)
+        owner.release_graph(99)
+        await owner.ping()
+        assert len(peer.handler.activations) == 1
+        await check_gone(peer, owner, answer, hidden(2, 3))
+        assert torch.equal(await backward(owner, kept.request_id, grads()), expected(engine, hidden(2, 3)))
+
+    run(main, engine)
+
+
+def test_graph_of_an_answer_that_nobody_awaits_is_released(engine: Engine) -> None:
+    """The answer was on its way when the client gave the request up."""
+
+    async def main(peer: Peer) -> None:
+        client = await peer.connect()
+        answer = await forward(client, hidden(2, 3))
+        assert len(peer.handler.activations) == 1
+        client._receive(MessageReceived(answer, bytearray()))
+        await client.ping()
+        assert len(peer.handler.activations) == 0
+
+    run(main, engine)
 
 
 def test_other_clients_cannot_use_it(engine: Engine) -> None:

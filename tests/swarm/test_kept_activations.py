@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,16 @@ import torch
 from transformers import PreTrainedModel
 
 from remote_modules import ClientConfig, RemoteSequential
+from remote_modules.client.adapters import CallAdapter
+from remote_modules.client.call import CallArguments
+from remote_modules.client.passes import Wanted, backward, forward
+from remote_modules.model.adapter_entries import Lora
+from remote_modules.model.adapters import AdapterSet
+from remote_modules.spans import Span
 from remote_modules.testing.inline_swarm import InlineSwarm
 from remote_modules.testing.simulated_device import Ailment
 
-from .conftest import grad_of, noise, run_locally
+from .conftest import HIDDEN_SIZE, grad_of, noise, run_locally
 
 SPANS = ["0:3", "3:6", "6:8"]
 NEVER_HEDGE = ClientConfig(hedge=False)
@@ -169,3 +176,95 @@ def test_reconnected_client_recomputes(peers: InlineSwarm, local: PreTrainedMode
     assert num_kept(peers) == 0
     check(*work)
     assert counts(layers) == (0, 3)
+
+
+def settle(peers: InlineSwarm) -> None:
+    peers.io.run(asyncio.sleep(1.0))
+
+
+def test_graph_dropped_without_a_backward_is_released(peers: InlineSwarm, local: PreTrainedModel) -> None:
+    layers = peers.layers()
+    dropped, used = both(layers, local), both(layers, local, seed=1)
+    assert num_kept(peers) == 2 * len(SPANS)
+    del dropped
+    gc.collect()
+    settle(peers)
+    assert num_kept(peers) == len(SPANS)
+    check(*used)
+    assert counts(layers) == (3, 0)
+
+
+PROJECTIONS = {  # outputs and inputs
+    "mlp.up_proj": (96, HIDDEN_SIZE),
+    "mlp.gate_proj": (96, HIDDEN_SIZE),
+    "mlp.down_proj": (HIDDEN_SIZE, 96),
+    "self_attn.q_proj": (HIDDEN_SIZE, HIDDEN_SIZE),
+    "self_attn.o_proj": (HIDDEN_SIZE, HIDDEN_SIZE),
+}
+
+
+def trained_pass(blocks: Sequence[int], modules: Sequence[str] = ("mlp.up_proj",), count: int = 1) -> CallArguments:
+    """A pass with ``count`` LoRA at each of ``modules``."""
+    generator = torch.Generator().manual_seed(3)
+    entries = [Lora(block, module, 0.5) for block in blocks for module in modules for _ in range(count)]
+    sizes = [PROJECTIONS[entry.module] for entry in entries]
+    shapes = [shape for num_outputs, num_inputs in sizes for shape in ((1, num_inputs), (num_outputs, 1))]
+    tensors = tuple(torch.randn(shape, generator=generator) * 0.01 for shape in shapes)
+    adapter = CallAdapter(AdapterSet(tuple(entries), tensors))
+    return CallArguments(rows=2, num_tokens=7, with_grad=True, adapter=adapter)
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["in-forward", "in-backward"])
+def test_hops_that_need_no_backward_keep_nothing(peers: InlineSwarm, is_known: bool) -> None:
+    """Known at once, they are not asked to keep their graphs; known later, they are told to drop them."""
+    layers = peers.layers()
+    swarm = layers._handle.swarm
+    call, inputs = trained_pass([4]), {"hidden_states": noise(2, 7)}
+    wanted = Wanted(frozenset(), frozenset({0, 1}))
+    work = forward(swarm, Span(0, 8), inputs, call, wanted if is_known else None)
+    outputs, _, trace = peers.io.run(work)
+    assert num_kept(peers) == (2 if is_known else 3)
+    _, grads = peers.io.run(
+        backward(swarm, trace, {"hidden_states": torch.ones_like(outputs["hidden_states"])}, wanted)
+    )
+    settle(peers)
+    assert num_kept(peers) == 0
+    assert counts(layers) == (2, 0)
+    assert all(grad.abs().sum() > 0 for grad in grads.values())
+    assert not trace.is_kept
+
+
+def test_forward_that_fails_releases_what_its_hops_kept(peers: InlineSwarm) -> None:
+    layers = peers.layers()
+    swarm = layers._handle.swarm
+    call, inputs = trained_pass([4]), {"hidden_states": noise(2, 7)}
+    peers.peers[2].device.ailment = Ailment("slow", slowness=1e9)
+
+    async def give_up() -> None:
+        work = asyncio.ensure_future(forward(swarm, Span(0, 8), inputs, call))
+        await asyncio.sleep(1.0)
+        assert num_kept(peers) == 2
+        work.cancel()
+        await asyncio.wait([work])
+        await asyncio.sleep(1.0)
+
+    peers.io.run(give_up())
+    assert num_kept(peers) == 0
+
+
+def test_adapter_of_more_tensors_than_a_message_brings(checkpoint: Path) -> None:
+    """One peer gets 1,200 tensors, ahead of the request; what comes of it is what two peers with 600 each do."""
+    found = []
+    for spans in (["0:8"], ["0:4", "4:8"]):
+        with InlineSwarm(checkpoint, spans, config=NEVER_HEDGE) as peers:
+            layers = peers.layers()
+            swarm, call = layers._handle.swarm, trained_pass(range(8), list(PROJECTIONS), 15)
+            outputs, _, trace = peers.io.run(forward(swarm, Span(0, 8), {"hidden_states": noise(2, 7)}, call))
+            grads = {"hidden_states": torch.ones_like(outputs["hidden_states"])}
+            found.append((outputs["hidden_states"], peers.io.run(backward(swarm, trace, grads))[1]))
+            requests = [peer.handler.num_requests.get("adapter", 0) for peer in peers.peers if peer.handler is not None]
+            assert requests == ([3] if len(spans) == 1 else [2, 2])
+            assert layers.stats().failovers == 0
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1].keys() == found[1][1].keys() == set(range(1200))
+    assert all(torch.equal(found[0][1][number], found[1][1][number]) for number in range(1200))

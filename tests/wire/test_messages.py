@@ -42,7 +42,7 @@ BOUNDS: dict[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]] = {
     "bool": ("bool", (True, False), ()),
     "RefusalReason": ("str", tuple(reason.value for reason in RefusalReason), ("", "BUSY", "busy ", "other")),
     "Dims": ("list", ([], [0], [2**40 - 1] * 8), ([1] * 9, [-1], [2**40], [1.0], [None], [[1]])),
-    "Tensors": ("list", ([], [["a", "b", [1]]] * 1024), ([["a", "b", [1]]] * 1025, [1], [["a", "b"]], [["a"]])),
+    "Tensors": ("list", ([], [["a", "b", [1]]] * 2048), ([["a", "b", [1]]] * 2049, [1], [["a", "b"]], [["a"]])),
     "OptionValue": (
         "option",
         (True, False, 0, -(2**53), 2**53 - 1, 0.5, float("inf"), "", "t" * 64, "é" * 64),
@@ -234,7 +234,7 @@ def test_missing_fields_are_refused_unless_they_have_a_default(message: Message)
         messages.Ping(2**53),
         messages.Refused(1, RefusalReason.BUSY, "x", float("nan")),
         messages.CloseSession("short"),
-        messages.Output(1, HIDDEN * 1025, 0.0, 0.0),
+        messages.Output(1, HIDDEN * 2049, 0.0, 0.0),
         messages.ForwardRequest(1, 0, 1, (), 1.0, messages.CallMeta(options=(messages.Option("a", 2**53),))),
         messages.ForwardRequest(1, 0, 1, (messages.TensorMeta("a", "float32", (1,) * 9),), 1.0),
     ],

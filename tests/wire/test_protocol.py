@@ -39,8 +39,10 @@ OPEN_CLIENT = (
     "BackwardRequest",
     "CopyRequest",
     "ReadRequest",
+    "AdapterRequest",
     "Cancel",
     "CloseSession",
+    "ReleaseGraph",
     "Ping",
     "Pong",
 )
