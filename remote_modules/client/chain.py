@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +27,7 @@ from remote_modules.client.adapters import HopAdapter
 from remote_modules.client.answers import AnswerChecker
 from remote_modules.client.call import Named
 from remote_modules.client.failures import PassFailures
+from remote_modules.client.fitness import obstacle, refusal
 from remote_modules.client.hedging import Hedge, Outrun
 from remote_modules.client.stats import HopTiming
 from remote_modules.client.swarm import Swarm
@@ -40,7 +42,7 @@ from remote_modules.errors import (
     SpanUnavailable,
 )
 from remote_modules.net.client_connection import ClientConnection
-from remote_modules.peers import short_id
+from remote_modules.peers import PeerId, short_id
 from remote_modules.plan.recovery import Failure, GiveUp, Recovery, Replay, Reroute, failure_of
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
@@ -53,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MAX_TRIES_WITHOUT_ROOM = 3  # for one row at a peer that nobody can stand in for
 HEDGE_RESERVE = 8.0  # retries that hedges leave to failures
 
 
@@ -61,6 +64,7 @@ class Work(ABC):
 
     hops: list[Hop]
     demand: Demand
+    is_pass = False  # whether it holds no session: asked again it gives the same, and rows may be done apart
 
     @abstractmethod
     async def do_hop(self, hop: Hop, chain: Chain) -> None:
@@ -113,6 +117,7 @@ class Chain:
     may_hedge: bool = True
     answers: AnswerChecker = field(init=False)
     output: Output | None = None  # of the latest answer
+    _full: Counter[PeerId] = field(default_factory=Counter)  # refusals for want of memory
     _hedge: Hedge[Work] | None = None  # of the hop that is being done
     _me: object = field(default_factory=object)  # to `failures`
 
@@ -206,6 +211,10 @@ class Chain:
         if connection.is_draining and swarm.router.has_route(hop.span, demand, avoid={hop.peer_id}):
             text = f"peer '{name}' is leaving"
             raise PeerRefused(text, peer_id=hop.peer_id, reason=RefusalReason.DRAINING)
+        num_tokens = demand.rows * demand.num_tokens if lane == "bulk" else 0
+        if text := obstacle(connection, demand, num_tokens):
+            has_others = swarm.router.has_route(hop.span, demand, avoid=swarm.unfit_peers(demand, num_tokens))
+            raise refusal(connection, demand, text, has_others=has_others)
         return connection
 
     async def request(
@@ -351,8 +360,19 @@ class Chain:
         self.recovery.on_hop_done(hop.peer_id, self.swarm.router.instance_of(hop.peer_id))
         self.failures.go_on(self._me, self.swarm.clock())
 
+    def _is_too_much(self, work: Work, hop: Hop, error: PeerError) -> bool:
+        """Whether all who could do this hop of a pass have no memory for it; fewer rows may fit."""
+        if not (work.is_pass and isinstance(error, PeerRefused) and error.reason is RefusalReason.OUT_OF_MEMORY):
+            return False
+        self._full[hop.peer_id] += 1
+        patience = 1 if work.demand.rows > 1 else MAX_TRIES_WITHOUT_ROOM
+        has_others = self.swarm.router.has_route(hop.span, work.demand, avoid=self._full)
+        return not has_others and self._full[hop.peer_id] >= patience
+
     async def _recover(self, work: Work, hop: Hop, error: PeerError) -> None:
         swarm = self.swarm
+        if self._is_too_much(work, hop, error):
+            raise error
         now_s = swarm.clock()
         instance_id = swarm.router.instance_of(hop.peer_id)
         is_known = self.failures.meet(self._me, hop.peer_id, instance_id, now_s)

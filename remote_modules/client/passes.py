@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import torch
@@ -21,6 +21,7 @@ from remote_modules.client.pipeline import Pipeline
 from remote_modules.client.swarm import Swarm
 from remote_modules.errors import PeerRefused, RefusalReason
 from remote_modules.net.client_connection import ClientConnection
+from remote_modules.peers import PeerId
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
 from remote_modules.wire.messages import BackwardRequest, ForwardRequest
@@ -67,6 +68,7 @@ class Trace:
 
     microbatches: Sequence[Microbatch]
     segments: Sequence[list[Segment]]
+    batch: Batch
 
     def route(self, number: int) -> tuple[Hop, ...]:
         return tuple(segment.hop for segment in self.segments[number])
@@ -84,12 +86,55 @@ class Trace:
         return segments
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A whole call.
+
+    Attributes:
+        may_cut: whether what came of its microbatches, if any, could be joined.
+    """
+
+    blocks: Span
+    inputs: Named
+    call: CallArguments
+    may_cut: bool = True
+
+    def cut(self, swarm: Swarm) -> list[Microbatch]:
+        if not self.may_cut:
+            return whole(self.inputs, self.call)
+        return cut(swarm.stack, self.blocks, self.inputs, self.call, swarm.config, swarm.most_tokens)
+
+    def cut_finer(self, swarm: Swarm, parts: Sequence[Microbatch], error: PeerRefused) -> list[Microbatch]:
+        """Smaller microbatches than ``parts``, for which no peer has room; later batches are cut so, too.
+
+        Raises:
+            PeerRefused: it is something else, or there are none.
+        """
+        if error.reason is not RefusalReason.OUT_OF_MEMORY:
+            raise error
+        rows, num_tokens = len(parts[0].rows), self.call.num_tokens
+        limit = swarm.batch_limit(PeerId(error.peer_id))
+        before, swarm.most_tokens = swarm.most_tokens, max(1, rows * num_tokens // 2)
+        if 0 < limit < rows * num_tokens:
+            swarm.most_tokens = limit
+        finer = self.cut(swarm) if rows > 1 else parts
+        if len(finer) <= len(parts):
+            swarm.most_tokens = before
+            what = f"{rows} x {num_tokens} tokens, which cannot be cut into fewer rows, are too much for all peers"
+            text = f"{what} of blocks {self.blocks}: {error}; send shorter rows, or serve fewer blocks for each peer"
+            raise PeerRefused(text, peer_id=error.peer_id, reason=error.reason) from error
+        logger.warning("no room for %d x %d tokens, cutting the batch finer: %s", rows, num_tokens, error)
+        return list(finer)
+
+
 class _Forward(Work):
     """A forward; keeps each hop's inputs for the backward.
 
     Attributes:
         keeps: whether peers may keep their graphs, as the backward will come to them.
     """
+
+    is_pass = True
 
     def __init__(self, hops: Sequence[Hop], inputs: Named, call: CallArguments, demand: Demand) -> None:
         self.hops = list(hops)
@@ -143,6 +188,8 @@ class _Backward(Work):
     Attributes:
         adapter_grads: by the number of the tensor in the call's `AdapterSet`.
     """
+
+    is_pass = True
 
     def __init__(self, segments: Sequence[Segment], grads: Named, call: CallArguments, demand: Demand):
         self._segments = list(segments[::-1])
@@ -232,17 +279,26 @@ async def forward(swarm: Swarm, blocks: Span, inputs: Named, call: CallArguments
     Raises:
         PeerError, NoRouteError: see `Chain.drive`.
     """
-    parts = cut(swarm.stack, blocks, inputs, call, swarm.config)
-    try:
-        return await _forward(swarm, blocks, parts)
-    except NotCutError as exc:
-        logger.info("the batch is run in one piece: %s", exc)
-        return await _forward(swarm, blocks, whole(inputs, call))
+    batch = Batch(blocks, inputs, call)
+    return await _forward_in(swarm, batch, batch.cut(swarm))
 
 
-async def _forward(swarm: Swarm, blocks: Span, parts: Sequence[Microbatch]) -> tuple[Named, Named, Trace]:
+async def _forward_in(swarm: Swarm, batch: Batch, parts: Sequence[Microbatch]) -> tuple[Named, Named, Trace]:
+    """In these microbatches, or smaller ones."""
+    while True:
+        try:
+            return await _forward(swarm, batch, parts)
+        except NotCutError as exc:
+            logger.info("the batch is run in one piece: %s", exc)
+            batch = replace(batch, may_cut=False)
+            parts = whole(batch.inputs, batch.call)
+        except PeerRefused as exc:
+            parts = batch.cut_finer(swarm, parts, exc)
+
+
+async def _forward(swarm: Swarm, batch: Batch, parts: Sequence[Microbatch]) -> tuple[Named, Named, Trace]:
     demand = demand_of(parts[0].inputs, parts[0].call, kv_tokens=0)
-    pipeline = await Pipeline.plan(swarm, blocks, demand, len(parts))
+    pipeline = await Pipeline.plan(swarm, batch.blocks, demand, len(parts))
 
     async def do(number: int) -> _Forward:
         part, chain = parts[number], pipeline.begin()
@@ -253,7 +309,7 @@ async def _forward(swarm: Swarm, blocks: Span, parts: Sequence[Microbatch]) -> t
     works = await pipeline.run(do)
     outputs = join(swarm.stack, [work.outputs for work in works], parts)
     recorded = join(swarm.stack, [work.recorded for work in works], parts)
-    trace = Trace(parts, [work.segments for work in works])
+    trace = Trace(parts, [work.segments for work in works], batch)
     pipeline.finish(trace.route(0))
     return outputs, recorded, trace
 
@@ -264,7 +320,7 @@ async def backward(
     """Gradients of the forward's floating-point inputs, side inputs and ``past`` too, and of adapters by number.
 
     Peers recompute from the segments, but where they kept what they need. The numbers are those of the forward's cut,
-    whatever fails meanwhile.
+    whatever fails meanwhile; where no peer has room for its microbatches, smaller ones begin anew with their forward.
 
     Args:
         wanted: what has a use; None for all. Hops below the first that has any are left out, and so is what they give.
@@ -272,6 +328,17 @@ async def backward(
     Raises:
         PeerError, NoRouteError: see `Chain.drive`.
     """
+    while True:
+        try:
+            return await _backward(swarm, trace, grads, wanted)
+        except PeerRefused as exc:
+            parts = trace.batch.cut_finer(swarm, trace.microbatches, exc)
+        _, _, trace = await _forward_in(swarm, trace.batch, parts)
+
+
+async def _backward(
+    swarm: Swarm, trace: Trace, grads: Named, wanted: Wanted | None
+) -> tuple[Named, dict[int, torch.Tensor]]:
     parts, stack = trace.microbatches, swarm.stack
     num_rows = parts[-1].rows.stop
     needed = [trace.needed(number, swarm, wanted) for number in range(len(parts))]

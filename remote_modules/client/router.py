@@ -94,7 +94,9 @@ class Router:
 
         return self._claimed(self._found(cheapest, avoid, demand.adapter))
 
-    def find_shares(self, blocks: Span, demand: Demand, count: int) -> list[tuple[Hop, ...]]:
+    def find_shares(
+        self, blocks: Span, demand: Demand, count: int, *, avoid: Collection[PeerId] = ()
+    ) -> list[tuple[Hop, ...]]:
         """Routes for work that is not in a hurry: peers get it in proportion to what they have free.
 
         Args:
@@ -110,7 +112,7 @@ class Router:
             routes = spread(blocks, candidates, demand, rng=self._rng, count=count, least=least, cuts=cuts)
             return interleaved([route.hops for route in routes])
 
-        routes = self._found(shared, (), demand.adapter)
+        routes = self._found(shared, avoid, demand.adapter)
         self.claim({hop.peer_id: hop for route in routes for hop in route}.values())
         return routes
 
