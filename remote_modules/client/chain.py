@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAX_TRIES_WITHOUT_ROOM = 3  # for one row at a peer that nobody can stand in for
+ROOM_WAIT_S = 30.0  # for memory, where there is one row and nobody can stand in
 HEDGE_RESERVE = 8.0  # retries that hedges leave to failures
 
 
@@ -64,7 +63,8 @@ class Work(ABC):
 
     hops: list[Hop]
     demand: Demand
-    is_pass = False  # whether it holds no session: asked again it gives the same, and rows may be done apart
+    is_pass = False  # whether it holds no session: rows may be done apart
+    autocast: str | None = None  # of a pass
 
     @abstractmethod
     async def do_hop(self, hop: Hop, chain: Chain) -> None:
@@ -117,7 +117,7 @@ class Chain:
     may_hedge: bool = True
     answers: AnswerChecker = field(init=False)
     output: Output | None = None  # of the latest answer
-    _full: Counter[PeerId] = field(default_factory=Counter)  # refusals for want of memory
+    _full: dict[PeerId, float] = field(default_factory=dict)  # when peers first had no memory
     _hedge: Hedge[Work] | None = None  # of the hop that is being done
     _me: object = field(default_factory=object)  # to `failures`
 
@@ -237,16 +237,23 @@ class Chain:
         """
         if adapter is None:
             return await self._request(hop, kind, message, tensors, connection)
+        offered = adapter.name if adapter.content is None else ""
 
         async def send(call: CallMeta, brought: Named, *, is_first: bool) -> Named:
             request_id = message.request_id if is_first else connection.new_request_id()
             changed = msgspec.structs.replace(message, call=call, request_id=request_id)
-            return await self._request(hop, kind, changed, {**tensors, **brought}, connection)
+            return await self._request(hop, kind, changed, {**tensors, **brought}, connection, offered)
 
         return await self.swarm.uploads.send(connection, adapter, message.call, send)
 
     async def _request(
-        self, hop: Hop, kind: str, message: Request, tensors: Named, connection: ClientConnection
+        self,
+        hop: Hop,
+        kind: str,
+        message: Request,
+        tensors: Named,
+        connection: ClientConnection,
+        offered: str = "",
     ) -> Named:
         swarm = self.swarm
         num_tokens = message.call.num_tokens
@@ -257,7 +264,7 @@ class Chain:
             text = f"request of {num_bytes} bytes exceeds max_request_bytes={limit}; send fewer tokens"
             raise LocalProtocolError(text)
         hedge, router = self._hedge, swarm.router
-        alone_s = router.timeout_s(hop, kind, work, num_bytes)
+        alone_s = router.timeout_s(hop, kind, work, num_bytes, adapter=offered)
         sent = router.send(hop, kind, work, alone_s)
         try:
             timeout_s = min(alone_s + sent.ahead_s, max(0.1, self.recovery.deadline_s - swarm.clock()))
@@ -280,16 +287,6 @@ class Chain:
         self._note(hop, num_tokens, took_s, output)
         return swarm.coding.settle(output, replies)
 
-    def check_outputs(
-        self, hop: Hop, outputs: Named, like: Named, call: CallMeta, num_tokens: int | None = None
-    ) -> Named:
-        """See `AnswerChecker.check_outputs`."""
-        return self.answers.check_outputs(hop, outputs, like, call, num_tokens)
-
-    def check_gradients(self, hop: Hop, grads: Named, inputs: Named, of_outputs: Named) -> Named:
-        """See `AnswerChecker.check_gradients`."""
-        return self.answers.check_gradients(hop, grads, inputs, of_outputs)
-
     def _note(self, hop: Hop, num_tokens: int, took_s: float, output: Output) -> None:
         self.timings.append(
             HopTiming(
@@ -302,7 +299,7 @@ class Chain:
         )
 
     def _new_hedge(self, work: Work, hop: Hop) -> Hedge[Work] | None:
-        if not (self.may_hedge and self.swarm.router.is_replicated(hop.span)):
+        if not (self.may_hedge and self.swarm.router.is_replicated(hop.span, work.demand.adapter)):
             return None
         return Hedge(partial(self._do_elsewhere, work, hop))
 
@@ -357,22 +354,26 @@ class Chain:
             swarm.check_soon(hop.peer_id, "bulk")
 
     def _succeed(self, hop: Hop) -> None:
-        self.recovery.on_hop_done(hop.peer_id, self.swarm.router.instance_of(hop.peer_id))
+        for peer_id in (hop.peer_id, *self.answers.take_cleared()):
+            self.recovery.on_hop_done(peer_id, self.swarm.router.instance_of(peer_id))
         self.failures.go_on(self._me, self.swarm.clock())
 
     def _is_too_much(self, work: Work, hop: Hop, error: PeerError) -> bool:
         """Whether all who could do this hop of a pass have no memory for it; fewer rows may fit."""
         if not (work.is_pass and isinstance(error, PeerRefused) and error.reason is RefusalReason.OUT_OF_MEMORY):
             return False
-        self._full[hop.peer_id] += 1
-        patience = 1 if work.demand.rows > 1 else MAX_TRIES_WITHOUT_ROOM
-        has_others = self.swarm.router.has_route(hop.span, work.demand, avoid=self._full)
-        return not has_others and self._full[hop.peer_id] >= patience
+        now_s = self.swarm.clock()
+        waited_s = now_s - self._full.setdefault(hop.peer_id, now_s)
+        is_last = not self.swarm.router.is_held(hop.span, work.demand.adapter, avoid=self._full)
+        return is_last and (work.demand.rows > 1 or waited_s >= ROOM_WAIT_S)
 
     async def _recover(self, work: Work, hop: Hop, error: PeerError) -> None:
         swarm = self.swarm
         if self._is_too_much(work, hop, error):
             raise error
+        if swarm.router.may_overflow(hop, work.autocast, work.demand.adapter) and self.answers.ask_again(hop.peer_id):
+            logger.info("asked again peer=%s: %s", short_id(hop.peer_id), error)
+            return
         now_s = swarm.clock()
         instance_id = swarm.router.instance_of(hop.peer_id)
         is_known = self.failures.meet(self._me, hop.peer_id, instance_id, now_s)

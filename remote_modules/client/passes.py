@@ -143,6 +143,7 @@ class _Forward(Work):
         self.outputs = inputs
         self.recorded: Named = {}
         self.keeps = call.with_grad
+        self.autocast = call.autocast
         self._call = call
 
     async def do_hop(self, hop: Hop, chain: Chain) -> None:
@@ -156,7 +157,7 @@ class _Forward(Work):
         replies = await chain.request(hop, "forward", message, tensors, connection, adapter)
         recorded = {name: replies.pop(name) for name in list(replies) if name.startswith("record.")}
         recorded = chain.answers.check_recorded(hop, recorded, meta)
-        self.outputs = chain.check_outputs(hop, replies, inputs, meta)
+        self.outputs = chain.answers.check_outputs(hop, replies, inputs, meta)
         self.recorded.update(recorded)
         answer = chain.output
         kept = (connection, answer.request_id) if answer is not None and answer.is_kept else None
@@ -198,6 +199,7 @@ class _Backward(Work):
         self.grads = {name: grad for name, grad in grads.items() if not name.startswith("record.")}
         self.side_grads: Named = {}
         self.adapter_grads: dict[int, torch.Tensor] = {}
+        self.autocast = call.autocast
         self._recorded = {name: grad for name, grad in grads.items() if name.startswith("record.")}
         self._call = call
 
@@ -217,7 +219,7 @@ class _Backward(Work):
             chain.swarm.stats.recomputed_backwards += 1
         found = {name.removeprefix("grad."): grad for name, grad in replies.items()}
         trained = {} if adapter is None else adapter.tensors
-        found = chain.check_gradients(hop, found, inputs | sides | trained, grads)
+        found = chain.answers.check_gradients(hop, found, inputs | sides | trained, grads)
         if adapter is not None:
             for name, number in zip(trained, adapter.positions, strict=True):
                 self.adapter_grads[number] = found.pop(name)

@@ -262,7 +262,7 @@ class Step(Work):
             replies = await chain.request(hop, kind, message, tensors, connection, adapter)
             recorded = {name: replies.pop(name) for name in list(replies) if name.startswith("record.")}
             recorded = chain.answers.check_recorded(hop, recorded, meta)
-            output = chain.check_outputs(hop, replies, entry, meta, num_outputs)
+            output = chain.answers.check_outputs(hop, replies, entry, meta, num_outputs)
         except BaseException:
             self.forget_hop(hop)  # whether the peer did the step is not known: a new session, by replay
             self.session.free(hop, cache)

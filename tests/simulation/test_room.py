@@ -68,7 +68,7 @@ def test_row_without_room_anywhere_is_refused_in_one_line(kind: str, monkeypatch
     ) as caught:
         run_virtual(train(SPANS, trained_call(), config=ONE_ROW))
     assert caught.value.reason is RefusalReason.OUT_OF_MEMORY
-    assert refused[NUM_TOKENS] >= 3  # it might have been for the moment
+    assert refused[NUM_TOKENS] > 10  # it might have been for the moment
 
 
 async def train_beside_limits(
