@@ -13,11 +13,12 @@ from torch import nn
 
 from remote_modules.client.adapter_snapshots import Snapshots
 from remote_modules.model.adapter_content import AdapterContent, content_of
-from remote_modules.model.adapter_entries import Entry
+from remote_modules.model.adapter_entries import FIRST_METHODS, Entry
 from remote_modules.model.adapter_reading import collect
 from remote_modules.model.adapters import AdapterSet, decode_entries, encode_entries
 from remote_modules.model.shadow import is_shadow
 from remote_modules.spans import Span
+from remote_modules.wire.messages import MORE_METHODS_SINCE_MINOR
 
 __all__ = ["AdapterWatch", "CallAdapter", "HopAdapter", "note_change"]
 
@@ -76,6 +77,12 @@ class CallAdapter:
         adapters = replace(self.adapters, parameters=tuple(snapshot.tensor for snapshot in found))
         digests = {id(snapshot.tensor): snapshot.digest for snapshot in found}
         return replace(self, adapters=adapters, digests=digests)
+
+    @property
+    def minor(self) -> int:
+        """The version of the protocol that peers must speak at least to know all of its methods."""
+        is_old = all(isinstance(entry, FIRST_METHODS) for entry in self.adapters.entries)
+        return 0 if is_old else MORE_METHODS_SINCE_MINOR
 
     def part(self, blocks: Span) -> HopAdapter | None:
         """What the hop with these ``blocks`` needs; None if they have none."""

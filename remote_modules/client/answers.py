@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -11,20 +13,31 @@ from remote_modules.errors import PeerError
 from remote_modules.model.stack import StackSpec
 from remote_modules.peers import PeerId, short_id
 from remote_modules.plan.routing import Hop
+from remote_modules.spans import Span
 from remote_modules.wire.messages import CallMeta
 
 __all__ = ["AnswerChecker"]
 
 
+@dataclass(frozen=True, slots=True)
+class _Doubt:
+    """Values that are not finite: of which blocks, and a digest of where they are."""
+
+    span: Span
+    places: bytes
+
+
 class AnswerChecker:
     """The checks of one pass.
 
-    Attributes:
-        suspects: peers that gave values which are not finite.
+    Values that are not finite are believed when two peers agree on them, or when a peer that nobody can stand in for
+    gives them twice, in the same places, in float16: then they are the model's, as when a scaled loss overflows.
     """
 
     def __init__(self, stack: StackSpec, hidden_size: int) -> None:
-        self.suspects: set[PeerId] = set()
+        self._doubts: dict[PeerId, _Doubt] = {}
+        self._lone: set[PeerId] = set()
+        self._cleared: set[PeerId] = set()
         self._stack = stack
         self._hidden_size = hidden_size
 
@@ -32,8 +45,6 @@ class AnswerChecker:
         self, hop: Hop, outputs: Named, like: Named, call: CallMeta, num_tokens: int | None = None
     ) -> Named:
         """What the hop's last block returned, once shapes, dtypes and values can be true, and nothing else.
-
-        Values that are not finite are believed when two peers agree on them: then they are the model's.
 
         Args:
             like: what went in.
@@ -95,16 +106,49 @@ class AnswerChecker:
 
     def _check_finite(self, hop: Hop, outputs: Named, like: Named) -> None:
         if all(map(_is_finite, outputs.values())):
+            self._doubts = {who: doubt for who, doubt in self._doubts.items() if not _overlap(doubt.span, hop.span)}
             return
-        self.suspects.add(hop.peer_id)
-        if len(self.suspects) < 2 and all(map(_is_finite, like.values())):
+        if not all(map(_is_finite, like.values())):
+            return
+        doubt = _Doubt(hop.span, _places(outputs))
+        before = self._doubts.get(hop.peer_id)
+        others = {peer_id: other for peer_id, other in self._doubts.items() if peer_id != hop.peer_id}
+        self._doubts[hop.peer_id] = doubt
+        agree = {peer_id for peer_id, other in others.items() if other == doubt}
+        self._cleared |= agree
+        is_confirmed = agree or any(other.span != hop.span for other in others.values())
+        if not (is_confirmed or (before == doubt and hop.peer_id in self._lone)):
             raise _nonsense(hop, "values are not finite")
+
+    def ask_again(self, peer_id: PeerId) -> bool:
+        """Whether the failure of a peer that nobody can stand in for is that its values are not finite: once."""
+        if peer_id in self._lone or peer_id not in self._doubts:
+            return False
+        self._lone.add(peer_id)
+        return True
+
+    def take_cleared(self) -> set[PeerId]:
+        """Peers whose values were doubted, and then confirmed by others."""
+        cleared, self._cleared = self._cleared, set()
+        return cleared
 
 
 def _nonsense(hop: Hop, text: str) -> PeerError:
     return PeerError(
         f"peer '{short_id(hop.peer_id)}' gave a wrong answer for blocks {hop.span}: {text}", peer_id=hop.peer_id
     )
+
+
+def _overlap(one: Span, other: Span) -> bool:
+    return one.start < other.end and other.start < one.end
+
+
+def _places(tensors: Named) -> bytes:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if tensor.is_floating_point():
+            digest.update(name.encode() + b"\0" + torch.isfinite(tensor).contiguous().numpy().tobytes())
+    return digest.digest()
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from remote_modules.client.call import CallArguments, Named
-from remote_modules.client.passes import Segment, Wanted, backward, forward, release
+from remote_modules.client.passes import backward, forward
 from remote_modules.client.swarm import Swarm
+from remote_modules.client.traces import Segment, Wanted, release
 from remote_modules.errors import UnsupportedCallError
 from remote_modules.net.loop import LoopThread
 from remote_modules.spans import Span

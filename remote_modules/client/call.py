@@ -120,4 +120,5 @@ def demand_of(tensors: Named, call: CallArguments, *, kv_tokens: int, is_decode:
         is_decode=is_decode,
         rows=call.rows,
         adapter="" if call.adapter is None else call.adapter.offered,
+        minor=0 if call.adapter is None else call.adapter.minor,
     )

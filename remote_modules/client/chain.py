@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,9 +26,11 @@ from remote_modules.client.adapters import HopAdapter
 from remote_modules.client.answers import AnswerChecker
 from remote_modules.client.call import Named
 from remote_modules.client.failures import PassFailures
+from remote_modules.client.fitness import obstacle, refusal
 from remote_modules.client.hedging import Hedge, Outrun
 from remote_modules.client.stats import HopTiming
 from remote_modules.client.swarm import Swarm
+from remote_modules.client.work import Work
 from remote_modules.errors import (
     LocalProtocolError,
     NoRouteError,
@@ -41,60 +42,21 @@ from remote_modules.errors import (
     SpanUnavailable,
 )
 from remote_modules.net.client_connection import ClientConnection
-from remote_modules.peers import short_id
+from remote_modules.peers import PeerId, short_id
 from remote_modules.plan.recovery import Failure, GiveUp, Recovery, Replay, Reroute, failure_of
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
 from remote_modules.wire.messages import AdapterRequest, CallMeta, Output, Request
 from remote_modules.wire.tensors import body_bytes, encode_tensors
 
-__all__ = ["Chain", "Work"]
+__all__ = ["Chain"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+ROOM_WAIT_S = 30.0  # for memory, where there is one row and nobody can stand in
 HEDGE_RESERVE = 8.0  # retries that hedges leave to failures
-
-
-class Work(ABC):
-    """What one pass does on its hops. `hops` holds those still to do, the next one first."""
-
-    hops: list[Hop]
-    demand: Demand
-
-    @abstractmethod
-    async def do_hop(self, hop: Hop, chain: Chain) -> None:
-        """Do the next hop.
-
-        Raises:
-            PeerError: its peer failed; the state is as before.
-        """
-
-    @abstractmethod
-    async def replace_hop(self, hop: Hop, hops: tuple[Hop, ...], chain: Chain) -> None:
-        """Put ``hops`` in the place of the next one."""
-
-    def forget_hop(self, hop: Hop) -> None:  # noqa: B027 - only sessions have something to forget
-        """The peer lost the hop's session: build it anew when the hop is done next."""
-
-    @abstractmethod
-    def rival(self, hop: Hop) -> Work | None:
-        """The next hop's work alone, to be done elsewhere at the same time; None if that cannot be.
-
-        It changes nothing of this one, and is given other hops by `replace_hop`.
-        """
-
-    @abstractmethod
-    def adopt(self, hop: Hop, rival: Work) -> None:
-        """Take what the rival did for the work of the next hop, which was stopped."""
-
-    def discard(self) -> None:  # noqa: B027 - only sessions hold something
-        """This rival lost: free what peers hold for it."""
-
-    def num_past_tokens(self) -> int:
-        """Tokens of each row that another peer must be fed before it can do the next hop's work."""
-        return 0
 
 
 @dataclass(slots=True)
@@ -114,6 +76,7 @@ class Chain:
     may_hedge: bool = True
     answers: AnswerChecker = field(init=False)
     output: Output | None = None  # of the latest answer
+    _full: dict[PeerId, float] = field(default_factory=dict)  # when peers first had no memory
     _hedge: Hedge[Work] | None = None  # of the hop that is being done
     _me: object = field(default_factory=object)  # to `failures`
 
@@ -207,6 +170,10 @@ class Chain:
         if connection.is_draining and swarm.router.has_route(hop.span, demand, avoid={hop.peer_id}):
             text = f"peer '{name}' is leaving"
             raise PeerRefused(text, peer_id=hop.peer_id, reason=RefusalReason.DRAINING)
+        num_tokens = demand.rows * demand.num_tokens if lane == "bulk" else 0
+        if text := obstacle(connection, demand, num_tokens):
+            has_others = swarm.router.has_route(hop.span, demand, avoid=swarm.unfit_peers(demand, num_tokens))
+            raise refusal(connection, demand, text, has_others=has_others)
         return connection
 
     async def request(
@@ -229,11 +196,12 @@ class Chain:
         """
         if adapter is None:
             return await self._request(hop, kind, message, tensors, connection)
+        offered = adapter.name if adapter.content is None else ""
 
         async def send(call: CallMeta, brought: Named, *, is_first: bool) -> Named:
             request_id = message.request_id if is_first else connection.new_request_id()
             changed = msgspec.structs.replace(message, call=call, request_id=request_id)
-            return await self._request(hop, kind, changed, {**tensors, **brought}, connection)
+            return await self._request(hop, kind, changed, {**tensors, **brought}, connection, offered)
 
         return await self.swarm.uploads.send(connection, adapter, message.call, send, partial(self._bring, connection))
 
@@ -248,7 +216,13 @@ class Chain:
             swarm.count_bytes(connection)
 
     async def _request(
-        self, hop: Hop, kind: str, message: Request, tensors: Named, connection: ClientConnection
+        self,
+        hop: Hop,
+        kind: str,
+        message: Request,
+        tensors: Named,
+        connection: ClientConnection,
+        offered: str = "",
     ) -> Named:
         swarm = self.swarm
         num_tokens = message.call.num_tokens
@@ -259,7 +233,7 @@ class Chain:
             text = f"request of {num_bytes} bytes exceeds max_request_bytes={limit}; send fewer tokens"
             raise LocalProtocolError(text)
         hedge, router = self._hedge, swarm.router
-        alone_s = router.timeout_s(hop, kind, work, num_bytes)
+        alone_s = router.timeout_s(hop, kind, work, num_bytes, adapter=offered)
         sent = router.send(hop, kind, work, alone_s)
         try:
             timeout_s = min(alone_s + sent.ahead_s, max(0.1, self.recovery.deadline_s - swarm.clock()))
@@ -282,16 +256,6 @@ class Chain:
         self._note(hop, num_tokens, took_s, output)
         return swarm.coding.settle(output, replies)
 
-    def check_outputs(
-        self, hop: Hop, outputs: Named, like: Named, call: CallMeta, num_tokens: int | None = None
-    ) -> Named:
-        """See `AnswerChecker.check_outputs`."""
-        return self.answers.check_outputs(hop, outputs, like, call, num_tokens)
-
-    def check_gradients(self, hop: Hop, grads: Named, inputs: Named, of_outputs: Named) -> Named:
-        """See `AnswerChecker.check_gradients`."""
-        return self.answers.check_gradients(hop, grads, inputs, of_outputs)
-
     def _note(self, hop: Hop, num_tokens: int, took_s: float, output: Output) -> None:
         self.timings.append(
             HopTiming(
@@ -304,7 +268,7 @@ class Chain:
         )
 
     def _new_hedge(self, work: Work, hop: Hop) -> Hedge[Work] | None:
-        if not (self.may_hedge and self.swarm.router.is_replicated(hop.span)):
+        if not (self.may_hedge and self.swarm.router.is_replicated(hop.span, work.demand.adapter)):
             return None
         return Hedge(partial(self._do_elsewhere, work, hop))
 
@@ -359,11 +323,26 @@ class Chain:
             swarm.check_soon(hop.peer_id, "bulk")
 
     def _succeed(self, hop: Hop) -> None:
-        self.recovery.on_hop_done(hop.peer_id, self.swarm.router.instance_of(hop.peer_id))
+        for peer_id in (hop.peer_id, *self.answers.take_cleared()):
+            self.recovery.on_hop_done(peer_id, self.swarm.router.instance_of(peer_id))
         self.failures.go_on(self._me, self.swarm.clock())
+
+    def _is_too_much(self, work: Work, hop: Hop, error: PeerError) -> bool:
+        """Whether all who could do this hop of a pass have no memory for it; fewer rows may fit."""
+        if not (work.is_pass and isinstance(error, PeerRefused) and error.reason is RefusalReason.OUT_OF_MEMORY):
+            return False
+        now_s = self.swarm.clock()
+        waited_s = now_s - self._full.setdefault(hop.peer_id, now_s)
+        is_last = not self.swarm.router.is_held(hop.span, work.demand.adapter, avoid=self._full)
+        return is_last and (work.demand.rows > 1 or waited_s >= ROOM_WAIT_S)
 
     async def _recover(self, work: Work, hop: Hop, error: PeerError) -> None:
         swarm = self.swarm
+        if self._is_too_much(work, hop, error):
+            raise error
+        if swarm.router.may_overflow(hop, work.autocast, work.demand.adapter) and self.answers.ask_again(hop.peer_id):
+            logger.info("asked again peer=%s: %s", short_id(hop.peer_id), error)
+            return
         now_s = swarm.clock()
         instance_id = swarm.router.instance_of(hop.peer_id)
         is_known = self.failures.meet(self._me, hop.peer_id, instance_id, now_s)

@@ -49,9 +49,15 @@ def whole(inputs: Named, call: CallArguments) -> list[Microbatch]:
     return [Microbatch(range(call.rows), inputs, call, {})]
 
 
-def cut(stack: StackSpec, blocks: Span, inputs: Named, call: CallArguments, config: ClientConfig) -> list[Microbatch]:
-    """The microbatches of a call, in order of their rows; one where it is small, or cannot be cut."""
-    parts = _rows_of_parts(blocks, inputs, call, config)
+def cut(
+    stack: StackSpec, blocks: Span, inputs: Named, call: CallArguments, config: ClientConfig, most_tokens: int = 0
+) -> list[Microbatch]:
+    """The microbatches of a call, in order of their rows; one where it is small, or cannot be cut.
+
+    Args:
+        most_tokens: of one microbatch, where that is less than the setting; 0 for no such limit.
+    """
+    parts = _rows_of_parts(blocks, inputs, call, config, most_tokens or config.microbatch_tokens)
     dims = _dims_of(stack, blocks, inputs, call) if len(parts) > 1 else None
     if dims is None:
         return whole(inputs, call)
@@ -105,7 +111,9 @@ def sum_in_order(parts: Sequence[Mapping[int, torch.Tensor]]) -> dict[int, torch
     return {number: total.to(dtypes[number]) for number, total in totals.items()}
 
 
-def _rows_of_parts(blocks: Span, inputs: Named, call: CallArguments, config: ClientConfig) -> tuple[range, ...]:
+def _rows_of_parts(
+    blocks: Span, inputs: Named, call: CallArguments, config: ClientConfig, most_tokens: int
+) -> tuple[range, ...]:
     carried = num_bytes(inputs) + num_bytes(call.sides) + num_bytes(call.past)
     if call.with_grad:  # its gradient comes along in the backward
         carried *= 2
@@ -117,7 +125,7 @@ def _rows_of_parts(blocks: Span, inputs: Named, call: CallArguments, config: Cli
     return split(
         call.rows,
         call.num_tokens,
-        max_tokens=config.microbatch_tokens,
+        max_tokens=min(most_tokens, config.microbatch_tokens),
         bytes_per_row=-(-carried // max(1, call.rows)),
         max_bytes=max(limit // 2, limit - fixed),
     )

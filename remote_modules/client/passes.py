@@ -9,99 +9,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import msgspec
 import torch
 
 from remote_modules.client.call import CallArguments, Named, demand_of
-from remote_modules.client.chain import Chain, Work
-from remote_modules.client.microbatches import Microbatch, NotCutError, cut, cut_grads, join, sum_in_order, whole
+from remote_modules.client.chain import Chain
+from remote_modules.client.microbatches import Microbatch, NotCutError, cut_grads, join, sum_in_order, whole
 from remote_modules.client.pipeline import Pipeline
 from remote_modules.client.swarm import Swarm
+from remote_modules.client.traces import Batch, Segment, Trace, Wanted, release
+from remote_modules.client.work import Work
 from remote_modules.errors import PeerRefused, RefusalReason
-from remote_modules.model.stack import StackSpec
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
 from remote_modules.wire.messages import BackwardRequest, ForwardRequest
 
-__all__ = ["Segment", "Trace", "Wanted", "backward", "forward", "release"]
+__all__ = ["backward", "forward"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Segment:
-    """One hop of a pass and what went into it.
-
-    Attributes:
-        kept: where the hop's peer keeps the forward's graph: the connection, and the id of the request there.
-    """
-
-    hop: Hop
-    inputs: Named
-    kept: tuple[ClientConnection, int] | None = None
-
-    def take_kept(self, connection: ClientConnection) -> int | None:
-        """The id of the forward whose graph the peer keeps, for the one backward that may use it."""
-        if self.kept is not None and self.kept[0] is not connection:
-            self.release()
-        kept, self.kept = self.kept, None
-        return None if kept is None else kept[1]
-
-    def release(self) -> None:
-        """No backward will come here: the peer need not keep the graph until its lease ends."""
-        kept, self.kept = self.kept, None
-        if kept is not None:
-            kept[0].release_graph(kept[1])
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Which gradients have a use.
-
-    Attributes:
-        names: of inputs that cross from block to block, of side inputs, and of ``past``.
-        adapters: numbers of tensors in the call's `AdapterSet`.
-    """
-
-    names: frozenset[str]
-    adapters: frozenset[int]
-
-    def has_own(self, call: CallArguments, stack: StackSpec, span: Span) -> bool:
-        """Whether anything that the blocks of ``span`` take for themselves is wanted."""
-        own = call.sides_of(stack, span) | call.past_of(stack, span)
-        if self.names & own.keys():
-            return True
-        adapter = call.adapter_of(span)
-        return adapter is not None and bool(self.adapters & set(adapter.positions))
-
-
-@dataclass(frozen=True)  # not slots: weakly referenced
-class Trace:
-    """What a forward did: the microbatches, and the segments of each."""
-
-    microbatches: Sequence[Microbatch]
-    segments: Sequence[list[Segment]]
-
-    def route(self, number: int) -> tuple[Hop, ...]:
-        return tuple(segment.hop for segment in self.segments[number])
-
-    def needed(self, number: int, swarm: Swarm, wanted: Wanted | None) -> list[Segment]:
-        """The segments of a microbatch whose backward has a use: from the first one that has something wanted on."""
-        segments, part = self.segments[number], self.microbatches[number]
-        if wanted is None or wanted.names & part.inputs.keys():
-            return segments
-        for index, segment in enumerate(segments):
-            if wanted.has_own(part.call, swarm.stack, segment.hop.span):
-                return segments[index:]
-        return segments
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether a peer keeps anything of it."""
-        return any(segment.kept is not None for segments in self.segments for segment in segments)
 
 
 class _Forward(Work):
@@ -115,6 +43,8 @@ class _Forward(Work):
             has something wanted.
     """
 
+    is_pass = True
+
     def __init__(
         self, hops: Sequence[Hop], inputs: Named, call: CallArguments, demand: Demand, wanted: Wanted | None = None
     ) -> None:
@@ -124,6 +54,7 @@ class _Forward(Work):
         self.outputs = inputs
         self.recorded: Named = {}
         self.keeps = call.with_grad
+        self.autocast = call.autocast
         self._call = call
         self._wanted = None if wanted is None or wanted.names & inputs.keys() else wanted
 
@@ -140,7 +71,7 @@ class _Forward(Work):
         replies = await chain.request(hop, "forward", message, tensors, connection, adapter)
         recorded = {name: replies.pop(name) for name in list(replies) if name.startswith("record.")}
         recorded = chain.answers.check_recorded(hop, recorded, meta)
-        self.outputs = chain.check_outputs(hop, replies, inputs, meta)
+        self.outputs = chain.answers.check_outputs(hop, replies, inputs, meta)
         self.recorded.update(recorded)
         answer = chain.output
         kept = (connection, answer.request_id) if answer is not None and answer.is_kept else None
@@ -173,6 +104,8 @@ class _Backward(Work):
         adapter_grads: by the number of the tensor in the call's `AdapterSet`.
     """
 
+    is_pass = True
+
     def __init__(self, segments: Sequence[Segment], grads: Named, call: CallArguments, demand: Demand):
         self._segments = list(segments[::-1])
         self.hops = [segment.hop for segment in self._segments]
@@ -180,6 +113,7 @@ class _Backward(Work):
         self.grads = {name: grad for name, grad in grads.items() if not name.startswith("record.")}
         self.side_grads: Named = {}
         self.adapter_grads: dict[int, torch.Tensor] = {}
+        self.autocast = call.autocast
         self._recorded = {name: grad for name, grad in grads.items() if name.startswith("record.")}
         self._call = call
 
@@ -199,7 +133,7 @@ class _Backward(Work):
             chain.swarm.stats.recomputed_backwards += 1
         found = {name.removeprefix("grad."): grad for name, grad in replies.items()}
         trained = {} if adapter is None else adapter.tensors
-        found = chain.check_gradients(hop, found, inputs | sides | trained, grads)
+        found = chain.answers.check_gradients(hop, found, inputs | sides | trained, grads)
         if adapter is not None:
             for name, number in zip(trained, adapter.positions, strict=True):
                 self.adapter_grads[number] = found.pop(name)
@@ -250,13 +184,6 @@ class _Backward(Work):
         self.side_grads[name] = self.side_grads[name] + grad if name in self.side_grads else grad
 
 
-def release(segments: Sequence[Sequence[Segment]]) -> None:
-    """No backward will come for these, or no other: let peers drop what they keep. On the event loop."""
-    for own in segments:
-        for segment in own:
-            segment.release()
-
-
 def _own_inputs(call: CallArguments, chain: Chain, hop: Hop) -> Named:
     """What the hop's blocks alone take."""
     stack = chain.swarm.stack
@@ -274,24 +201,31 @@ async def forward(
     Raises:
         PeerError, NoRouteError: see `Chain.drive`.
     """
-    parts = cut(swarm.stack, blocks, inputs, call, swarm.config)
-    try:
-        return await _forward(swarm, blocks, parts, wanted)
-    except NotCutError as exc:
-        logger.info("the batch is run in one piece: %s", exc)
-        return await _forward(swarm, blocks, whole(inputs, call), wanted)
+    batch = Batch(blocks, inputs, call, wanted)
+    return await _forward_in(swarm, batch, batch.cut(swarm))
 
 
-async def _forward(
-    swarm: Swarm, blocks: Span, parts: Sequence[Microbatch], wanted: Wanted | None
-) -> tuple[Named, Named, Trace]:
+async def _forward_in(swarm: Swarm, batch: Batch, parts: Sequence[Microbatch]) -> tuple[Named, Named, Trace]:
+    """In these microbatches, or smaller ones."""
+    while True:
+        try:
+            return await _forward(swarm, batch, parts)
+        except NotCutError as exc:
+            logger.info("the batch is run in one piece: %s", exc)
+            batch = replace(batch, may_cut=False)
+            parts = whole(batch.inputs, batch.call)
+        except PeerRefused as exc:
+            parts = batch.cut_finer(swarm, parts, exc)
+
+
+async def _forward(swarm: Swarm, batch: Batch, parts: Sequence[Microbatch]) -> tuple[Named, Named, Trace]:
     demand = demand_of(parts[0].inputs, parts[0].call, kv_tokens=0)
-    pipeline = await Pipeline.plan(swarm, blocks, demand, len(parts))
+    pipeline = await Pipeline.plan(swarm, batch.blocks, demand, len(parts))
     begun: list[_Forward] = []
 
     async def do(number: int) -> _Forward:
         part, chain = parts[number], pipeline.begin()
-        work = _Forward(await pipeline.route(number, chain), part.inputs, part.call, demand, wanted)
+        work = _Forward(await pipeline.route(number, chain), part.inputs, part.call, demand, batch.wanted)
         begun.append(work)
         await chain.drive(work)
         return work
@@ -303,7 +237,7 @@ async def _forward(
     except BaseException:  # cancelled as well: nobody will come for what peers keep
         release([work.segments for work in begun])
         raise
-    trace = Trace(parts, [work.segments for work in works])
+    trace = Trace(parts, [work.segments for work in works], batch)
     pipeline.finish(trace.route(0))
     return outputs, recorded, trace
 
@@ -314,7 +248,7 @@ async def backward(
     """Gradients of the forward's floating-point inputs, side inputs and ``past`` too, and of adapters by number.
 
     Peers recompute from the segments, but where they kept what they need. The numbers are those of the forward's cut,
-    whatever fails meanwhile.
+    whatever fails meanwhile; where no peer has room for its microbatches, smaller ones begin anew with their forward.
 
     Args:
         wanted: what has a use; None for all. Hops below the first that has any are left out, and so is what they give.
@@ -322,6 +256,17 @@ async def backward(
     Raises:
         PeerError, NoRouteError: see `Chain.drive`.
     """
+    while True:
+        try:
+            return await _backward(swarm, trace, grads, wanted)
+        except PeerRefused as exc:
+            parts = trace.batch.cut_finer(swarm, trace.microbatches, exc)
+        _, _, trace = await _forward_in(swarm, trace.batch, parts)
+
+
+async def _backward(
+    swarm: Swarm, trace: Trace, grads: Named, wanted: Wanted | None
+) -> tuple[Named, dict[int, torch.Tensor]]:
     parts, stack = trace.microbatches, swarm.stack
     num_rows = parts[-1].rows.stop
     needed = [trace.needed(number, swarm, wanted) for number in range(len(parts))]

@@ -20,7 +20,7 @@ from remote_modules.plan.moves import find_better, move_seconds
 from remote_modules.plan.own_requests import OwnRequests, Sent
 from remote_modules.plan.routing import Candidate, Demand, Hop, find_route
 from remote_modules.plan.spread import spread
-from remote_modules.spans import Span
+from remote_modules.spans import Span, missing_spans
 from remote_modules.wire.messages import Output
 
 __all__ = ["Router"]
@@ -72,11 +72,7 @@ class Router:
     @records.setter
     def records(self, records: Mapping[PeerId, PeerRecord]) -> None:
         self._records = records
-        self._num_holders = [0] * len(self._num_holders)
-        for record in records.values():
-            if record.state is PeerState.ONLINE:
-                for block in record.span:
-                    self._num_holders[block] += 1
+        self._num_holders = _count_holders(records.values(), len(self._num_holders))
 
     def instance_of(self, peer_id: PeerId) -> str:
         record = self.records.get(peer_id)
@@ -94,7 +90,9 @@ class Router:
 
         return self._claimed(self._found(cheapest, avoid, demand.adapter))
 
-    def find_shares(self, blocks: Span, demand: Demand, count: int) -> list[tuple[Hop, ...]]:
+    def find_shares(
+        self, blocks: Span, demand: Demand, count: int, *, avoid: Collection[PeerId] = ()
+    ) -> list[tuple[Hop, ...]]:
         """Routes for work that is not in a hurry: peers get it in proportion to what they have free.
 
         Args:
@@ -110,7 +108,7 @@ class Router:
             routes = spread(blocks, candidates, demand, rng=self._rng, count=count, least=least, cuts=cuts)
             return interleaved([route.hops for route in routes])
 
-        routes = self._found(shared, (), demand.adapter)
+        routes = self._found(shared, avoid, demand.adapter)
         self.claim({hop.peer_id: hop for route in routes for hop in route}.values())
         return routes
 
@@ -165,12 +163,38 @@ class Router:
             return False
         return True
 
-    def is_replicated(self, blocks: Span) -> bool:
-        """Whether each block has two peers that are online: a quick look before a long one."""
-        return min(self._num_holders[blocks.start : blocks.end]) > 1
+    def is_held(self, blocks: Span, adapter: str, *, avoid: Collection[PeerId]) -> bool:
+        """Whether others than ``avoid`` hold ``blocks``, even if they cannot be used now."""
+        held = (
+            record.span
+            for peer_id, record in self.records.items()
+            if peer_id not in avoid and record.state is PeerState.ONLINE and (not adapter or adapter in record.adapters)
+        )
+        return not missing_spans(held, blocks)
 
-    def timeout_s(self, hop: Hop, kind: str, work: float, num_bytes: int) -> float:
-        """Time to give a request; see `plan.deadlines.WorkEstimator.timeout_s`."""
+    def may_overflow(self, hop: Hop, autocast: str | None, adapter: str) -> bool:
+        """Whether a pass at the hop may give what is not finite, with nobody who could confirm it: in float16 alone.
+
+        Args:
+            autocast: of the pass; None for what is no pass.
+        """
+        record = self.records.get(hop.peer_id)
+        is_half = autocast == "float16" or (record is not None and record.dtype == "float16")
+        return is_half and autocast is not None and not self.is_replicated(hop.span, adapter)
+
+    def is_replicated(self, blocks: Span, adapter: str = "") -> bool:
+        """Whether each block has two peers that are online and offer ``adapter``: a quick look before a long one."""
+        num_holders = self._num_holders
+        if adapter:
+            num_holders = _count_holders([r for r in self.records.values() if adapter in r.adapters], len(num_holders))
+        return min(num_holders[blocks.start : blocks.end]) > 1
+
+    def timeout_s(self, hop: Hop, kind: str, work: float, num_bytes: int, *, adapter: str = "") -> float:
+        """Time to give a request; see `plan.deadlines.WorkEstimator.timeout_s`.
+
+        Args:
+            adapter: that whoever stands in must offer; "" for none.
+        """
         record = self.records.get(hop.peer_id)
         rate = 0.0
         if record is not None:
@@ -179,7 +203,9 @@ class Router:
         transfer_s = num_bytes / (bandwidth or DEFAULT_BANDWIDTH_BYTES_PER_S)
         timeout_s = self.estimator.timeout_s(hop.peer_id, kind, work=work, announced_rate=rate, transfer_s=transfer_s)
         # Whoever nobody can stand in for is waited for: giving up would only make it begin anew.
-        return timeout_s if self.is_replicated(hop.span) else max(timeout_s, self._config.max_request_timeout_s)
+        return (
+            timeout_s if self.is_replicated(hop.span, adapter) else max(timeout_s, self._config.max_request_timeout_s)
+        )
 
     def patience_s(self, hop: Hop, kind: str, work: float) -> float:
         """Time after which a request is slower than expected; infinite while nothing is expected."""
@@ -298,3 +324,13 @@ class Router:
             group=group_of(record, allow_mixed_dtypes=self._config.allow_mixed_dtypes),
             now_s=self._clock(),
         )
+
+
+def _count_holders(records: Iterable[PeerRecord], num_blocks: int) -> list[int]:
+    """By block: peers that are online."""
+    counts = [0] * num_blocks
+    for record in records:
+        if record.state is PeerState.ONLINE:
+            for block in record.span:
+                counts[block] += 1
+    return counts

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from remote_modules.client.adapter_uploads import AdapterUploads
 from remote_modules.client.coding import Coding
+from remote_modules.client.fitness import obstacle
 from remote_modules.client.history_store import HistoryStore
 from remote_modules.client.router import Router
 from remote_modules.client.stats import StatsRecorder
@@ -99,6 +100,7 @@ class Swarm:
         self._tasks: set[asyncio.Task[None]] = set()  # that find out whether peers are alive
         self._is_closed = False
         self.watchers: WeakSet[Watcher] = WeakSet()
+        self.most_tokens = 0  # of a microbatch, after peers had no room for more; 0: none ever said so
         self.microbatches = asyncio.Semaphore(config.max_microbatches_in_flight)  # of all passes
 
     def record(self, peer_id: PeerId) -> PeerRecord:
@@ -119,11 +121,15 @@ class Swarm:
             NoRouteError: nobody covers some of the blocks.
             SessionError: `aclose` was called.
         """
-        return await self._found(lambda: self.router.find(blocks, demand, avoid=avoid))
+        return await self._found(
+            lambda: self.router.find(blocks, demand, avoid={*avoid, *self._better_avoided(blocks, demand, avoid)})
+        )
 
     async def shares(self, blocks: Span, demand: Demand, count: int) -> list[tuple[Hop, ...]]:
         """A route for each of ``count`` microbatches, in proportion to what peers have free. As `route`."""
-        return await self._found(lambda: self.router.find_shares(blocks, demand, count))
+        return await self._found(
+            lambda: self.router.find_shares(blocks, demand, count, avoid=self._better_avoided(blocks, demand))
+        )
 
     async def find_adapter(self, name: str) -> str:
         """``name@digest`` of an adapter that peers offer; looks the swarm up if none of the known ones does.
@@ -201,6 +207,21 @@ class Swarm:
         connection = self.open_connection(peer_id, lane)
         if connection is not None:
             self._start_task(self._check(connection, self.router.instance_of(peer_id)))
+
+    def batch_limit(self, peer_id: PeerId) -> int:
+        """Tokens that the peer takes in a request, all rows; 0 if unknown."""
+        links = (self.open_connection(peer_id, lane) for lane in ("bulk", "step"))
+        return next((link.max_batch_tokens for link in links if link is not None), 0)
+
+    def unfit_peers(self, demand: Demand, num_tokens: int) -> set[PeerId]:
+        """Those that we are connected to and that would refuse a request of so many tokens; see `fitness.obstacle`."""
+        links = self._connections.items()
+        return {peer_id for (peer_id, _), link in links if link.is_open and obstacle(link, demand, num_tokens)}
+
+    def _better_avoided(self, blocks: Span, demand: Demand, avoid: Collection[PeerId] = ()) -> set[PeerId]:
+        """Peers that would refuse even one row, where others can stand in."""
+        unfit = self.unfit_peers(demand, 0 if demand.kv_tokens else demand.num_tokens)
+        return unfit if unfit and self.router.has_route(blocks, demand, avoid={*avoid, *unfit}) else set()
 
     def leaving_peers(self) -> set[PeerId]:
         """Those that we are connected to and that said that they are leaving."""

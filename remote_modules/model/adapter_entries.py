@@ -16,6 +16,7 @@ import torch
 from remote_modules.errors import RemoteProtocolError
 
 __all__ = [
+    "FIRST_METHODS",
     "MAX_NEUMANN_TERMS",
     "Entry",
     "Ia3",
@@ -266,6 +267,8 @@ class Prompt(_Entry, frozen=True, tag="prompt", forbid_unknown_fields=True):
 
 LayerEntry: TypeAlias = Lora | Ia3 | LoHa | LoKr | Oft
 Entry: TypeAlias = LayerEntry | ParameterLora | Prompt
+
+FIRST_METHODS = (Lora, ParameterLora, Ia3)  # that peers of every version know
 
 
 def _is_product(left: Sequence[int], right: Sequence[int]) -> bool:

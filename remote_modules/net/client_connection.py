@@ -61,6 +61,7 @@ class ClientConnection(Connection):
         self.is_draining = False
         self.on_draining: Callable[[], object] | None = None
         self.load = 0
+        self.max_batch_tokens = 0  # that the peer takes in a request; 0 while unknown
         self.rtt_s: float | None = None
         self._loop = asyncio.get_running_loop()
         self._hello = messages.ClientHello(
@@ -74,6 +75,11 @@ class ClientConnection(Connection):
         self._ticker: asyncio.TimerHandle | None = None
         self._ping_sent_s: float | None = None
         self._pongs: list[asyncio.Future[None]] = []
+
+    @property
+    def their_minor(self) -> int:
+        """The minor version that the peer speaks."""
+        return self._protocol.their_minor
 
     @property
     def knows_copies(self) -> bool:
@@ -229,6 +235,7 @@ class ClientConnection(Connection):
         )
         if proven != self.peer_id:
             raise RemoteProtocolError(f"expected peer '{short_id(self.peer_id)}', found '{short_id(proven)}'")
+        self.max_batch_tokens = hello.max_batch_tokens
         if not self._opened.done():
             self._opened.set_result(None)
 

@@ -185,6 +185,7 @@ class Handler:
             self._instance_id,
             self._limits.max_body_bytes,
             self._software,
+            self._limits.max_batch_tokens,
         )
 
     def new_protocol(self) -> Protocol:

@@ -71,6 +71,7 @@ VERSION_MINOR = 3
 COPIES_SINCE_MINOR = 2  # who speaks an older one knows no `CopyRequest` and no `ReadRequest`
 CODECS_SINCE_MINOR = 3  # nor `TensorMeta.codec`
 ADAPTER_PARTS_SINCE_MINOR = 3  # who speaks an older one gets an adapter whole, once for each connection
+MORE_METHODS_SINCE_MINOR = 3  # nor any adapter but LoRA and IA3
 
 
 class ClientHello(Base, frozen=True, tag="client_hello"):
@@ -100,6 +101,7 @@ class ServerHello(Base, frozen=True, tag="server_hello"):
         instance_id: as in the peer's record.
         max_body_bytes: largest body that this side takes.
         software: name and version, for logs.
+        max_batch_tokens: rows x tokens that a request may hold; 0 if unknown.
     """
 
     major: Count
@@ -109,6 +111,7 @@ class ServerHello(Base, frozen=True, tag="server_hello"):
     instance_id: Name
     max_body_bytes: Count
     software: Name = ""
+    max_batch_tokens: Count = 0
 
 
 class Reject(Base, frozen=True, tag="reject"):

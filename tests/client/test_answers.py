@@ -47,3 +47,49 @@ def test_recorded_tensors_are_those_of_the_hops_own_blocks(checker: AnswerChecke
 def test_other_recorded_tensors_are_the_peers_fault(checker: AnswerChecker, name: str, tensor: torch.Tensor) -> None:
     with pytest.raises(PeerError, match=f"wrong answer for blocks 1:3: '{name}', a tensor .* is not what was to be"):
         checker.check_recorded(HOP, {name: tensor}, CALL)
+
+
+INF = torch.full((2, 3, 8), torch.inf)
+OTHER = Hop(PeerId("b" * 52), HOP.span)
+
+
+def answer(checker: AnswerChecker, hop: Hop, tensor: torch.Tensor) -> bool:
+    """Whether it is believed."""
+    try:
+        checker.check_outputs(hop, {"hidden_states": tensor}, {"hidden_states": HIDDEN}, CALL)
+    except PeerError:
+        return False
+    return True
+
+
+def test_peer_that_nobody_can_stand_in_for_is_believed_when_it_says_the_same_again(checker: AnswerChecker) -> None:
+    assert not checker.ask_again(HOP.peer_id)
+    assert not answer(checker, HOP, INF)
+    assert not answer(checker, HOP, INF)  # others could have been asked
+    assert checker.ask_again(HOP.peer_id)
+    assert not checker.ask_again(HOP.peer_id)
+    elsewhere = INF.clone()
+    elsewhere[0, 0, 0] = 0.0
+    assert not answer(checker, HOP, elsewhere)
+    assert answer(checker, HOP, elsewhere)
+
+
+def test_peers_that_agree_are_believed_and_cleared(checker: AnswerChecker) -> None:
+    partly = INF.clone()
+    partly[0, 0, 0] = 0.0
+    assert not answer(checker, HOP, INF)
+    assert not answer(checker, OTHER, partly)
+    assert checker.take_cleared() == set()
+    assert answer(checker, OTHER, INF)
+    assert checker.take_cleared() == {HOP.peer_id}
+    assert checker.take_cleared() == set()
+
+
+def test_honest_replica_disproves_a_peer_that_lies(checker: AnswerChecker) -> None:
+    assert not answer(checker, HOP, INF)
+    assert answer(checker, OTHER, HIDDEN)
+    assert not answer(checker, Hop(PeerId("c" * 52), Span(3, 4)), INF)  # else the lie would confirm this one
+
+
+def test_what_is_not_finite_in_what_went_in_is_nobodys_fault(checker: AnswerChecker) -> None:
+    assert checker.check_outputs(HOP, {"hidden_states": INF}, {"hidden_states": INF}, CALL)

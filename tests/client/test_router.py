@@ -213,6 +213,18 @@ def test_blocks_are_replicated_where_two_hold_each() -> None:
     assert not client.router.is_replicated(Span(0, 1))
 
 
+def test_blocks_are_replicated_only_by_peers_that_offer_the_adapter() -> None:
+    tuned = f"tuned@{'12' * 16}"
+    client = Client(record(1, adapters=(tuned,)), record(2), record(3, "3:6", adapters=(tuned,)))
+    assert client.router.is_replicated(Span(0, 3))
+    assert not client.router.is_replicated(Span(0, 3), tuned)
+    assert client.router.is_replicated(Span(3, 6), tuned)
+    client.answer(1, took_s=0.1, kind="forward")
+    hop, longest_s = Hop(peer_of(1), Span(0, 3)), 30.0
+    assert client.router.timeout_s(hop, "forward", 1.0, 0) < longest_s
+    assert client.router.timeout_s(hop, "forward", 1.0, 0, adapter=tuned) == longest_s
+
+
 def test_timeout_follows_what_was_observed_where_others_can_stand_in() -> None:
     client, lone = Client(record(1), record(2)), Client(record(1))
     for one in (client, lone):

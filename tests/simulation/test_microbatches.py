@@ -12,8 +12,9 @@ from msgspec import structs
 
 from remote_modules.client.adapters import CallAdapter
 from remote_modules.client.call import CallArguments, Named
-from remote_modules.client.passes import Wanted, backward, forward
+from remote_modules.client.passes import backward, forward
 from remote_modules.client.swarm import Swarm
+from remote_modules.client.traces import Wanted
 from remote_modules.config import ClientConfig
 from remote_modules.model.adapter_entries import Lora
 from remote_modules.model.adapters import AdapterSet

@@ -14,6 +14,7 @@ from benchmark_modules import load_benchmark
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from remote_modules.client import answers
 from remote_modules.errors import UnsupportedCallError
 from remote_modules.model.classes import model_class
 from remote_modules.model.shrink import tiny_config, tiny_model
@@ -231,6 +232,56 @@ def test_overflow_in_a_gradient_is_believed(tmp_path: Path) -> None:
         (gradient,) = client_gradients(remote, ["model.embed_tokens.weight"])
     assert gradient is not None
     assert not bool(torch.isfinite(gradient).all())
+
+
+def scaled_steps(model: Any) -> tuple[list[float], torch.Tensor]:
+    """Scales of a loss scaler after each step, and an embedding trained in half precision."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    weight = model.get_input_embeddings().weight.requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, backoff_factor=2.0**-10)
+    scales = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            logits = model(**texts(), use_cache=False).logits
+            loss = logits.float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return scales, weight.detach().clone()
+
+
+@pytest.mark.parametrize("spans", [["0:2", "2:4"], ["0:2", "2:4"] * 2])
+def test_overflow_inside_of_blocks_skips_the_step_as_locally(
+    spans: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The peer gives the same again, or another one agrees: it is the model's, and nobody is left out for it."""
+    doubted: list[bytes] = []
+    local = save(tmp_path, "llama")
+    places = answers._places
+
+    def noted(tensors: Any) -> bytes:
+        doubted.append(places(tensors))
+        return doubted[-1]
+
+    monkeypatch.setattr(answers, "_places", noted)
+    with InlineSwarm(tmp_path, spans) as swarm:
+        remote: Any = swarm.load()
+        found = scaled_steps(remote)
+        router = remote.model.layers._handle.swarm.router
+        num_shut, began_s = router.num_shut(), swarm.io.loop.time()
+    scales, weight = scaled_steps(local)
+    assert scales == [2.0**20, *scales[1:]]  # the first one overflowed
+    assert scales[-1] < 2.0**30
+    assert found[0] == scales
+    assert torch.equal(found[1], weight)
+    assert len(doubted) == 2  # and confirmed at once
+    assert doubted[0] == doubted[1]
+    assert num_shut == 0
+    assert began_s < 100.0  # nothing waited for a deadline, in virtual time
 
 
 # mixtures of experts

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from remote_modules import ClientConfig, RemoteSequential
 from remote_modules.client.adapters import CallAdapter
 from remote_modules.client.call import CallArguments
-from remote_modules.client.passes import Wanted, backward, forward
+from remote_modules.client.passes import backward, forward
+from remote_modules.client.traces import Wanted
 from remote_modules.model.adapter_entries import Lora
 from remote_modules.model.adapters import AdapterSet
 from remote_modules.spans import Span
