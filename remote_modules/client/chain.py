@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import msgspec
 
@@ -38,6 +38,7 @@ from remote_modules.errors import (
     PeerUnreachable,
     RefusalReason,
     SpanUnavailable,
+    UnsupportedCallError,
 )
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.peers import short_id
@@ -228,6 +229,8 @@ class Chain:
         """
         if adapter is None:
             return await self._request(hop, kind, message, tensors, connection)
+        if message.call.adapter_rows and not connection.knows_adapter_rows:
+            self._refuse_rows(hop)
 
         async def send(call: CallMeta, brought: Named, *, is_first: bool) -> Named:
             request_id = message.request_id if is_first else connection.new_request_id()
@@ -235,6 +238,14 @@ class Chain:
             return await self._request(hop, kind, changed, {**tensors, **brought}, connection)
 
         return await self.swarm.uploads.send(connection, adapter, message.call, send)
+
+    def _refuse_rows(self, hop: Hop) -> NoReturn:
+        """The peer has one adapter for all rows: others are tried, each once."""
+        swarm, name = self.swarm, short_id(hop.peer_id)
+        text = f"peer '{name}' speaks an older protocol, without several adapters in one batch (adapter_names)"
+        if swarm.router.is_replicated(hop.span) and self.recovery.num_failures < len(swarm.router.records):
+            raise PeerRefused(text, peer_id=hop.peer_id, reason=RefusalReason.NOT_SERVED)
+        raise UnsupportedCallError(f"{text}, and nobody else has blocks {hop.span}; update it")
 
     async def _request(
         self, hop: Hop, kind: str, message: Request, tensors: Named, connection: ClientConnection

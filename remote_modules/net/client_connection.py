@@ -89,6 +89,11 @@ class ClientConnection(Connection):
         """Whether the peer takes adapters part by part."""
         return self._protocol.their_minor >= messages.ADAPTER_PARTS_SINCE_MINOR
 
+    @property
+    def knows_adapter_rows(self) -> bool:
+        """Whether the peer takes several adapters in one batch."""
+        return self._protocol.their_minor >= messages.ADAPTER_ROWS_SINCE_MINOR
+
     async def handshake(self, timeout_s: float) -> None:
         """Exchange hellos over the transport at hand.
 

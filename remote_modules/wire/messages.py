@@ -64,10 +64,11 @@ __all__ = [
 ]
 
 VERSION_MAJOR = 1
-VERSION_MINOR = 3
+VERSION_MINOR = 4
 COPIES_SINCE_MINOR = 2  # who speaks an older one knows no `CopyRequest` and no `ReadRequest`
 CODECS_SINCE_MINOR = 3  # nor `TensorMeta.codec`
 ADAPTER_PARTS_SINCE_MINOR = 3  # who speaks an older one gets an adapter whole, once for each connection
+ADAPTER_ROWS_SINCE_MINOR = 4  # who speaks an older one has one adapter for all rows
 
 
 class ClientHello(Base, frozen=True, tag="client_hello"):
