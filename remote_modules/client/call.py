@@ -123,4 +123,5 @@ def demand_of(tensors: Named, call: CallArguments, *, kv_tokens: int, is_decode:
         is_decode=is_decode,
         rows=call.rows,
         adapter="" if call.adapter is None else call.adapter.offered,
+        has_adapter_rows=bool(call.row_names),
     )

@@ -240,12 +240,13 @@ class Chain:
         return await self.swarm.uploads.send(connection, adapter, message.call, send)
 
     def _refuse_rows(self, hop: Hop) -> NoReturn:
-        """The peer has one adapter for all rows: others are tried, each once."""
-        swarm, name = self.swarm, short_id(hop.peer_id)
-        text = f"peer '{name}' speaks an older protocol, without several adapters in one batch (adapter_names)"
-        if swarm.router.is_replicated(hop.span) and self.recovery.num_failures < len(swarm.router.records):
+        """The peer has one adapter for all rows: others are taken, if there are any."""
+        router = self.swarm.router
+        router.note_without_rows(hop.peer_id)
+        text = f"peer '{short_id(hop.peer_id)}' speaks an older protocol, without several adapters in one batch"
+        if router.may_take_rows(hop.span):
             raise PeerRefused(text, peer_id=hop.peer_id, reason=RefusalReason.NOT_SERVED)
-        raise UnsupportedCallError(f"{text}, and nobody else has blocks {hop.span}; update it")
+        raise UnsupportedCallError(f"{text} (adapter_names), and nobody else has blocks {hop.span}; update it")
 
     async def _request(
         self, hop: Hop, kind: str, message: Request, tensors: Named, connection: ClientConnection

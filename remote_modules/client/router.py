@@ -51,6 +51,7 @@ class Router:
     ) -> None:
         self._records: Mapping[PeerId, PeerRecord] = {}
         self._num_holders = [0] * stack.num_blocks  # by block: peers that are online
+        self._without_rows: dict[PeerId, str] = {}  # instances that speak an older protocol
         self.breakers = Breakers(base_s=config.ban_s, max_s=config.max_ban_s, rng=rng)
         self.budget = RetryBudget(ratio=config.retry_ratio)
         self.estimator = WorkEstimator(
@@ -78,6 +79,16 @@ class Router:
                 for block in record.span:
                     self._num_holders[block] += 1
 
+    def note_without_rows(self, peer_id: PeerId) -> None:
+        """The peer has one adapter for all rows: such calls go to others, where there are some."""
+        known = {old: instance_id for old, instance_id in self._without_rows.items() if old in self.records}
+        self._without_rows = {**known, peer_id: self.instance_of(peer_id)}
+
+    def may_take_rows(self, blocks: Span) -> bool:
+        """Whether each of ``blocks`` has a peer that may take different adapters for the rows of a batch."""
+        records = [r for r in self.records.values() if r.state is PeerState.ONLINE and self._may_take_rows(r)]
+        return all(any(block in record.span for record in records) for block in blocks)
+
     def instance_of(self, peer_id: PeerId) -> str:
         record = self.records.get(peer_id)
         return record.instance_id if record is not None else ""
@@ -92,7 +103,7 @@ class Router:
         def cheapest(candidates: Sequence[Candidate]) -> tuple[Hop, ...]:
             return find_route(blocks, candidates, demand, rng=self._rng, cuts=self._stack.cuts)
 
-        return self._claimed(self._found(cheapest, avoid, demand.adapter))
+        return self._claimed(self._found(cheapest, avoid, demand))
 
     def find_shares(self, blocks: Span, demand: Demand, count: int) -> list[tuple[Hop, ...]]:
         """Routes for work that is not in a hurry: peers get it in proportion to what they have free.
@@ -110,7 +121,7 @@ class Router:
             routes = spread(blocks, candidates, demand, rng=self._rng, count=count, least=least, cuts=cuts)
             return interleaved([route.hops for route in routes])
 
-        routes = self._found(shared, (), demand.adapter)
+        routes = self._found(shared, (), demand)
         self.claim({hop.peer_id: hop for route in routes for hop in route}.values())
         return routes
 
@@ -131,7 +142,7 @@ class Router:
     def find_rival(self, hop: Hop, demand: Demand) -> tuple[Hop, ...] | None:
         """Hops that could do the work of ``hop`` beside it; None if nobody else can."""
         try:
-            candidates = self._candidates({hop.peer_id}, demand.adapter)
+            candidates = self._candidates({hop.peer_id}, demand)
             return find_route(hop.span, candidates, demand, rng=self._rng, cuts=self._stack.cuts)
         except NoRouteError:
             return None
@@ -141,7 +152,7 @@ class Router:
     ) -> tuple[Hop, ...] | None:
         """See `plan.moves.find_better`."""
         used = {hop.peer_id for hop in hops}
-        candidates = self._candidates((), demand.adapter)
+        candidates = self._candidates((), demand)
         candidates += [
             self._candidate(record)
             for peer_id in used - {candidate.peer_id for candidate in candidates}
@@ -160,7 +171,7 @@ class Router:
     def has_route(self, blocks: Span, demand: Demand, *, avoid: Collection[PeerId]) -> bool:
         """Whether others than ``avoid`` cover ``blocks``, by what is known now."""
         try:
-            find_route(blocks, self._candidates(avoid, demand.adapter), demand, rng=self._rng, cuts=self._stack.cuts)
+            find_route(blocks, self._candidates(avoid, demand), demand, rng=self._rng, cuts=self._stack.cuts)
         except NoRouteError:
             return False
         return True
@@ -252,12 +263,12 @@ class Router:
         self.claim(hops)
         return hops
 
-    def _found(self, find: Callable[[Sequence[Candidate]], T], avoid: Collection[PeerId], adapter: str) -> T:
-        candidates = self._candidates(avoid, adapter)
+    def _found(self, find: Callable[[Sequence[Candidate]], T], avoid: Collection[PeerId], demand: Demand) -> T:
+        candidates = self._candidates(avoid, demand)
         try:
             return find(candidates)
         except NoRouteError as exc:
-            needed = self._candidates(avoid, adapter, is_needed=True)
+            needed, adapter = self._candidates(avoid, demand, is_needed=True), demand.adapter
             if len(needed) == len(candidates):
                 if not adapter:
                     raise
@@ -277,15 +288,19 @@ class Router:
             raise NoRouteError(text, missing=())
         return found[0] if found else None
 
-    def _candidates(self, avoid: Collection[PeerId], adapter: str, *, is_needed: bool = False) -> list[Candidate]:
+    def _candidates(self, avoid: Collection[PeerId], demand: Demand, *, is_needed: bool = False) -> list[Candidate]:
         return [
             self._candidate(record)
             for peer_id, record in self.records.items()
             if record.state is PeerState.ONLINE
             and peer_id not in avoid
-            and (not adapter or adapter in record.adapters)
+            and (not demand.adapter or demand.adapter in record.adapters)
+            and (is_needed or not demand.has_adapter_rows or self._may_take_rows(record))
             and self._is_usable(record, is_needed=is_needed)
         ]
+
+    def _may_take_rows(self, record: PeerRecord) -> bool:
+        return self._without_rows.get(PeerId(record.peer_id)) != record.instance_id
 
     def _is_usable(self, record: PeerRecord, *, is_needed: bool = False) -> bool:
         peer_id = PeerId(record.peer_id)

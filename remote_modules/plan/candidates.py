@@ -80,6 +80,7 @@ class Demand:
         is_decode: whether the peers' decode speed applies, not their prefill speed.
         bandwidth_bytes_per_s: of peers whose own is not measured.
         adapter: that peers must offer, as in their records; "" for any peer.
+        has_adapter_rows: whether rows have different adapters, which older peers do not know.
     """
 
     num_tokens: int
@@ -89,6 +90,7 @@ class Demand:
     rows: int = 1
     bandwidth_bytes_per_s: float = DEFAULT_BANDWIDTH_BYTES_PER_S
     adapter: str = ""
+    has_adapter_rows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
