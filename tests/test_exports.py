@@ -63,6 +63,8 @@ TESTED_BY = {
     "server.load_plan": "tests/server/test_server.py",
     "server.peer": "tests/server/test_server.py",
     "server.served": "tests/server/test_handler.py",
+    "server.steps": "tests/server/test_handler.py",
+    "wire.control_messages": "tests/wire/test_messages.py",
     "wire.parts": "tests/wire/test_messages.py",
     "server.tracker": "tests/server/test_server.py",
 }

@@ -12,15 +12,18 @@ import torch
 from torch import nn
 
 from remote_modules.client.adapter_snapshots import Snapshots
+from remote_modules.errors import UnsupportedCallError
 from remote_modules.model.adapter_content import AdapterContent, content_of
 from remote_modules.model.adapter_entries import FIRST_METHODS, Entry
 from remote_modules.model.adapter_reading import collect
+from remote_modules.model.adapter_rows import groups_of
 from remote_modules.model.adapters import AdapterSet, decode_entries, encode_entries
 from remote_modules.model.shadow import is_shadow
 from remote_modules.spans import Span
-from remote_modules.wire.messages import MORE_METHODS_SINCE_MINOR
+from remote_modules.wire.messages import ADAPTER_ROWS_SINCE_MINOR, MORE_METHODS_SINCE_MINOR
+from remote_modules.wire.parts import MAX_ADAPTER_ROWS
 
-__all__ = ["AdapterWatch", "CallAdapter", "HopAdapter", "note_change"]
+__all__ = ["AdapterWatch", "CallAdapter", "HopAdapter", "note_change", "row_names"]
 
 Named = dict[str, torch.Tensor]
 
@@ -67,6 +70,11 @@ class CallAdapter:
     digests: dict[int, bytes] = field(default_factory=dict)
     _parts: dict[Span, HopAdapter | None] = field(default_factory=dict, init=False)
 
+    @property
+    def row_names(self) -> tuple[str, ...]:
+        """Of each row the name of its adapter, where they have different ones."""
+        return self.adapters.row_names
+
     @classmethod
     def named(cls, offered: str) -> CallAdapter:
         return cls(AdapterSet((), ()), offered=offered)
@@ -81,8 +89,15 @@ class CallAdapter:
     @property
     def minor(self) -> int:
         """The version of the protocol that peers must speak at least to know all of its methods."""
+        if self.row_names:
+            return ADAPTER_ROWS_SINCE_MINOR
         is_old = all(isinstance(entry, FIRST_METHODS) for entry in self.adapters.entries)
         return 0 if is_old else MORE_METHODS_SINCE_MINOR
+
+    def rows(self, names: Sequence[str]) -> bytes:
+        """The rows that have these adapters, as they travel: the group of each."""
+        groups = groups_of(self.row_names)
+        return bytes(groups[name] for name in names)
 
     def part(self, blocks: Span) -> HopAdapter | None:
         """What the hop with these ``blocks`` needs; None if they have none."""
@@ -101,6 +116,20 @@ class CallAdapter:
         tensors = {f"adapter.{n}": tensor.detach().to("cpu").contiguous() for n, tensor in enumerate(part.parameters)}
         positions = tuple(number_of[id(parameter)] for parameter in part.parameters)
         return HopAdapter(content.name, tensors, positions, content)
+
+
+def row_names(adapter: CallAdapter | None, num_rows: int) -> tuple[str, ...]:
+    """Of each row of a call the name of its adapter; empty where all rows have the same.
+
+    Raises:
+        UnsupportedCallError: there are more or fewer names than rows, or too many.
+    """
+    names = () if adapter is None else adapter.row_names
+    if names and len(names) != num_rows:
+        raise UnsupportedCallError(f"adapter_names must have one name for each of {num_rows} rows, got {len(names)}")
+    if len(names) > MAX_ADAPTER_ROWS:
+        raise UnsupportedCallError(f"adapter_names are carried for {MAX_ADAPTER_ROWS} rows, got {len(names)}")
+    return names
 
 
 def _entries(part: torch.Tensor) -> list[Entry]:
@@ -146,7 +175,7 @@ class AdapterWatch:
         if found is None:
             self._last = None
             return None
-        version = (found.entries, found.version)
+        version = (found.entries, found.version, found.row_names)
         if self._last is None or self._last[0] != version or found.has_dropout:
             seed = secrets.randbits(48) if found.has_dropout else None
             taken = self._snapshots.take(found.parameters)  # hashed here, on the caller's thread

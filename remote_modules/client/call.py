@@ -41,6 +41,7 @@ class CallArguments:
         options: the owner's other arguments.
         first_row, use_cache, autocast, record, with_grad: as in `wire.messages.CallMeta`.
         adapter: of the blocks, if any.
+        row_names: of each row the name of its adapter, where they have different ones.
     """
 
     rows: int
@@ -57,6 +58,7 @@ class CallArguments:
     record: tuple[RecordKind, ...] = ()
     with_grad: bool = False
     adapter: CallAdapter | None = None
+    row_names: tuple[str, ...] = ()
 
     def meta(self, num_tokens: int | None = None) -> CallMeta:
         """For all tokens, or as many as one of several requests brings."""
@@ -70,6 +72,7 @@ class CallArguments:
             with_grad=self.with_grad,
             seed=None if self.adapter is None else self.adapter.seed,
             first_row=self.first_row,
+            adapter_rows=b"" if self.adapter is None else self.adapter.rows(self.row_names),
         )
 
     def owner_tensors(self) -> Named:

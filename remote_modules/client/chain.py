@@ -14,25 +14,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-import msgspec
-import torch
-
-from remote_modules.client.adapters import HopAdapter
 from remote_modules.client.answers import AnswerChecker
-from remote_modules.client.call import Named
 from remote_modules.client.failures import PassFailures
 from remote_modules.client.fitness import obstacle, refusal
 from remote_modules.client.hedging import Hedge, Outrun
-from remote_modules.client.stats import HopTiming
+from remote_modules.client.hop_requests import HopRequests
 from remote_modules.client.swarm import Swarm
-from remote_modules.client.work import Work
 from remote_modules.errors import (
-    LocalProtocolError,
     NoRouteError,
     PeerError,
     PeerRefused,
@@ -46,10 +40,8 @@ from remote_modules.peers import PeerId, short_id
 from remote_modules.plan.recovery import Failure, GiveUp, Recovery, Replay, Reroute, failure_of
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
-from remote_modules.wire.messages import AdapterRequest, CallMeta, Output, Request
-from remote_modules.wire.tensors import body_bytes, encode_tensors
 
-__all__ = ["Chain"]
+__all__ = ["Chain", "Work"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +49,48 @@ T = TypeVar("T")
 
 ROOM_WAIT_S = 30.0  # for memory, where there is one row and nobody can stand in
 HEDGE_RESERVE = 8.0  # retries that hedges leave to failures
+
+
+class Work(ABC):
+    """What one pass does on its hops. `hops` holds those still to do, the next one first."""
+
+    hops: list[Hop]
+    demand: Demand
+    is_pass = False  # whether it holds no session: rows may be done apart
+    autocast: str | None = None  # of a pass
+
+    @abstractmethod
+    async def do_hop(self, hop: Hop, chain: Chain) -> None:
+        """Do the next hop.
+
+        Raises:
+            PeerError: its peer failed; the state is as before.
+        """
+
+    @abstractmethod
+    async def replace_hop(self, hop: Hop, hops: tuple[Hop, ...], chain: Chain) -> None:
+        """Put ``hops`` in the place of the next one."""
+
+    def forget_hop(self, hop: Hop) -> None:  # noqa: B027 - only sessions have something to forget
+        """The peer lost the hop's session: build it anew when the hop is done next."""
+
+    @abstractmethod
+    def rival(self, hop: Hop) -> Work | None:
+        """The next hop's work alone, to be done elsewhere at the same time; None if that cannot be.
+
+        It changes nothing of this one, and is given other hops by `replace_hop`.
+        """
+
+    @abstractmethod
+    def adopt(self, hop: Hop, rival: Work) -> None:
+        """Take what the rival did for the work of the next hop, which was stopped."""
+
+    def discard(self) -> None:  # noqa: B027 - only sessions hold something
+        """This rival lost: free what peers hold for it."""
+
+    def num_past_tokens(self) -> int:
+        """Tokens of each row that another peer must be fed before it can do the next hop's work."""
+        return 0
 
 
 @dataclass(slots=True)
@@ -72,16 +106,15 @@ class Chain:
     swarm: Swarm
     recovery: Recovery
     failures: PassFailures
-    timings: list[HopTiming] = field(default_factory=list)
     may_hedge: bool = True
     answers: AnswerChecker = field(init=False)
-    output: Output | None = None  # of the latest answer
+    requests: HopRequests = field(init=False)
     _full: dict[PeerId, float] = field(default_factory=dict)  # when peers first had no memory
-    _hedge: Hedge[Work] | None = None  # of the hop that is being done
     _me: object = field(default_factory=object)  # to `failures`
 
     def __post_init__(self) -> None:
         self.answers = AnswerChecker(self.swarm.stack, self.swarm.hidden_size)
+        self.requests = HopRequests(self.swarm, self.recovery.deadline_s)
 
     @classmethod
     def begin(cls, swarm: Swarm, failures: PassFailures | None = None) -> Chain:
@@ -100,7 +133,7 @@ class Chain:
         """
         while work.hops:
             hop = work.hops[0]
-            hedge = self._hedge = self._new_hedge(work, hop)
+            hedge = self.requests.hedge = self._new_hedge(work, hop)
             began_s = self.swarm.clock()
             try:
                 await work.do_hop(hop, self)
@@ -120,7 +153,7 @@ class Chain:
                 if hedge is not None and hedge.won is not None:
                     hedge.won.discard()
             finally:
-                self._hedge = None
+                self.requests.hedge = None
                 if hedge is not None:
                     await hedge.stop()
 
@@ -176,97 +209,6 @@ class Chain:
             raise refusal(connection, demand, text, has_others=has_others)
         return connection
 
-    async def request(
-        self,
-        hop: Hop,
-        kind: str,
-        message: Request,
-        tensors: Named,
-        connection: ClientConnection,
-        adapter: HopAdapter | None = None,
-    ) -> Named:
-        """Send one request of ``hop`` and read its tensors; learns from the time it took.
-
-        Args:
-            adapter: what the peer lacks of it goes along.
-
-        Raises:
-            PeerError: no usable answer.
-            LocalProtocolError: the request is larger than we, or the peer, allow.
-        """
-        if adapter is None:
-            return await self._request(hop, kind, message, tensors, connection)
-        offered = adapter.name if adapter.content is None else ""
-
-        async def send(call: CallMeta, brought: Named, *, is_first: bool) -> Named:
-            request_id = message.request_id if is_first else connection.new_request_id()
-            changed = msgspec.structs.replace(message, call=call, request_id=request_id)
-            return await self._request(hop, kind, changed, {**tensors, **brought}, connection, offered)
-
-        return await self.swarm.uploads.send(connection, adapter, message.call, send, partial(self._bring, connection))
-
-    async def _bring(self, connection: ClientConnection, parts: dict[bytes, torch.Tensor]) -> None:
-        swarm = self.swarm
-        metas, body = encode_tensors({f"adapter.{number}": tensor for number, tensor in enumerate(parts.values())})
-        timeout_s = min(swarm.config.copy_timeout_s, max(0.1, self.recovery.deadline_s - swarm.clock()))
-        message = AdapterRequest(connection.new_request_id(), metas, timeout_s, tuple(parts))
-        try:
-            await connection.request(message, body, timeout_s=timeout_s)
-        finally:
-            swarm.count_bytes(connection)
-
-    async def _request(
-        self,
-        hop: Hop,
-        kind: str,
-        message: Request,
-        tensors: Named,
-        connection: ClientConnection,
-        offered: str = "",
-    ) -> Named:
-        swarm = self.swarm
-        num_tokens = message.call.num_tokens
-        work = float(message.call.rows * num_tokens * len(hop.span))
-        message, body = swarm.coding.encode(message, tensors, connection)
-        num_bytes, limit = sum(map(len, body)), swarm.config.max_request_bytes
-        if num_bytes > limit:  # the answer, of like size, would be refused here and look like the peer's fault
-            text = f"request of {num_bytes} bytes exceeds max_request_bytes={limit}; send fewer tokens"
-            raise LocalProtocolError(text)
-        hedge, router = self._hedge, swarm.router
-        alone_s = router.timeout_s(hop, kind, work, num_bytes, adapter=offered)
-        sent = router.send(hop, kind, work, alone_s)
-        try:
-            timeout_s = min(alone_s + sent.ahead_s, max(0.1, self.recovery.deadline_s - swarm.clock()))
-            message = msgspec.structs.replace(message, timeout_s=timeout_s)
-            if hedge is not None:
-                patience_s = sent.ahead_s + router.patience_s(hop, kind, work)
-                hedge.request_begins(patience_s, partial(connection.abandon, message.request_id))
-            output, replies = await connection.request(message, body, timeout_s=timeout_s)
-            self.output = output
-            took_s, moved = swarm.clock() - sent.began_s, num_bytes + body_bytes(output.tensors)
-            router.observe(hop, kind, work, output, num_bytes=moved, took_s=took_s, rtt_s=connection.rtt_s, sent=sent)
-        except PeerTimeout:
-            router.estimator.miss(hop.peer_id)
-            raise
-        finally:
-            router.requests.end(sent, now_s=swarm.clock())
-            if hedge is not None:
-                hedge.request_ends()
-            swarm.count_bytes(connection)
-        self._note(hop, num_tokens, took_s, output)
-        return swarm.coding.settle(output, replies)
-
-    def _note(self, hop: Hop, num_tokens: int, took_s: float, output: Output) -> None:
-        self.timings.append(
-            HopTiming(
-                hop=hop,
-                num_tokens=num_tokens,
-                total_s=took_s,
-                queue_s=output.queue_s,
-                compute_s=output.compute_s,
-            )
-        )
-
     def _new_hedge(self, work: Work, hop: Hop) -> Hedge[Work] | None:
         if not (self.may_hedge and self.swarm.router.is_replicated(hop.span, work.demand.adapter)):
             return None
@@ -293,7 +235,7 @@ class Chain:
         finally:
             if not is_done:
                 rival.discard()
-        self.timings += chain.timings
+        self.requests.timings += chain.requests.timings
         return rival if is_done else None
 
     async def _do_all(self, rival: Work, hop: Hop, hops: tuple[Hop, ...]) -> bool:

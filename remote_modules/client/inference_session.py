@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from remote_modules.client.adapters import CallAdapter
+from remote_modules.client.adapters import CallAdapter, row_names
 from remote_modules.client.call import CallArguments
 from remote_modules.client.session import SessionState
 from remote_modules.errors import SessionError
@@ -90,12 +90,14 @@ class InferenceSession:
                 "open a session with larger max_tokens"
             )
         sides = [None if side is None else side.detach().cpu() for side in (position_ids, attention_mask)]
+        adapter = self._adapter()
         call = CallArguments(
             rows=hidden_states.shape[0],
             num_tokens=num_tokens,
             position_ids=sides[0],
             attention_mask=sides[1],
-            adapter=self._adapter(),
+            adapter=adapter,
+            row_names=row_names(adapter, hidden_states.shape[0]),
         )
         work = self._state.step({"hidden_states": hidden_states.detach().to("cpu", copy=True)}, call)
         return self._io.run(work)["hidden_states"].to(hidden_states.device)

@@ -191,6 +191,7 @@ def _rows_of_call(call: CallArguments, dims: Mapping[str, int | None], rows: ran
         call,
         rows=len(rows),
         first_row=call.first_row + rows.start,
+        row_names=call.row_names[rows.start : rows.stop],
         position_ids=None if positions is None else _narrowed(positions, dims["position_ids"], rows),
         attention_mask=_mask_rows(call.attention_mask, dims, rows),
         tensors={name: _narrowed(tensor, dims[f"owner.{name}"], rows) for name, tensor in call.tensors.items()},

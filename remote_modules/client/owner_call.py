@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from remote_modules.client.adapters import CallAdapter
+from remote_modules.client.adapters import CallAdapter, row_names
 from remote_modules.client.call import CallArguments, Named
 from remote_modules.errors import UnsupportedCallError
 from remote_modules.model.capture import OwnerCall
@@ -42,6 +42,7 @@ def call_arguments(call: OwnerCall, stack: StackSpec, adapter: CallAdapter | Non
         autocast=_autocast_name(hidden_states),
         record=tuple(dict.fromkeys(record)),
         adapter=adapter,
+        row_names=row_names(adapter, call.rows),
     )
 
 

@@ -40,6 +40,7 @@ class OwnerHistory:
         self.positions: History | None = None  # None until some step gives positions
         self.attention_mask: torch.Tensor | None = None  # [B, P], as given by the caller
         self.steps: list[_Step] = []
+        self.row_names: tuple[str, ...] = ()  # adapters of the rows now, as in `CallArguments`
         self._store = store
 
     def begin(
@@ -70,6 +71,11 @@ class OwnerHistory:
                 raise UnsupportedCallError(text)
             new = self.attention_mask.new_ones(len(self.attention_mask), call.num_tokens)
             plain = torch.cat([self.attention_mask, new], dim=1)
+        if self.steps and call.row_names != self.row_names:  # a peer that is lost could not be replaced by replay
+            was, now = (", ".join(names[:8]) or "none" for names in (self.row_names, call.row_names))
+            raise UnsupportedCallError(
+                f"adapter_names of this KV cache were {was}, got {now}; give the same in each step"
+            )
         _check_positions(call)
         return StepInputs(self, position, call, timed, specs, plain, masks)
 
@@ -89,6 +95,7 @@ class OwnerHistory:
             self.positions.append({"position_ids": given}, num_tokens)
         self.attention_mask = step.attention_mask
         self.steps.append(_Step(num_tokens, step.masks))
+        self.row_names = step.call.row_names
 
     @property
     def has_step_masks(self) -> bool:
@@ -116,6 +123,8 @@ class OwnerHistory:
                 self.steps.append(_Step(kept, {n: _cropped(mask, kept, length) for n, mask in last.masks.items()}))
         if length == 0:
             self.timed, self.positions = History({}, self._store), None
+        if not self.steps:
+            self.row_names = ()
 
     def select(self, indices: torch.Tensor) -> None:
         self.timed.select(indices)
@@ -123,6 +132,8 @@ class OwnerHistory:
             self.positions.select(indices)
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask[indices]
+        if self.row_names:
+            self.row_names = tuple(self.row_names[index] for index in indices.tolist())
         for step in self.steps:
             step.masks = {n: mask if len(mask) < 2 else mask[indices] for n, mask in step.masks.items()}
 
@@ -131,6 +142,7 @@ class OwnerHistory:
         copied.timed = self.timed.copy()
         copied.positions = None if self.positions is None else self.positions.copy()
         copied.attention_mask = self.attention_mask
+        copied.row_names = self.row_names
         copied.steps = [_Step(step.num_tokens, dict(step.masks)) for step in self.steps]
         return copied
 

@@ -15,12 +15,11 @@ import msgspec
 import torch
 
 from remote_modules.client.call import CallArguments, Named, demand_of
-from remote_modules.client.chain import Chain
+from remote_modules.client.chain import Chain, Work
 from remote_modules.client.microbatches import Microbatch, NotCutError, cut_grads, join, sum_in_order, whole
 from remote_modules.client.pipeline import Pipeline
 from remote_modules.client.swarm import Swarm
 from remote_modules.client.traces import Batch, Segment, Trace, Wanted, release
-from remote_modules.client.work import Work
 from remote_modules.errors import PeerRefused, RefusalReason
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.plan.routing import Demand, Hop
@@ -68,12 +67,12 @@ class _Forward(Work):
         keep_s = chain.swarm.config.retain_activations_s if self.keeps and self._wanted is None else 0.0
         message = ForwardRequest(request_id, hop.span.start, hop.span.end, (), 0.0, meta, keep_s)
         tensors = {**inputs, **self._call.owner_tensors(), **_own_inputs(self._call, chain, hop)}
-        replies = await chain.request(hop, "forward", message, tensors, connection, adapter)
+        replies = await chain.requests.send(hop, "forward", message, tensors, connection, adapter)
         recorded = {name: replies.pop(name) for name in list(replies) if name.startswith("record.")}
         recorded = chain.answers.check_recorded(hop, recorded, meta)
         self.outputs = chain.answers.check_outputs(hop, replies, inputs, meta)
         self.recorded.update(recorded)
-        answer = chain.output
+        answer = chain.requests.output
         kept = (connection, answer.request_id) if answer is not None and answer.is_kept else None
         self.segments.append(Segment(hop, inputs, kept))
         self.hops.pop(0)
@@ -129,7 +128,7 @@ class _Backward(Work):
         kept = self._segments[0].take_kept(connection)
         replies = None if kept is None else await self._use_kept(hop, chain, message, kept, grads, connection)
         if replies is None:
-            replies = await chain.request(hop, "backward", message, tensors, connection, adapter)
+            replies = await chain.requests.send(hop, "backward", message, tensors, connection, adapter)
             chain.swarm.stats.recomputed_backwards += 1
         found = {name.removeprefix("grad."): grad for name, grad in replies.items()}
         trained = {} if adapter is None else adapter.tensors
@@ -150,7 +149,7 @@ class _Backward(Work):
         """The answer from the graph that the peer keeps; None if it keeps it no more, which is no failure."""
         message = msgspec.structs.replace(message, request_id=connection.new_request_id(), kept=kept)
         try:
-            replies = await chain.request(hop, "kept_backward", message, grads, connection)
+            replies = await chain.requests.send(hop, "kept_backward", message, grads, connection)
         except PeerRefused as exc:
             if exc.reason is not RefusalReason.SESSION_LOST:
                 raise

@@ -92,7 +92,7 @@ class Pipeline:
 
     def finish(self, route: tuple[Hop, ...]) -> None:
         """Note the pass as done; ``route`` is what its first microbatch took."""
-        timings: list[HopTiming] = [timing for chain in self.chains for timing in chain.timings]
+        timings: list[HopTiming] = [timing for chain in self.chains for timing in chain.requests.timings]
         self.swarm.stats.finish(route, timings)
 
     def _num_at_once(self) -> int:

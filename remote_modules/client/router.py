@@ -88,7 +88,7 @@ class Router:
         def cheapest(candidates: Sequence[Candidate]) -> tuple[Hop, ...]:
             return find_route(blocks, candidates, demand, rng=self._rng, cuts=self._stack.cuts)
 
-        return self._claimed(self._found(cheapest, avoid, demand.adapter))
+        return self._claimed(self._found(cheapest, avoid, demand))
 
     def find_shares(
         self, blocks: Span, demand: Demand, count: int, *, avoid: Collection[PeerId] = ()
@@ -108,7 +108,7 @@ class Router:
             routes = spread(blocks, candidates, demand, rng=self._rng, count=count, least=least, cuts=cuts)
             return interleaved([route.hops for route in routes])
 
-        routes = self._found(shared, avoid, demand.adapter)
+        routes = self._found(shared, avoid, demand)
         self.claim({hop.peer_id: hop for route in routes for hop in route}.values())
         return routes
 
@@ -129,7 +129,7 @@ class Router:
     def find_rival(self, hop: Hop, demand: Demand) -> tuple[Hop, ...] | None:
         """Hops that could do the work of ``hop`` beside it; None if nobody else can."""
         try:
-            candidates = self._candidates({hop.peer_id}, demand.adapter)
+            candidates = self._candidates({hop.peer_id}, demand)
             return find_route(hop.span, candidates, demand, rng=self._rng, cuts=self._stack.cuts)
         except NoRouteError:
             return None
@@ -139,7 +139,7 @@ class Router:
     ) -> tuple[Hop, ...] | None:
         """See `plan.moves.find_better`."""
         used = {hop.peer_id for hop in hops}
-        candidates = self._candidates((), demand.adapter)
+        candidates = self._candidates((), demand)
         candidates += [
             self._candidate(record)
             for peer_id in used - {candidate.peer_id for candidate in candidates}
@@ -158,7 +158,7 @@ class Router:
     def has_route(self, blocks: Span, demand: Demand, *, avoid: Collection[PeerId]) -> bool:
         """Whether others than ``avoid`` cover ``blocks``, by what is known now."""
         try:
-            find_route(blocks, self._candidates(avoid, demand.adapter), demand, rng=self._rng, cuts=self._stack.cuts)
+            find_route(blocks, self._candidates(avoid, demand), demand, rng=self._rng, cuts=self._stack.cuts)
         except NoRouteError:
             return False
         return True
@@ -278,12 +278,12 @@ class Router:
         self.claim(hops)
         return hops
 
-    def _found(self, find: Callable[[Sequence[Candidate]], T], avoid: Collection[PeerId], adapter: str) -> T:
-        candidates = self._candidates(avoid, adapter)
+    def _found(self, find: Callable[[Sequence[Candidate]], T], avoid: Collection[PeerId], demand: Demand) -> T:
+        candidates = self._candidates(avoid, demand)
         try:
             return find(candidates)
         except NoRouteError as exc:
-            needed = self._candidates(avoid, adapter, is_needed=True)
+            needed, adapter = self._candidates(avoid, demand, is_needed=True), demand.adapter
             if len(needed) == len(candidates):
                 if not adapter:
                     raise
@@ -303,13 +303,13 @@ class Router:
             raise NoRouteError(text, missing=())
         return found[0] if found else None
 
-    def _candidates(self, avoid: Collection[PeerId], adapter: str, *, is_needed: bool = False) -> list[Candidate]:
+    def _candidates(self, avoid: Collection[PeerId], demand: Demand, *, is_needed: bool = False) -> list[Candidate]:
         return [
             self._candidate(record)
             for peer_id, record in self.records.items()
             if record.state is PeerState.ONLINE
             and peer_id not in avoid
-            and (not adapter or adapter in record.adapters)
+            and (not demand.adapter or demand.adapter in record.adapters)
             and self._is_usable(record, is_needed=is_needed)
         ]
 

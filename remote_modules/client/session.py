@@ -143,7 +143,7 @@ class SessionState:
         caches.hops = work.done
         self._owner.commit(step)
         caches.commit(work.inputs, work.histories, num_tokens)
-        self.swarm.stats.finish(self.route, chain.timings)
+        self.swarm.stats.finish(self.route, chain.requests.timings)
         return work.outputs | work.recorded
 
     async def close(self) -> None:

@@ -14,10 +14,9 @@ import msgspec
 import torch
 
 from remote_modules.client.call import Named
-from remote_modules.client.chain import Chain
+from remote_modules.client.chain import Chain, Work
 from remote_modules.client.hop_caches import HopCaches, PeerCache
 from remote_modules.client.owner_history import StepInputs
-from remote_modules.client.work import Work
 from remote_modules.model.past import length_of, select_layers
 from remote_modules.model.tensors import concat, slice_tokens
 from remote_modules.net.client_connection import ClientConnection
@@ -260,7 +259,7 @@ class Step(Work):
         )
         kind = "decode" if num_tokens == 1 else "prefill"
         try:
-            replies = await chain.request(hop, kind, message, tensors, connection, adapter)
+            replies = await chain.requests.send(hop, kind, message, tensors, connection, adapter)
             recorded = {name: replies.pop(name) for name in list(replies) if name.startswith("record.")}
             recorded = chain.answers.check_recorded(hop, recorded, meta)
             output = chain.answers.check_outputs(hop, replies, entry, meta, num_outputs)

@@ -16,12 +16,23 @@ from transformers.pytorch_utils import Conv1D
 from remote_modules.errors import UnsupportedCallError
 from remote_modules.model.adapted_ia3 import ia3_input, ia3_output
 from remote_modules.model.adapted_item import Batch, Item
-from remote_modules.model.adapted_lora import lora_output
+from remote_modules.model.adapted_lora import lora_output, row_lora_output
 from remote_modules.model.adapted_lycoris import updated_output
 from remote_modules.model.adapted_oft import rotated_input
 from remote_modules.model.adapted_parameter import adapted_parameter
 from remote_modules.model.adapted_prompt import prompted_arguments
-from remote_modules.model.adapter_entries import Entry, Ia3, LayerEntry, LoHa, LoKr, Lora, Oft, ParameterLora, Prompt
+from remote_modules.model.adapter_entries import (
+    Entry,
+    Ia3,
+    LayerEntry,
+    LoHa,
+    LoKr,
+    Lora,
+    Oft,
+    ParameterLora,
+    Prompt,
+    RowLora,
+)
 from remote_modules.model.adapters import Adapter
 
 __all__ = ["applied", "check_fit"]
@@ -132,6 +143,7 @@ def _install(items: Sequence[Item], batch: Batch) -> list[Callable[[], None]]:
 
 _OUTPUTS: dict[type, Callable[[Sequence[Item], torch.Tensor, torch.Tensor, Batch], torch.Tensor]] = {
     Lora: lora_output,
+    RowLora: row_lora_output,
     Ia3: ia3_output,
     LoHa: updated_output,
     LoKr: updated_output,

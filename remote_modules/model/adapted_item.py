@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from remote_modules.errors import UnsupportedCallError
+
 __all__ = ["Batch", "Item"]
 
 
@@ -34,6 +36,7 @@ class Batch:
         first_row: number of the first row in the client's batch.
         position: tokens in the KV cache before.
         seed: None if there is no dropout.
+        adapter_rows: of each row the group of its adapter, where rows have different ones; 0: none.
     """
 
     rows: int = 0
@@ -41,6 +44,19 @@ class Batch:
     first_row: int = 0
     position: int = 0
     seed: int | None = None
+    adapter_rows: bytes = b""
+
+    def rows_of(self, group: int, x: torch.Tensor) -> torch.Tensor:
+        """Numbers of the rows of ``x`` that have the adapter of this group.
+
+        Raises:
+            UnsupportedCallError: ``x`` is not made of the batch's rows.
+        """
+        if len(x) != len(self.adapter_rows):
+            text = f"adapters are given for {len(self.adapter_rows)} rows, but an adapted layer takes {len(x)}"
+            raise UnsupportedCallError(f"{text}: several adapters in one batch need layers that keep rows apart")
+        found = [row for row, own in enumerate(self.adapter_rows) if own == group]
+        return torch.tensor(found, dtype=torch.int64, device=x.device)
 
     def generator(self, item: Item, *more: int) -> torch.Generator:
         """On the CPU, whatever the device is."""

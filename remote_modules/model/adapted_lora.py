@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from remote_modules.errors import UnsupportedCallError
 from remote_modules.model.adapted_item import Batch, Item
 
-__all__ = ["lora_output"]
+__all__ = ["lora_output", "row_lora_output"]
 
 _QUANTIZED = ("Linear4bit", "Linear8bitLt")  # of bitsandbytes; known by name, as it need not be installed
 
@@ -36,6 +36,24 @@ def lora_output(items: Sequence[Item], x: torch.Tensor, result: torch.Tensor, ba
             result = result + (update.to(dtype) if is_quantized and casts else update)
     output: torch.Tensor = result if is_quantized else result.to(dtype)
     return output
+
+
+def row_lora_output(items: Sequence[Item], x: torch.Tensor, result: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """As `lora_output`, for rows that have different adapters; ``result`` is changed, as peft changes it."""
+    dtype = result.dtype
+    is_quantized = type(items[0].module).__name__ in _QUANTIZED
+    casts = not (is_quantized and torch.is_autocast_enabled())
+    for item in items:
+        down, up = item.tensors
+        rows = batch.rows_of(item.entry.group, x)
+        if not len(rows):
+            continue
+        if is_quantized and casts and item.entry.cast_input:
+            x = x.to(down.dtype)
+        own = x[rows] if is_quantized else x[rows].to(down.dtype)
+        update = F.linear(F.linear(own, down), up) * item.entry.scaling
+        result[rows] += update.to(dtype) if casts else update
+    return result
 
 
 def _dora(item: Item, x: torch.Tensor, result: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -27,6 +27,7 @@ __all__ = [
     "Oft",
     "ParameterLora",
     "Prompt",
+    "RowLora",
     "check_entries",
     "check_tensors",
 ]
@@ -101,6 +102,33 @@ class Lora(_AtModule, frozen=True, tag="lora", forbid_unknown_fields=True):
 
     def fits(self, shapes: Shapes) -> bool:
         return _is_product(*reversed(shapes[:2])) and (not self.is_dora or shapes[2] == shapes[1][:1])
+
+    def sizes(self, shapes: Shapes) -> Sizes:
+        return shapes[1][0], shapes[0][1]
+
+
+class RowLora(_AtModule, frozen=True, tag="row_lora", forbid_unknown_fields=True):
+    """One LoRA on one linear layer for some rows of the batch: peft's ``adapter_names``.
+
+    Tensors: A ``[r, in]``, B ``[out, r]``.
+
+    Attributes:
+        group: rows of this number in the request's ``adapter_rows``.
+        scaling, cast_input: as of `Lora`.
+    """
+
+    takes_conv1d: ClassVar[bool] = True
+
+    group: Annotated[int, msgspec.Meta(ge=1, lt=2**8)]
+    scaling: float
+    cast_input: bool = True
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        return ("A", "B")
+
+    def fits(self, shapes: Shapes) -> bool:
+        return _is_product(*reversed(shapes))
 
     def sizes(self, shapes: Shapes) -> Sizes:
         return shapes[1][0], shapes[0][1]
@@ -265,7 +293,7 @@ class Prompt(_Entry, frozen=True, tag="prompt", forbid_unknown_fields=True):
         return len(shapes[0]) == 2 and shapes[0][0] <= MAX_RANK
 
 
-LayerEntry: TypeAlias = Lora | Ia3 | LoHa | LoKr | Oft
+LayerEntry: TypeAlias = Lora | RowLora | Ia3 | LoHa | LoKr | Oft
 Entry: TypeAlias = LayerEntry | ParameterLora | Prompt
 
 FIRST_METHODS = (Lora, ParameterLora, Ia3)  # that peers of every version know

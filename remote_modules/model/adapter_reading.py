@@ -5,7 +5,7 @@ peft is not imported: its layers are known by their names. What is not carried i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from remote_modules.model.adapter_entries import (
     Oft,
     ParameterLora,
     Prompt,
+    RowLora,
 )
+from remote_modules.model.adapter_rows import groups_of, row_names_of
 from remote_modules.model.adapters import AdapterSet
 from remote_modules.model.block_prompt import BlockPrompt
 from remote_modules.model.shadow import is_shadow
@@ -42,12 +44,17 @@ def collect(blocks: Mapping[int, nn.Module]) -> AdapterSet | None:
     """
     entries: list[Entry] = []
     parameters: list[torch.Tensor] = []
+    row_names: set[tuple[str, ...]] = set()
     for index, block in blocks.items():
         for path, layer in _layers_of_others(block, ""):
-            for entry, tensors in _read_layer(index, path, layer):
+            for entry, tensors in _read_layer(index, path, layer, row_names):
                 entries.append(entry)
                 parameters.extend(tensors)
-    return AdapterSet(tuple(entries), tuple(parameters)) if entries else None
+    if not entries:
+        return None
+    if len(row_names) > 1:
+        raise UnsupportedCallError("layers of one model were given different adapter_names; give all the same")
+    return AdapterSet(tuple(entries), tuple(parameters), *row_names)
 
 
 def _layers_of_others(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
@@ -62,7 +69,8 @@ def _layers_of_others(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Mo
             yield child_path, child
 
 
-def _read_layer(block: int, path: str, layer: Any) -> Read:
+def _read_layer(block: int, path: str, layer: Any, row_names: set[tuple[str, ...]]) -> Read:
+    """Of one layer; notes in ``row_names`` which adapter each row has, if they have different ones."""
     if isinstance(layer, BlockPrompt):
         yield Prompt(block=block), [layer.weight]
         return
@@ -75,16 +83,20 @@ def _read_layer(block: int, path: str, layer: Any) -> Read:
     if not is_shadow(base):
         if kind != _PARAMETER_LORA or f"{type(base).__module__}.{type(base).__name__}" != kind:
             raise UnsupportedCallError(f"adapters of two methods at {where} are not carried to peers; use one of them")
-        yield from _read_layer(block, path, base)
+        yield from _read_layer(block, path, base, row_names)
     if layer.merged_adapters:
         raise UnsupportedCallError(f"adapters at {where} are merged, but peers keep their weights; unmerge them first")
-    if layer._forward_pre_hooks or layer._forward_hooks:
-        raise UnsupportedCallError(
-            f"hooks at {where} do not run on peers (peft's adapter_names argument makes such hooks); remove them"
-        )
-    if not layer.disable_adapters:
+    names = row_names_of(layer, where)
+    if names is not None and read is not _read_lora:
+        raise UnsupportedCallError(f"adapter_names are carried for LoRA on linear layers, got {kind} at {where}")
+    if layer.disable_adapters:
+        return
+    if names is None:
         for name in layer.active_adapters:
             yield from read(block, path, layer, name)
+    else:
+        row_names.add(names)
+        yield from _read_rows(block, path, layer, names)
 
 
 def _read_lora(block: int, path: str, layer: Any, name: str) -> Read:
@@ -106,6 +118,22 @@ def _read_lora(block: int, path: str, layer: Any, name: str) -> Read:
     )
     magnitude = [layer.lora_magnitude_vector[name].weight] if entry.is_dora else []
     yield entry, [down.weight, up.weight, *magnitude]
+
+
+def _read_rows(block: int, path: str, layer: Any, names: Sequence[str]) -> Read:
+    for name, group in groups_of(names).items():
+        for entry, tensors in _read_lora(block, path, layer, name):
+            yield _of_rows(entry, group, f"'{path}' of block {block}"), tensors
+
+
+def _of_rows(entry: Any, group: int, where: str) -> RowLora:
+    if entry.is_dora:
+        raise UnsupportedCallError(f"DoRA at {where} does not go together with adapter_names, as in peft; use LoRA")
+    if entry.is_random:
+        raise UnsupportedCallError(f"dropout at {where} does not go together with adapter_names; call eval() first")
+    return RowLora(
+        block=entry.block, module=entry.module, group=group, scaling=entry.scaling, cast_input=entry.cast_input
+    )
 
 
 def _read_parameter_lora(block: int, path: str, layer: Any, name: str) -> Read:

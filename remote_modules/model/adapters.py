@@ -32,10 +32,12 @@ class AdapterSet:
     Attributes:
         entries: in the order of blocks, modules, and of peft's active adapters at each.
         parameters: the live parameters, for each entry those of its ``tensor_names``.
+        row_names: of each row of the batch the name of its adapter, where they have different ones.
     """
 
     entries: tuple[Entry, ...]
     parameters: tuple[torch.Tensor, ...]
+    row_names: tuple[str, ...] = ()
 
     @property
     def has_dropout(self) -> bool:

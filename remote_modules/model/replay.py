@@ -49,6 +49,7 @@ class OwnerArguments:
         record: what to return of each block beside the output: ``"hidden_states"``, ``"router_logits"``.
         adapter, seed: applied to the blocks; see `model.adapted`.
         first_row: number of the first row in the client's batch, of which this is a part.
+        adapter_rows: of each row the group of its adapter, where ``adapter`` has several.
         with_grad: whether the caller records a gradient; who runs the blocks sets the grad mode accordingly.
     """
 
@@ -64,6 +65,7 @@ class OwnerArguments:
     adapter: Adapter | None = None
     seed: int | None = None
     first_row: int = 0
+    adapter_rows: bytes = b""
     with_grad: bool = False
 
 
@@ -285,6 +287,7 @@ class SpanModel:
             first_row=arguments.first_row,
             position=0 if cache is None else cache.length,
             seed=arguments.seed,
+            adapter_rows=arguments.adapter_rows,
         )
         return applied(self.blocks, arguments.adapter, batch)
 

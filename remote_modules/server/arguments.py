@@ -35,6 +35,7 @@ def owner_arguments(
         adapter=adapter,
         seed=call.seed,
         first_row=call.first_row,
+        adapter_rows=call.adapter_rows,
         with_grad=call.with_grad,
     )
 

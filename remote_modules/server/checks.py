@@ -135,6 +135,8 @@ def _check_call(call: CallMeta, max_batch_tokens: int) -> None:
         refuse(f"a request may hold {max_batch_tokens} tokens, got {batch}; send smaller ones")
     if call.autocast not in _AUTOCASTS:
         refuse(f"autocast must be bfloat16 or float16, got {call.autocast!r}")
+    if call.adapter_rows and len(call.adapter_rows) != call.rows:
+        refuse(f"adapter_rows must be of {call.rows} rows, got {len(call.adapter_rows)}")
     wrong = [option.name for option in call.options if option.name in _RESERVED or not option.name.isidentifier()]
     if wrong:
         refuse(f"{wrong[0]!r} may not be an option of a request")

@@ -26,13 +26,12 @@ from remote_modules.net.http import Dialer
 from remote_modules.net.loop import new_body
 from remote_modules.server.activations import Activations
 from remote_modules.server.adapter_store import AdapterStore, Offload
-from remote_modules.server.arguments import owner_arguments, whole_mask
+from remote_modules.server.arguments import owner_arguments
 from remote_modules.server.cache_device import CacheDevice
 from remote_modules.server.checks import (
     RequestTensors,
     check_blocks,
     check_kept_gradients,
-    check_ops,
     check_tensors,
     refuse,
 )
@@ -42,7 +41,8 @@ from remote_modules.server.executor import Executor, Priority, Timed
 from remote_modules.server.graphs import is_out_of_memory
 from remote_modules.server.limits import HandlerLimits
 from remote_modules.server.served import Served
-from remote_modules.server.sessions import Session, SessionTable
+from remote_modules.server.sessions import SessionTable
+from remote_modules.server.steps import Steps
 from remote_modules.server.training import Training
 from remote_modules.server.uploads import Uploads
 from remote_modules.spans import Span
@@ -82,6 +82,8 @@ class Handler:
         preloaded: adapters that are kept for good, by name.
     """
 
+    steps_type: type[Steps] = Steps
+
     def __init__(
         self,
         engine: Engine,
@@ -113,6 +115,7 @@ class Handler:
         self.activations = Activations(max_bytes=limits.activation_bytes)
         uploads = Uploads(engine.model.device, max_bytes=limits.upload_bytes)
         self.training = Training(engine, self.activations, uploads, run=self._run, clock=clock)
+        self.steps = self.steps_type(engine, sessions, run=self._run, reply=self._reply, clock=clock)
         self._limits = limits
         self._clock = clock
         self._certificate_sha256 = certificate_sha256
@@ -234,7 +237,8 @@ class Handler:
         )
         adapter = await self.adapters.of(request.call, tensors, model.blocks, connection_id)
         if isinstance(request, StepRequest):
-            return await self._step(request, blocks, tensors, adapter, connection_id)
+            may_open = not self.is_draining
+            return await self.steps.do(request, blocks, tensors, adapter, connection_id, may_open=may_open)
         return await self._pass(request, blocks, tensors, adapter, connection_id)
 
     def _count(self, kind: str) -> None:
@@ -259,106 +263,6 @@ class Handler:
         timed, is_kept = await self.training.forward(request, blocks, tensors, arguments, connection_id)
         output, buffers = self._reply(request, timed)
         return msgspec.structs.replace(output, is_kept=is_kept), buffers
-
-    async def _step(
-        self,
-        request: StepRequest,
-        blocks: Span,
-        tensors: RequestTensors,
-        adapter: Adapter | None,
-        connection_id: int,
-    ) -> Reply:
-        session = self._session(request, blocks)
-        async with session.lock:
-            if session.is_closed:
-                refuse("the session was closed meanwhile", RefusalReason.SESSION_LOST)
-            session.used_s, session.connection_id = self._clock(), connection_id
-            if session.last_step_id == request.step_id and session.last_reply is not None:
-                output, body = session.last_reply
-                return msgspec.structs.replace(output, request_id=request.request_id), body
-            try:
-                return await self._new_step(request, session, blocks, tensors, adapter)
-            except PeerRefused:
-                if session.cache.length == 0 and session.last_reply is None:  # as if it had never been opened
-                    self.sessions.close(session.session_id)
-                raise
-
-    def _session(self, request: StepRequest, blocks: Span) -> Session:
-        session = self.sessions.get(request.session_id)
-        if session is None:
-            if not request.create:
-                refuse("unknown session", RefusalReason.SESSION_LOST)
-            if self.is_draining:
-                refuse("this peer is leaving", RefusalReason.DRAINING)
-            try:
-                cache = self.engine.new_cache()
-            except UnsupportedCallError as exc:
-                refuse(str(exc))
-            session = Session(
-                session_id=request.session_id,
-                span=blocks,
-                cache=cache,
-                rows=request.call.rows,
-                used_s=self._clock(),
-            )
-            self.sessions.open(session)
-        elif session.span != blocks:
-            refuse(f"the session was opened for blocks {session.span}, got {blocks}")
-        return session
-
-    async def _new_step(
-        self,
-        request: StepRequest,
-        session: Session,
-        blocks: Span,
-        tensors: RequestTensors,
-        adapter: Adapter | None,
-    ) -> Reply:
-        call, num_tokens = request.call, request.call.num_tokens
-        if request.version not in (None, session.version):
-            text = f"the session has seen {session.version} cache operations, the step expects {request.version}"
-            refuse(text, RefusalReason.SESSION_LOST)
-        position, rows, most_rows = check_ops(
-            request,
-            tensors.indices,
-            position=session.cache.length,
-            rows=session.rows,
-            can_go_back=self.engine.model.stack.is_croppable,
-        )
-        if tensors.past:
-            if position:
-                refuse(f"keys and values can only begin a session, this one holds {position} tokens")
-            position, rows = length_of(tensors.past), call.rows
-        if position != request.position:
-            text = f"the session holds {position} tokens, the step expects {request.position}"
-            refuse(text, RefusalReason.SESSION_LOST)
-        if position == 0:
-            rows = call.rows
-        if rows != call.rows:
-            refuse(f"the session has {rows} rows, got {call.rows}")
-        mask = whole_mask(request, session.mask, tensors.attention_mask, position + num_tokens)
-        rows_before = session.rows
-        self.sessions.reserve(session, rows=max(rows, most_rows), tokens=position + num_tokens)
-        arguments = owner_arguments(call, tensors, mask, adapter)
-        cache, ops, wanted = session.cache, request.ops, request.num_outputs
-        priority = Priority.DECODE if num_tokens == 1 else Priority.PREFILL
-        work = lambda: self.engine.step(cache, blocks, ops, tensors, arguments, wanted)  # noqa: E731
-        try:
-            timed = await self._run(request, session.connection_id or 0, priority, work)
-        except BaseException as exc:
-            if isinstance(exc, PeerRefused) and exc.reason is RefusalReason.BUSY:  # it was not begun
-                session.rows = rows_before
-            else:
-                self.sessions.close(session.session_id)  # its cache may be half written
-            raise
-        if most_rows > rows and not session.is_closed:
-            self.sessions.reserve(session, rows=rows, tokens=position + num_tokens)
-        session.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-        session.used_s = self._clock()
-        session.version += len(ops)
-        reply = self._reply(request, timed)
-        session.last_step_id, session.last_reply = request.step_id, reply
-        return reply
 
     async def _run(
         self,

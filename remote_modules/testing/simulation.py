@@ -30,6 +30,7 @@ from remote_modules.server.engine import Engine
 from remote_modules.server.handler import Handler
 from remote_modules.server.limits import HandlerLimits
 from remote_modules.server.sessions import KVBudget, KVCost, SessionTable
+from remote_modules.server.steps import Steps
 from remote_modules.spans import Span
 from remote_modules.testing.fault_points import FaultPoints
 from remote_modules.testing.memory_network import CLIENT, MemoryDialer, MemoryHost, MemoryNetwork
@@ -134,7 +135,8 @@ class SimulatedPeer:
             clock=swarm.clock,
             dialer=MemoryDialer(swarm.network, swarm.config, self.host.address),
         )
-        handler.on_violation = swarm.note_violation
+        assert isinstance(handler.steps, _WatchedSteps)
+        handler.steps.on_violation = swarm.note_violation
         self.handler, self.host.accept = handler, handler.accept
         self._announcer = Announcer(
             swarm.discovery(self.host.address),
@@ -260,18 +262,22 @@ def _identity(seed: int, number: int) -> Identity:
     return _QuickIdentity.from_seed(hashlib.sha256(f"{seed}/{number}".encode()).digest())
 
 
-class _WatchedHandler(Handler):
+class _WatchedSteps(Steps):
     """Notes steps that are applied twice to one cache."""
 
     on_violation: Callable[[str], None]
 
-    async def _new_step(self, request: StepRequest, session: Any, *args: Any) -> Any:
-        reply = await super()._new_step(request, session, *args)
+    async def new_step(self, request: StepRequest, session: Any, *args: Any) -> Any:
+        reply = await super().new_step(request, session, *args)
         done = self.__dict__.setdefault("steps_done", {}).setdefault(session.session_id, [])
         if request.step_id in done:
             self.on_violation(f"I2: step {request.step_id} was applied twice to session {session.session_id[:6]}")
         done.append(request.step_id)
         return reply
+
+
+class _WatchedHandler(Handler):
+    steps_type = _WatchedSteps
 
 
 class _WatchedConnection(ClientConnection):

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from remote_modules.errors import LocalProtocolError, RefusalReason, RemoteProtocolError
+from remote_modules.wire.control_messages import Cancel, CloseSession, Draining, Ping, Pong, ReleaseGraph
 from remote_modules.wire.parts import (
     AdapterParts,
     Base,
@@ -67,11 +68,12 @@ __all__ = [
 ]
 
 VERSION_MAJOR = 1
-VERSION_MINOR = 3
+VERSION_MINOR = 4
 COPIES_SINCE_MINOR = 2  # who speaks an older one knows no `CopyRequest` and no `ReadRequest`
 CODECS_SINCE_MINOR = 3  # nor `TensorMeta.codec`
 ADAPTER_PARTS_SINCE_MINOR = 3  # who speaks an older one gets an adapter whole, once for each connection
 MORE_METHODS_SINCE_MINOR = 3  # nor any adapter but LoRA and IA3
+ADAPTER_ROWS_SINCE_MINOR = 4  # who speaks an older one has one adapter for all rows
 
 
 class ClientHello(Base, frozen=True, tag="client_hello"):
@@ -305,41 +307,6 @@ class Refused(Base, frozen=True, tag="refused"):
     reason: RefusalReason
     text: Text
     retry_after_s: Seconds = 0.0
-
-
-class Cancel(Base, frozen=True, tag="cancel"):
-    """The client no longer wants the answer; work not yet begun is dropped."""
-
-    request_id: Id
-
-
-class CloseSession(Base, frozen=True, tag="close_session"):
-    """Free a session's KV cache; unknown ids are ignored."""
-
-    session_id: SessionId
-
-
-class ReleaseGraph(Base, frozen=True, tag="release_graph"):
-    """No backward will come for a forward on this connection: drop its graph. Unknown ids are ignored."""
-
-    request_id: Id
-
-
-class Ping(Base, frozen=True, tag="ping"):
-    """Answer with `Pong` at once."""
-
-    nonce: Id
-
-
-class Pong(Base, frozen=True, tag="pong"):
-    """Answer to `Ping`; ``load`` as in `Output`."""
-
-    nonce: Id
-    load: Count = 0
-
-
-class Draining(Base, frozen=True, tag="draining"):
-    """The peer leaves soon: running sessions may finish, new ones are refused."""
 
 
 Request: TypeAlias = StepRequest | ForwardRequest | BackwardRequest

@@ -21,7 +21,9 @@ __all__ = [
     "Count",
     "Dims",
     "Id",
+    "AdapterRows",
     "MAX_ADAPTER_PARTS",
+    "MAX_ADAPTER_ROWS",
     "MAX_CACHE_OPS",
     "MAX_DIMENSIONS",
     "MAX_OPTIONS",
@@ -45,6 +47,7 @@ MAX_OPTIONS = 32
 MAX_DIMENSIONS = 8
 MAX_CACHE_OPS = 1024
 MAX_ADAPTER_PARTS = 2048  # 36 KiB of a header
+MAX_ADAPTER_ROWS = 8192
 
 Name = Annotated[str, Meta(max_length=128)]
 SessionId = Annotated[str, Meta(min_length=16, max_length=64)]
@@ -60,6 +63,7 @@ Dims = Annotated[tuple[Count, ...], Meta(max_length=MAX_DIMENSIONS)]
 AdapterParts = Annotated[
     tuple[Annotated[bytes, Meta(min_length=16, max_length=16)], ...], Meta(max_length=MAX_ADAPTER_PARTS)
 ]
+AdapterRows = Annotated[bytes, Meta(max_length=MAX_ADAPTER_ROWS)]
 Addresses = Annotated[tuple[Text, ...], Meta(max_length=4)]
 
 
@@ -122,6 +126,8 @@ class CallMeta(Base, frozen=True):
         reply_codec: of `wire.codecs`, for hidden states, states and their gradients in the answer; "" for none.
         first_row: number of the first row in the batch of which this is a part; decides dropout beside ``seed``.
         adapter_parts: digests of the parts of ``adapter``, in order; empty if the peer has that adapter already.
+        adapter_rows: which of several adapters each row has: the number of its group in the entries, 0 for none of
+            them; empty where all rows have all of ``adapter``.
     """
 
     rows: Count = 0
@@ -136,6 +142,7 @@ class CallMeta(Base, frozen=True):
     reply_codec: Name = ""
     adapter_parts: AdapterParts = ()
     first_row: Count = 0
+    adapter_rows: AdapterRows = b""
 
 
 class CopySource(Base, frozen=True):

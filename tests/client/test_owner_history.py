@@ -252,3 +252,17 @@ def test_mask_of_a_static_cache_is_cut_to_the_tokens_there_are() -> None:
     whole = torch.rand(1, 1, 2, 16)
     step = begun(OwnerHistory(STORE), 2, None, whole)
     assert torch.equal(step.masks["attention_mask"], whole[..., :2])
+
+
+def test_rows_keep_their_adapters() -> None:
+    """They go with their rows, and another assignment is refused until all is forgotten."""
+    owner = extended(OwnerHistory(STORE), 3, rows=2, row_names=("a", "b"))
+    owner.select(indices(1, 1, 0))
+    fork = owner.copy()
+    assert fork.row_names == owner.row_names == ("b", "b", "a")
+    for names in ((), ("b", "b", "b")):
+        with pytest.raises(UnsupportedCallError, match="adapter_names of this KV cache were b, b, a, got"):
+            begun(owner, 1, rows=3, row_names=names)
+    begun(owner, 1, rows=3, row_names=("b", "b", "a"))
+    owner.crop(0)
+    assert begun(owner, 1, rows=1).call.row_names == ()

@@ -26,7 +26,7 @@ from model.peft_support import FAMILIES, adapted, local_model, remote_twin, toke
 from remote_modules.errors import UnsupportedCallError
 from remote_modules.model.adapted import applied, check_fit
 from remote_modules.model.adapted_item import Batch
-from remote_modules.model.adapter_entries import Entry, Ia3, LoHa, LoKr, Lora, Oft, ParameterLora, Prompt
+from remote_modules.model.adapter_entries import Entry, Ia3, LoHa, LoKr, Lora, Oft, ParameterLora, Prompt, RowLora
 from remote_modules.model.adapters import Adapter
 
 pytestmark = [
@@ -235,7 +235,7 @@ def test_mask_of_a_row_does_not_depend_on_the_rows_around_it() -> None:
     adapter = lora_of(layer, dropout=0.5)
     x = torch.ones(6, 3, 5)
 
-    def output(x: torch.Tensor, **batch: int) -> torch.Tensor:
+    def output(x: torch.Tensor, **batch: Any) -> torch.Tensor:
         with applied({0: holder(layer)}, adapter, Batch(seed=1, num_tokens=3, **batch)):
             return layer(x)  # type: ignore[no-any-return]
 
@@ -421,3 +421,31 @@ def test_update_of_a_quantized_layer_is_rounded_before_it_is_added() -> None:
     with applied({0: holder(layer)}, adapter):
         output = layer(x)
     assert torch.equal(output, layer(x) + ((x.float() @ down.T) @ up.T).to(torch.bfloat16))
+
+
+def rows_of(group: int, seed: int) -> tuple[RowLora, list[torch.Tensor]]:
+    torch.manual_seed(seed)
+    return RowLora(block=0, module="layer", group=group, scaling=2.0), [torch.randn(2, 5), torch.randn(7, 2)]
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Linear8bitLt])
+def test_each_row_has_the_update_of_its_group(kind: type[nn.Linear]) -> None:
+    layer, x = kind(5, 7).to(torch.bfloat16), torch.randn(4, 3, 5, dtype=torch.bfloat16)
+    own = [rows_of(group, seed=group) for group in (1, 2, 3)]
+    adapter = Adapter(tuple(entry for entry, _ in own), tuple(tensor for _, tensors in own for tensor in tensors))
+    with applied({0: holder(layer)}, adapter, Batch(adapter_rows=b"\2\0\1\2")):
+        output = layer(x)
+    expected = layer(x)
+    for row, group in ((0, 2), (2, 1), (3, 2)):
+        down, up = own[group - 1][1]
+        expected[row] += (x[row].float() @ down.T @ up.T * 2.0).to(torch.bfloat16)
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("rows", [b"", b"\1", b"\1\1\1"])
+def test_layer_that_does_not_keep_rows_apart_is_refused(rows: bytes) -> None:
+    layer = nn.Linear(5, 7)
+    entry, tensors = rows_of(1, seed=0)
+    with applied({0: holder(layer)}, adapter_of(entry, *tensors), Batch(adapter_rows=rows)):
+        with pytest.raises(UnsupportedCallError, match=f"given for {len(rows)} rows, but an adapted layer takes 2"):
+            layer(torch.ones(2, 5))

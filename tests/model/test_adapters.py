@@ -26,7 +26,7 @@ from torch import nn
 
 from model.peft_support import adapted, local_model, remote_twin, token_ids
 from remote_modules.errors import RemoteProtocolError, UnsupportedCallError
-from remote_modules.model.adapter_entries import Entry, Ia3, LoHa, LoKr, Lora, Oft, ParameterLora, Prompt
+from remote_modules.model.adapter_entries import Entry, Ia3, LoHa, LoKr, Lora, Oft, ParameterLora, Prompt, RowLora
 from remote_modules.model.adapter_reading import collect
 from remote_modules.model.adapters import (
     Adapter,
@@ -52,7 +52,8 @@ FACTORS: Entry = LoKr(block=5, module="mlp.gate_proj", scaling=2.0, is_w1_whole=
 OFT: Entry = Oft(block=6, module="mlp.up_proj", size=3, num_inputs=6, neumann_terms=0)
 SHARED: Entry = Oft(block=6, module="mlp.gate_proj", size=4, num_inputs=8, is_shared=True)
 PROMPT: Entry = Prompt(block=6)
-ENTRIES = [LORA, DORA, EXPERTS, IA3, LOHA, LOKR, FACTORS, OFT, SHARED, PROMPT]
+ROWS: Entry = RowLora(block=7, module="mlp.up_proj", group=2, scaling=2.0)
+ENTRIES = [LORA, DORA, EXPERTS, IA3, LOHA, LOKR, FACTORS, OFT, SHARED, PROMPT, ROWS]
 SHAPES = [
     *([2, 5], [7, 2]),
     *([3, 5], [7, 3], [7]),
@@ -64,6 +65,7 @@ SHAPES = [
     [2, 3],
     [1, 6],
     [3, 5],
+    *([2, 5], [7, 2]),
 ]
 
 
@@ -249,12 +251,6 @@ def test_merging_is_refused(tmp_path: Path) -> None:
         collect(blocks_of(model))
 
 
-def test_adapter_for_each_row_is_refused(tmp_path: Path) -> None:
-    model = model_with(tmp_path, LoraConfig(target_modules=["q_proj"])).eval()
-    with pytest.raises(UnsupportedCallError, match="adapter_names"):
-        model(input_ids=token_ids(), adapter_names=["a0", "__base__"])
-
-
 # --- bytes ----------------------------------------------------------------------------------------------------------
 
 
@@ -265,7 +261,7 @@ def test_bytes_give_the_same_adapter() -> None:
     assert all(torch.equal(one, other) for one, other in zip(adapter.tensors, tensors(), strict=True))
     assert encode(ENTRIES, tensors()) == data
     assert decode_entries(encode_entries(ENTRIES)) == ENTRIES
-    assert [len(own) for _, own in adapter.items()] == [2, 3, 2, 1, 4, 3, 3, 1, 1, 1]
+    assert [len(own) for _, own in adapter.items()] == [2, 3, 2, 1, 4, 3, 3, 1, 1, 1, 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -357,6 +353,9 @@ def test_entries_out_of_bounds_are_refused(change: dict[str, Any], message: str)
         (LOKR, {"is_w1_whole": 1}),
         (PROMPT, {"module": "mlp"}),
         (PROMPT, {"block": 2**16}),
+        (ROWS, {"group": 0}),
+        (ROWS, {"group": 256}),
+        (ROWS, {"is_dora": True}),
     ],
 )
 def test_entries_of_other_methods_out_of_bounds_are_refused(entry: Entry, change: dict[str, Any]) -> None:
@@ -393,6 +392,7 @@ def test_two_kinds_at_one_module_are_refused() -> None:
         (LORA, [[0, 5], [7, 0]]),
         (LORA, [[2, 0], [7, 2]]),
         (DORA, [[2, 5], [7, 2], [8]]),
+        (ROWS, [[2, 5], [7, 3]]),
         (DORA, [[2, 5], [7, 2], [7, 1]]),
         (EXPERTS, [[3, 5], [7, 3]]),
         (IA3, [[5]]),
@@ -422,7 +422,7 @@ def test_shapes_that_do_not_fit_each_other_are_refused(entry: Entry, shapes: lis
 
 
 def test_tensors_that_do_not_belong_are_refused() -> None:
-    with pytest.raises(RemoteProtocolError, match="has 7 tensors, its 10 entries need 21"):
+    with pytest.raises(RemoteProtocolError, match="has 7 tensors, its 11 entries need 23"):
         Adapter.of(ENTRIES, tensors()[:7])
     data = safetensors.torch.save(
         {"0.A": torch.ones(2, 5), "0.C": torch.ones(7, 2)},

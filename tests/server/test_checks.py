@@ -244,6 +244,13 @@ def test_tensors_that_do_not_fit_are_refused(tensors: Tensors, text: str) -> Non
     assert bad_request(lambda: checked(tensors)) == text
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_adapters_of_more_or_fewer_rows_are_refused(count: int) -> None:
+    checked({"hidden_states": HIDDEN}, adapter_rows=b"\0\1")
+    text = bad_request(lambda: checked({"hidden_states": HIDDEN}, adapter_rows=bytes(count)))
+    assert text == f"adapter_rows must be of 2 rows, got {count}"
+
+
 @pytest.mark.parametrize("autocast", ["", "bfloat16", "float16"])
 def test_autocast_dtype_is_taken(autocast: str) -> None:
     checked({"hidden_states": HIDDEN}, autocast=autocast)

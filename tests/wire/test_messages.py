@@ -67,6 +67,7 @@ BOUNDS: dict[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]] = {
         ),
     ),
     "AdapterParts": ("list", ([], [b"p" * 16] * 2048), ([b"p" * 16] * 2049, [1], [b"p" * 15], [b"p" * 17])),
+    "AdapterRows": ("bytes", (b"", b"\x01" * 8192), (b"\x01" * 8193,)),
     "Addresses": ("list", ([], ["a:1"] * 4), (["a:1"] * 5, [1], [["a:1"]])),
     "CopySource": ("list", (["p", []], ["p", ["a:1"], None]), ([], ["p"], [1, []], ["p", "a:1"], ["p", [], 1])),
     "CacheMeta": ("list", ([0, 0, 0], [9, 2, 1, 640]), ([], [1, 2], [-1, 0, 0], [0, 0, 0, -1])),

@@ -98,7 +98,9 @@ def check_type(cell: str, annotation: str, hint: Any) -> None:
 
 def default_text(value: object) -> str:
     """A default as it would travel; a call that says nothing has no fields."""
-    return "[]" if value == messages.CallMeta() else json.dumps(value).replace("null", "nil")
+    if value == messages.CallMeta():
+        return "[]"
+    return json.dumps(value.decode() if isinstance(value, bytes) else value).replace("null", "nil")
 
 
 # -------------------------------------------------------------------------------- structs

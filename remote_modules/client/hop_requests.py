@@ -1,0 +1,135 @@
+"""The requests of one pass: each is sent to the peer of its hop, timed, and learned from."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import msgspec
+import torch
+
+from remote_modules.client.adapters import HopAdapter
+from remote_modules.client.call import Named
+from remote_modules.client.hedging import Hedge
+from remote_modules.client.stats import HopTiming
+from remote_modules.client.swarm import Swarm
+from remote_modules.errors import LocalProtocolError, PeerTimeout
+from remote_modules.net.client_connection import ClientConnection
+from remote_modules.plan.routing import Hop
+from remote_modules.wire.messages import AdapterRequest, CallMeta, Output, Request
+from remote_modules.wire.tensors import body_bytes, encode_tensors
+
+__all__ = ["HopRequests"]
+
+
+class HopRequests:
+    """Of one chain.
+
+    Args:
+        deadline_s: of the pass.
+
+    Attributes:
+        hedge: of the hop that is being done.
+        output: the latest answer.
+        timings: of all answers.
+    """
+
+    def __init__(self, swarm: Swarm, deadline_s: float) -> None:
+        self.hedge: Hedge[Any] | None = None
+        self.output: Output | None = None
+        self.timings: list[HopTiming] = []
+        self._swarm = swarm
+        self._deadline_s = deadline_s
+
+    async def send(
+        self,
+        hop: Hop,
+        kind: str,
+        message: Request,
+        tensors: Named,
+        connection: ClientConnection,
+        adapter: HopAdapter | None = None,
+    ) -> Named:
+        """Send one request of ``hop`` and read its tensors; learns from the time it took.
+
+        Args:
+            adapter: what the peer lacks of it goes along.
+
+        Raises:
+            PeerError: no usable answer.
+            LocalProtocolError: the request is larger than we, or the peer, allow.
+        """
+        if adapter is None:
+            return await self._request(hop, kind, message, tensors, connection)
+        offered = adapter.name if adapter.content is None else ""
+
+        async def send_one(call: CallMeta, brought: Named, *, is_first: bool) -> Named:
+            request_id = message.request_id if is_first else connection.new_request_id()
+            changed = msgspec.structs.replace(message, call=call, request_id=request_id)
+            return await self._request(hop, kind, changed, {**tensors, **brought}, connection, offered)
+
+        return await self._swarm.uploads.send(
+            connection, adapter, message.call, send_one, partial(self._bring, connection)
+        )
+
+    async def _bring(self, connection: ClientConnection, parts: dict[bytes, torch.Tensor]) -> None:
+        swarm = self._swarm
+        metas, body = encode_tensors({f"adapter.{number}": tensor for number, tensor in enumerate(parts.values())})
+        timeout_s = min(swarm.config.copy_timeout_s, max(0.1, self._deadline_s - swarm.clock()))
+        message = AdapterRequest(connection.new_request_id(), metas, timeout_s, tuple(parts))
+        try:
+            await connection.request(message, body, timeout_s=timeout_s)
+        finally:
+            swarm.count_bytes(connection)
+
+    async def _request(
+        self,
+        hop: Hop,
+        kind: str,
+        message: Request,
+        tensors: Named,
+        connection: ClientConnection,
+        offered: str = "",
+    ) -> Named:
+        swarm = self._swarm
+        num_tokens = message.call.num_tokens
+        work = float(message.call.rows * num_tokens * len(hop.span))
+        message, body = swarm.coding.encode(message, tensors, connection)
+        num_bytes, limit = sum(map(len, body)), swarm.config.max_request_bytes
+        if num_bytes > limit:  # the answer, of like size, would be refused here and look like the peer's fault
+            text = f"request of {num_bytes} bytes exceeds max_request_bytes={limit}; send fewer tokens"
+            raise LocalProtocolError(text)
+        hedge, router = self.hedge, swarm.router
+        alone_s = router.timeout_s(hop, kind, work, num_bytes, adapter=offered)
+        sent = router.send(hop, kind, work, alone_s)
+        try:
+            timeout_s = min(alone_s + sent.ahead_s, max(0.1, self._deadline_s - swarm.clock()))
+            message = msgspec.structs.replace(message, timeout_s=timeout_s)
+            if hedge is not None:
+                patience_s = sent.ahead_s + router.patience_s(hop, kind, work)
+                hedge.request_begins(patience_s, partial(connection.abandon, message.request_id))
+            output, replies = await connection.request(message, body, timeout_s=timeout_s)
+            self.output = output
+            took_s, moved = swarm.clock() - sent.began_s, num_bytes + body_bytes(output.tensors)
+            router.observe(hop, kind, work, output, num_bytes=moved, took_s=took_s, rtt_s=connection.rtt_s, sent=sent)
+        except PeerTimeout:
+            router.estimator.miss(hop.peer_id)
+            raise
+        finally:
+            router.requests.end(sent, now_s=swarm.clock())
+            if hedge is not None:
+                hedge.request_ends()
+            swarm.count_bytes(connection)
+        self._note(hop, num_tokens, took_s, output)
+        return swarm.coding.settle(output, replies)
+
+    def _note(self, hop: Hop, num_tokens: int, took_s: float, output: Output) -> None:
+        self.timings.append(
+            HopTiming(
+                hop=hop,
+                num_tokens=num_tokens,
+                total_s=took_s,
+                queue_s=output.queue_s,
+                compute_s=output.compute_s,
+            )
+        )

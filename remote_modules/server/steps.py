@@ -1,0 +1,166 @@
+"""Steps of sessions at a peer: each is checked against what the session holds, has room reserved, and is done once."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeAlias
+
+import msgspec
+import torch
+
+from remote_modules.errors import PeerRefused, RefusalReason, UnsupportedCallError
+from remote_modules.model.adapters import Adapter
+from remote_modules.model.past import length_of
+from remote_modules.server.arguments import owner_arguments, whole_mask
+from remote_modules.server.checks import RequestTensors, check_ops, refuse
+from remote_modules.server.engine import Engine
+from remote_modules.server.executor import Priority, Timed
+from remote_modules.server.sessions import Session, SessionTable
+from remote_modules.spans import Span
+from remote_modules.wire.framing import Buffer
+from remote_modules.wire.messages import Output, StepRequest
+
+__all__ = ["Steps"]
+
+Named: TypeAlias = dict[str, torch.Tensor]
+Reply: TypeAlias = tuple[Output, list[Buffer]]
+
+
+class Run(Protocol):
+    """Has the device do work for a request."""
+
+    def __call__(
+        self, request: StepRequest, connection_id: int, priority: Priority, work: Callable[[], Named]
+    ) -> Awaitable[Timed[Named]]: ...
+
+
+class Steps:
+    """All sessions' steps.
+
+    Args:
+        reply: what travels of a result.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sessions: SessionTable,
+        *,
+        run: Run,
+        reply: Callable[[StepRequest, Timed[Named]], Reply],
+        clock: Callable[[], float],
+    ) -> None:
+        self._engine = engine
+        self._sessions = sessions
+        self._run = run
+        self._reply = reply
+        self._clock = clock
+
+    async def do(
+        self,
+        request: StepRequest,
+        blocks: Span,
+        tensors: RequestTensors,
+        adapter: Adapter | None,
+        connection_id: int,
+        *,
+        may_open: bool,
+    ) -> Reply:
+        """One step of a session, which it may open.
+
+        Raises:
+            PeerRefused: it is not done.
+        """
+        session = self._session(request, blocks, may_open=may_open)
+        async with session.lock:
+            if session.is_closed:
+                refuse("the session was closed meanwhile", RefusalReason.SESSION_LOST)
+            session.used_s, session.connection_id = self._clock(), connection_id
+            if session.last_step_id == request.step_id and session.last_reply is not None:
+                output, body = session.last_reply
+                return msgspec.structs.replace(output, request_id=request.request_id), body
+            try:
+                return await self.new_step(request, session, blocks, tensors, adapter)
+            except PeerRefused:
+                if session.cache.length == 0 and session.last_reply is None:  # as if it had never been opened
+                    self._sessions.close(session.session_id)
+                raise
+
+    def _session(self, request: StepRequest, blocks: Span, *, may_open: bool) -> Session:
+        session = self._sessions.get(request.session_id)
+        if session is None:
+            if not request.create:
+                refuse("unknown session", RefusalReason.SESSION_LOST)
+            if not may_open:
+                refuse("this peer is leaving", RefusalReason.DRAINING)
+            try:
+                cache = self._engine.new_cache()
+            except UnsupportedCallError as exc:
+                refuse(str(exc))
+            session = Session(
+                session_id=request.session_id,
+                span=blocks,
+                cache=cache,
+                rows=request.call.rows,
+                used_s=self._clock(),
+            )
+            self._sessions.open(session)
+        elif session.span != blocks:
+            refuse(f"the session was opened for blocks {session.span}, got {blocks}")
+        return session
+
+    async def new_step(
+        self,
+        request: StepRequest,
+        session: Session,
+        blocks: Span,
+        tensors: RequestTensors,
+        adapter: Adapter | None,
+    ) -> Reply:
+        """Apply a step that the session has not seen; its lock is held."""
+        call, num_tokens = request.call, request.call.num_tokens
+        if request.version not in (None, session.version):
+            text = f"the session has seen {session.version} cache operations, the step expects {request.version}"
+            refuse(text, RefusalReason.SESSION_LOST)
+        position, rows, most_rows = check_ops(
+            request,
+            tensors.indices,
+            position=session.cache.length,
+            rows=session.rows,
+            can_go_back=self._engine.model.stack.is_croppable,
+        )
+        if tensors.past:
+            if position:
+                refuse(f"keys and values can only begin a session, this one holds {position} tokens")
+            position, rows = length_of(tensors.past), call.rows
+        if position != request.position:
+            text = f"the session holds {position} tokens, the step expects {request.position}"
+            refuse(text, RefusalReason.SESSION_LOST)
+        if position == 0:
+            rows = call.rows
+        if rows != call.rows:
+            refuse(f"the session has {rows} rows, got {call.rows}")
+        mask = whole_mask(request, session.mask, tensors.attention_mask, position + num_tokens)
+        rows_before = session.rows
+        self._sessions.reserve(session, rows=max(rows, most_rows), tokens=position + num_tokens)
+        arguments = owner_arguments(call, tensors, mask, adapter)
+        cache, ops, wanted = session.cache, request.ops, request.num_outputs
+        priority = Priority.DECODE if num_tokens == 1 else Priority.PREFILL
+        work = lambda: self._engine.step(cache, blocks, ops, tensors, arguments, wanted)  # noqa: E731
+        try:
+            timed = await self._run(request, session.connection_id or 0, priority, work)
+        except BaseException as exc:
+            if isinstance(exc, PeerRefused) and exc.reason is RefusalReason.BUSY:  # it was not begun
+                session.rows = rows_before
+            else:
+                self._sessions.close(session.session_id)  # its cache may be half written
+            raise
+        if most_rows > rows and not session.is_closed:
+            self._sessions.reserve(session, rows=rows, tokens=position + num_tokens)
+        session.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        session.used_s = self._clock()
+        session.version += len(ops)
+        reply = self._reply(request, timed)
+        session.last_step_id, session.last_reply = request.step_id, reply
+        return reply
