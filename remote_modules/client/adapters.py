@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,6 +109,11 @@ def note_change() -> None:
     _last_change = next(_changes)
 
 
+def _new_seed() -> int:
+    """From torch's generator, where a local model would draw its masks: `torch.manual_seed` makes a run repeatable."""
+    return int(torch.randint(2**48, (), dtype=torch.int64, device="cpu"))
+
+
 class AdapterWatch:
     """Reads the adapters of one set of remote blocks, cheaply while there are none."""
 
@@ -134,6 +138,6 @@ class AdapterWatch:
             return None
         version = (found.entries, found.version)
         if self._last is None or self._last[0] != version or found.has_dropout:
-            seed = secrets.randbits(48) if found.has_dropout else None
+            seed = _new_seed() if found.has_dropout else None
             self._last = (version, CallAdapter(found, seed))
         return self._last[1]
