@@ -78,7 +78,7 @@ def same_dropout(model: nn.Module, *, seed: int) -> Iterator[None]:
             if isinstance(dropout, nn.Dropout) and dropout.training and match is not None:
                 kept.append((layer.lora_dropout, name, dropout))
                 layer.lora_dropout[name] = _SameDropout(dropout.p, f"{match[1]} {match[2]}", seed)
-    with patch("remote_modules.client.adapters.secrets.randbits", return_value=seed):
+    with patch("remote_modules.client.adapters._new_seed", return_value=seed):
         yield
     for place, name, dropout in kept:
         place[name] = dropout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -150,6 +149,11 @@ def note_change() -> None:
     _last_change = next(_changes)
 
 
+def _new_seed() -> int:
+    """From torch's generator, where a local model would draw its masks: `torch.manual_seed` makes a run repeatable."""
+    return int(torch.randint(2**48, (), dtype=torch.int64, device="cpu"))
+
+
 class AdapterWatch:
     """Reads the adapters of one set of remote blocks, cheaply while there are none."""
 
@@ -177,7 +181,7 @@ class AdapterWatch:
             return None
         version = (found.entries, found.version, found.row_names)
         if self._last is None or self._last[0] != version or found.has_dropout:
-            seed = secrets.randbits(48) if found.has_dropout else None
+            seed = _new_seed() if found.has_dropout else None
             taken = self._snapshots.take(found.parameters)  # hashed here, on the caller's thread
             known = zip(found.parameters, taken, strict=True)
             digests = {id(parameter): snapshot.digest for parameter, snapshot in known}

@@ -33,7 +33,8 @@ class RemotePass:
         self.swarm = swarm
         self.io = io
         self.blocks = blocks
-        self.call = call
+        specs = swarm.stack.side_specs(blocks)  # a call of the model may bring what other blocks take
+        self.call = replace(call, sides={name: side for name, side in call.sides.items() if name in specs})
 
     def __call__(self, inputs: Named) -> Named:
         """Outputs on the device of the hidden states: of the last block, and ``record.<kind>.<block>``.

@@ -10,7 +10,7 @@ import torch
 
 from remote_modules.model.past import select_layers
 from remote_modules.model.stack import StackSpec
-from remote_modules.model.tensors import num_bytes, owner_spec
+from remote_modules.model.tensors import owner_spec
 from remote_modules.plan.routing import Demand
 from remote_modules.spans import Span
 from remote_modules.wire.messages import CallMeta, Option
@@ -113,13 +113,13 @@ def mask_tensors(mask: Mask | None) -> Named:
     return {} if mask is None else {"attention_mask": mask}
 
 
-def demand_of(tensors: Named, call: CallArguments, *, kv_tokens: int, is_decode: bool = False) -> Demand:
-    """What a pass of ``tensors`` asks of every hop."""
+def demand_of(num_bytes: int, call: CallArguments, *, kv_tokens: int, is_decode: bool = False) -> Demand:
+    """What a pass asks of every hop whose inputs, or gradients, take ``num_bytes`` on the wire."""
     tokens = max(1, call.rows * call.num_tokens)
     return Demand(
         num_tokens=call.num_tokens,
         kv_tokens=kv_tokens,
-        bytes_per_token=-(-num_bytes(tensors) // tokens),
+        bytes_per_token=-(-num_bytes // tokens),
         is_decode=is_decode,
         rows=call.rows,
         adapter="" if call.adapter is None else call.adapter.offered,

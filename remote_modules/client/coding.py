@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import msgspec
+import torch
 
 from remote_modules.client.call import Named
 from remote_modules.net.client_connection import ClientConnection
-from remote_modules.wire.codecs import rounded
+from remote_modules.wire.codecs import can_encode, rounded
+from remote_modules.wire.codecs import num_bytes as coded_bytes
 from remote_modules.wire.framing import Buffer
 from remote_modules.wire.messages import Output, Request
 from remote_modules.wire.tensors import encode_tensors
@@ -40,6 +42,16 @@ class Coding:
         metas, body = encode_tensors(tensors, codec, self.names)
         call = msgspec.structs.replace(message.call, reply_codec=codec) if codec else message.call
         return msgspec.structs.replace(message, tensors=metas, call=call), body
+
+    def num_bytes(self, tensors: Named) -> int:
+        """What ``tensors`` take on the wire, if their values are finite."""
+        return sum(
+            coded_bytes(tuple(tensor.shape)) if self._is_coded(name, tensor) else tensor.nbytes
+            for name, tensor in tensors.items()
+        )
+
+    def _is_coded(self, name: str, tensor: torch.Tensor) -> bool:
+        return bool(self.codec) and name in self.names and can_encode(tensor)
 
     def settle(self, output: Output, replies: Named) -> Named:
         """What was answered, as if all of it had come in the codec."""

@@ -218,7 +218,7 @@ async def _forward_in(swarm: Swarm, batch: Batch, parts: Sequence[Microbatch]) -
 
 
 async def _forward(swarm: Swarm, batch: Batch, parts: Sequence[Microbatch]) -> tuple[Named, Named, Trace]:
-    demand = demand_of(parts[0].inputs, parts[0].call, kv_tokens=0)
+    demand = demand_of(swarm.coding.num_bytes(parts[0].inputs), parts[0].call, kv_tokens=0)
     pipeline = await Pipeline.plan(swarm, batch.blocks, demand, len(parts))
     begun: list[_Forward] = []
 
@@ -271,9 +271,8 @@ async def _backward(
     needed = [trace.needed(number, swarm, wanted) for number in range(len(parts))]
     pairs = zip(trace.segments, needed, strict=True)
     release([segments[: len(segments) - len(own)] for segments, own in pairs])
-    demand = demand_of(
-        cut_grads(stack, grads, num_rows, parts[0].rows) if len(parts) > 1 else grads, parts[0].call, kv_tokens=0
-    )
+    first = cut_grads(stack, grads, num_rows, parts[0].rows) if len(parts) > 1 else grads
+    demand = demand_of(swarm.coding.num_bytes(first), parts[0].call, kv_tokens=0)
     pipeline = Pipeline.along(swarm, [trace.route(number) for number in range(len(parts))], demand)
 
     async def do(number: int) -> _Backward:

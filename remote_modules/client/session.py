@@ -130,7 +130,9 @@ class SessionState:
         caches = self.caches
         num_tokens = step.call.num_tokens
         kv_tokens = self.position + num_tokens + KV_TOKENS_AHEAD
-        demand = demand_of(inputs, step.call, kv_tokens=kv_tokens, is_decode=num_tokens == 1)
+        demand = demand_of(
+            self.swarm.coding.num_bytes(inputs), step.call, kv_tokens=kv_tokens, is_decode=num_tokens == 1
+        )
         await self.copies.begin_step(demand)
         if not caches.hops:
             caches.hops = list(await chain.route(self.blocks, demand))

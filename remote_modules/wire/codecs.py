@@ -13,7 +13,7 @@ import math
 import torch
 from torch.nn.functional import pad
 
-__all__ = ["BLOCK", "CODECS", "INT8_DTYPES", "decode", "encode", "num_bytes", "rounded"]
+__all__ = ["BLOCK", "CODECS", "INT8_DTYPES", "can_encode", "decode", "encode", "num_bytes", "rounded"]
 
 CODECS = ("int8",)
 INT8_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,13 +32,18 @@ def num_bytes(shape: tuple[int, ...]) -> int:
     return math.prod(shape) + math.prod(shape[:-1]) * -(-shape[-1] // BLOCK)
 
 
+def can_encode(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` may travel as int8, if its values are finite: by its dtype and shape."""
+    return tensor.dtype in INT8_DTYPES and tensor.dim() > 0 and tensor.shape[-1] >= BLOCK and tensor.numel() > 0
+
+
 def encode(tensor: torch.Tensor) -> list[torch.Tensor] | None:
     """The bytes of ``tensor`` as int8, in parts.
 
     None where it is to travel as it is: another dtype, vectors shorter than a block, or a value that is not finite
     (whoever scales a loss must see it).
     """
-    if tensor.dtype not in INT8_DTYPES or tensor.dim() == 0 or tensor.shape[-1] < BLOCK or tensor.numel() == 0:
+    if not can_encode(tensor):
         return None
     vectors = tensor.detach().to("cpu").reshape(-1, tensor.shape[-1])
     values = torch.empty(vectors.shape, dtype=torch.int8)

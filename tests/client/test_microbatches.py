@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
+from remote_modules.client.autograd import RemotePass
 from remote_modules.client.call import CallArguments
 from remote_modules.client.failures import PassFailures
 from remote_modules.client.microbatches import NotCutError, cut, cut_grads, join, sum_in_order
@@ -13,6 +15,7 @@ from remote_modules.client.stats import StatsRecorder
 from remote_modules.config import ClientConfig
 from remote_modules.model.stack import SideInput, StackSpec
 from remote_modules.model.tensors import TensorSpec
+from remote_modules.net.loop import LoopThread
 from remote_modules.peers import PeerId
 from remote_modules.spans import Span
 
@@ -120,6 +123,18 @@ def test_half_precision_is_summed_in_single_and_rounded_once() -> None:
     assert total.item() == torch.tensor(259.0).bfloat16().item()
     assert sum_in_order(parts[1:2]) == parts[1]
     assert sum_in_order([{1: torch.ones(2)}, {1: torch.ones(2)}])[1].tolist() == [2.0, 2.0]
+
+
+def test_call_brings_the_sides_of_its_own_blocks_only() -> None:
+    """Where blocks between are wrapped, a call runs span by span: sides of other blocks must not keep it whole."""
+    stack = replace(STACK, sides=(SideInput("x", True, TensorSpec(("B", "T", "1H"))),))
+    arguments = call(sides={"side.x.0": HIDDEN, "side.x.1": HIDDEN})
+    swarm: Any = SimpleNamespace(stack=stack)
+    own = RemotePass(swarm, cast(LoopThread, None), Span(1, 2), arguments).call
+    assert own.sides.keys() == {"side.x.1"}
+    parts = cut(stack, Span(1, 2), {"hidden_states": HIDDEN}, own, CONFIG)
+    assert [part.rows for part in parts] == CUT
+    assert torch.equal(parts[2].call.sides["side.x.1"], HIDDEN[4:])
 
 
 def test_failure_is_told_once_and_its_time_counted_once() -> None:

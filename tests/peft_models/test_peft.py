@@ -205,6 +205,24 @@ def test_peer_lost_between_forward_and_backward(doubled: InlineSwarm, local: Pre
     assert layers.stats().reroutes == len(route) == len(SPANS)
 
 
+def test_manual_seed_makes_dropout_repeatable(doubled: InlineSwarm) -> None:
+    config = lora(lora_dropout=0.25, target_modules="all-linear")
+    remote = adapted(doubled.load(), config).train()
+
+    def loss_of() -> float:
+        return float(remote(input_ids=table.prompt(), labels=table.prompt()).loss.detach())
+
+    torch.manual_seed(4)
+    first, second = loss_of(), loss_of()
+    torch.manual_seed(4)
+    assert (loss_of(), loss_of()) == (first, second)
+    assert first != second
+    remote.eval()
+    before = torch.get_rng_state()
+    loss_of()
+    assert torch.equal(torch.get_rng_state(), before)  # nothing is drawn where nothing is dropped
+
+
 def test_peer_lost_in_a_generation(doubled: InlineSwarm, local: PreTrainedModel) -> None:
     outputs = []
     for model in (adapted(doubled.load()), adapted(local)):
