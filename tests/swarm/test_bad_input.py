@@ -204,7 +204,7 @@ def test_rollback_to_where_the_session_never_was_is_refused(
 
 def test_request_beyond_the_peers_batch_limit_is_refused(layers: RemoteSequential, others: Undisturbed) -> None:
     with others():
-        with refused(PeerRefused, "may hold 8192 tokens, got 1 x 8193; send smaller ones"):
+        with refused(PeerRefused, "takes 8192 tokens in a request, got 8193: send shorter rows"):
             layers(noise(1, 8193))
         with layers.session() as session, refused(PeerRefused, "got 1 x 8193"):
             session.step(noise(1, 8193))

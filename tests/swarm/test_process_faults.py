@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from remote_modules import ClientConfig, load
-from remote_modules.client.chain import Chain
+from remote_modules.client.answers import AnswerChecker
 from remote_modules.model.checkpoint import built_in_path
 from remote_modules.model.shrink import tiny_config, tiny_model
 from remote_modules.plan.routing import Hop
@@ -154,9 +154,9 @@ def test_process_killed_between_microbatches_changes_no_gradient(
         remote: Any = load(built_in_path(), trackers=swarm.trackers, mdns=False, config=config)
         tokens = prompt.repeat(12, 1)
         tokens[:, 0] = torch.arange(12) + 5
-        check, count = getattr(Chain, method), 0
+        check, count = getattr(AnswerChecker, method), 0
 
-        def counted(self: Chain, hop: Hop, *args: Any) -> Any:
+        def counted(self: AnswerChecker, hop: Hop, *args: Any) -> Any:
             nonlocal count
             count += 1
             if count == 7 and lose:
@@ -164,7 +164,7 @@ def test_process_killed_between_microbatches_changes_no_gradient(
                 lost[0].kill()
             return check(self, hop, *args)
 
-        monkeypatch.setattr(Chain, method, counted)
+        monkeypatch.setattr(AnswerChecker, method, counted)
         try:
             inputs = remote.get_input_embeddings()(tokens).detach().requires_grad_()
             output = remote(inputs_embeds=inputs, labels=tokens)
