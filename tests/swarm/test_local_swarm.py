@@ -157,7 +157,7 @@ def test_options_go_to_every_peer_and_may_be_overridden(checkpoint: Path, connec
         layers[1:2](noise(1, 8))
         with pytest.raises(RemoteModulesError, match="takes 4 tokens in a request"):
             layers[0:1](noise(1, 5))
-        with pytest.raises(RemoteModulesError, match="may hold 8 tokens"):
+        with pytest.raises(RemoteModulesError, match="takes 8 tokens in a request"):
             layers[1:2](noise(1, 9))
 
 
