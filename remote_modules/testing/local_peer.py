@@ -71,6 +71,9 @@ class LocalPeer(ABC):
         self._begin()
         self._await_online()
 
+    def _begin_end(self) -> None:  # noqa: B027 - only a process can end while others are waited for
+        """Begin what `kill` does, without waiting."""
+
     def close(self) -> None:
         """End it and its link."""
         self.kill()
@@ -163,6 +166,10 @@ class ProcessPeer(LocalPeer):
     @property
     def pid(self) -> int:
         return self._running().process.pid
+
+    def _begin_end(self) -> None:
+        if self._child is not None:
+            self._child.signal(signal.SIGKILL)
 
     def kill(self) -> None:
         child, self._child = self._child, None

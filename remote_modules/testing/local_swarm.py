@@ -110,6 +110,8 @@ class LocalSwarm:
 
     def stop(self) -> None:
         """End everything; idempotent."""
+        for peer in self.peers:  # all at once: a peer that outlives the others would warn that nobody is there
+            peer._begin_end()
         for peer in self.peers:
             peer.close()
         if self.tracker is not None:
