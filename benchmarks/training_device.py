@@ -22,14 +22,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "4")
 
 import torch
+from _device_span import add_shape, build, config_of, wait
 from _report import Bar, print_report, say, table
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 from transformers.utils import logging as transformers_logging
 
 from remote_modules import ClientConfig, RemoteSequential
@@ -38,7 +38,7 @@ from remote_modules.testing import LocalSwarm, child_process
 BAR = 0.9
 START_TIMEOUT_S = 400.0  # of a peer that reads, hashes and measures 17 GB
 LARGEST_DIFFERENCE = 0.05  # of the gradients of two local runs with and without an explicit mask, on an H200: 0.047
-QUICK = {"hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2, "blocks": 2, "tokens": 32, "microbatches": 2}
+QUICK = {"shape": "tiny", "blocks": 2, "tokens": 32, "microbatches": 2}
 
 
 @dataclass(slots=True)
@@ -65,35 +65,6 @@ class Outcome:
         return statistics.median(ours / theirs for ours, theirs in zip(self.remote, self.local, strict=True))
 
 
-def config_of(options: argparse.Namespace) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=256,
-        hidden_size=options.hidden,
-        intermediate_size=options.intermediate,
-        num_hidden_layers=options.blocks,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads,
-        max_position_embeddings=max(4096, options.tokens),
-    )
-
-
-def build(config: LlamaConfig, device: torch.device, folder: Path) -> nn.Module:
-    """The owner of the blocks, without its norm, frozen; the same as a checkpoint in ``folder``."""
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            model: Any = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    model.eval().requires_grad_(False)
-    model.save_pretrained(folder, max_shard_size="2GB")
-    owner: Any = model.model
-    owner.norm = nn.Identity()
-    return owner  # type: ignore[no-any-return]
-
-
 def flops_of_token(config: LlamaConfig, num_tokens: int) -> float:
     """Forward and backward of one token in all blocks: products with frozen weights, and causal attention."""
     hidden, head = config.hidden_size, config.hidden_size // config.num_attention_heads
@@ -101,11 +72,6 @@ def flops_of_token(config: LlamaConfig, num_tokens: int) -> float:
     weights = 2 * hidden * hidden + 2 * hidden * kv_size + 3 * hidden * config.intermediate_size
     attention = 2 * num_tokens * hidden  # scores and values, half of them masked
     return config.num_hidden_layers * (2 * 2 * weights + 3 * attention)
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def matrix_rate(device: torch.device, size: int) -> float:
@@ -199,8 +165,7 @@ class Bench:
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="training through a peer on an accelerator")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for name, default in (("hidden", 8192), ("intermediate", 28672), ("heads", 64), ("kv-heads", 8), ("blocks", 10)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    add_shape(parser)
     parser.add_argument("--rows", type=int, default=1, help="of a microbatch")
     parser.add_argument("--tokens", type=int, default=2048, help="of each row")
     parser.add_argument("--microbatches", type=int, default=48, help="in each round")
@@ -221,7 +186,7 @@ def run(options: argparse.Namespace) -> Outcome:
     child_process.START_TIMEOUT_S = START_TIMEOUT_S
     folder = Path(tempfile.mkdtemp(prefix="remote-modules-span-"))
     try:
-        config, began_s = config_of(options), time.perf_counter()
+        config, began_s = config_of(options.shape, options.blocks, options.tokens), time.perf_counter()
         local = build(config, torch.device(options.device), folder)
         say(f"built in {time.perf_counter() - began_s:.0f} s")
         bench = Bench(options, folder, config, local)
@@ -236,7 +201,7 @@ def main() -> int:
     for line in outcome.timings:
         say(line)
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
-    flops = flops_of_token(config_of(options), options.tokens)
+    flops = flops_of_token(config_of(options.shape, options.blocks, options.tokens), options.tokens)
     local, remote, matrix = map(statistics.median, (outcome.local, outcome.remote, outcome.matrix))
     bars = [Bar("largest relative difference of a gradient", outcome.largest_difference, "<=", LARGEST_DIFFERENCE)]
     if not options.quick:

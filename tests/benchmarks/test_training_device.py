@@ -24,5 +24,5 @@ def test_quick_run_trains_through_a_peer_process(bench: Any) -> None:
 
 
 def test_operations_of_a_token_are_those_of_its_products(bench: Any) -> None:
-    config = bench.config_of(bench.options_of([]))
+    config = bench.config_of("70b", 10, 2048)
     assert bench.flops_of_token(config, 0) == 10 * 4 * 855_638_016
