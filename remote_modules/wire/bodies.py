@@ -63,5 +63,4 @@ class BodyPool:
             if free is None:
                 return
             del self._held[free]
-        if room >= 0:
-            self._held.append(array)
+        self._held.append(array)
