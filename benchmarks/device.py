@@ -3,6 +3,8 @@
     python benchmarks/device.py [--device cuda] [--dtype bfloat16]
 
 Two peer threads hold the halves of a random llama on the device; the client keeps embeddings and head there too.
+cuDNN's attention is off in the local model, as it is in steps of peers: it plans anew for each length of the cache, and
+rounds in another way.
 Prints one line of
 JSON: largest differences of logits and gradients against the local model, whether greedy tokens agree before and
 after a kill, and medians of interleaved decode bursts.
@@ -109,6 +111,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    torch.backends.cuda.enable_cudnn_sdp(False)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     for dtype_name in options.dtype:

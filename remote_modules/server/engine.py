@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from remote_modules.errors import UnsupportedCallError, first_line
 from remote_modules.model.kv import SpanCache
@@ -28,13 +30,14 @@ from remote_modules.server.workspace import SLACK_BYTES, extrapolate, peak_bytes
 from remote_modules.spans import Span
 from remote_modules.wire.messages import CacheOp
 
-__all__ = ["Engine", "Speeds"]
+__all__ = ["Engine", "Speeds", "apply_op", "attention_of_any_length"]
 
 Named = dict[str, torch.Tensor]
 
 PROBE_TOKENS = 64
 PROBE_SECONDS = 0.3
 _MAX_PROBE_SIZE = 65536
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _MAX_FORMS = 16  # of different spans of sessions
 
 
@@ -78,7 +81,7 @@ class Engine:
     ) -> Named:
         """Apply ``ops``, then run the inputs; outputs of the last tokens, as many as wanted, on the CPU."""
         arguments = self._with_leaves(arguments, requires_grad=False)
-        with torch.inference_mode():
+        with torch.inference_mode(), attention_of_any_length(self.model.device):
             for op in ops:
                 apply_op(cache, op, tensors.indices)
             if tensors.past:
@@ -216,7 +219,8 @@ class Engine:
         span = blocks or model.span
         for size in self._sizes:
             try:
-                outputs = model.run(self._probe_inputs(num_tokens, size, span, rows), span, arguments, cache)
+                with nullcontext() if cache is None else attention_of_any_length(model.device):
+                    outputs = model.run(self._probe_inputs(num_tokens, size, span, rows), span, arguments, cache)
             except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, UnsupportedCallError) as exc:
                 if isinstance(exc, torch.OutOfMemoryError):
                     raise
@@ -257,6 +261,14 @@ def _cost(short_bytes: int, long_bytes: int) -> KVCost:
 
 def _detached(outputs: Named) -> Named:
     return {name: tensor.detach() for name, tensor in outputs.items()}
+
+
+def attention_of_any_length(device: torch.device) -> AbstractContextManager[None]:
+    """Keep cuDNN's attention out, where it is the default: it plans anew for each length of a cache that grows.
+
+    On an H200 a step of ten Llama-70B-shaped blocks takes 4 to 6 times as long with it (docs/benchmarks.md).
+    """
+    return sdpa_kernel(_KERNELS) if device.type == "cuda" else nullcontext()
 
 
 def _possible_sizes(model: SpanModel) -> list[int]:

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from remote_modules.model.kv import SpanCache
 from remote_modules.model.replay import OwnerArguments
-from remote_modules.server.engine import PROBE_SECONDS, Engine, apply_op
+from remote_modules.server.engine import PROBE_SECONDS, Engine, apply_op, attention_of_any_length
 from remote_modules.server.sessions import KVCost
 from remote_modules.spans import Span
 from remote_modules.wire.messages import CacheOp
@@ -208,3 +208,12 @@ def test_speeds_count_tokens_through_one_block(engine: Engine) -> None:
     calls_per_s = 3 / PROBE_SECONDS
     assert speeds.prefill_tokens_per_s == pytest.approx(calls_per_s * 64 * 2, rel=0.5)
     assert speeds.decode_tokens_per_s == pytest.approx(calls_per_s * 2, rel=0.5)
+
+
+@pytest.mark.parametrize(("device", "is_kept_out"), [("cuda", True), ("cpu", False)])
+def test_attention_that_plans_for_each_length_is_kept_out_of_steps(device: str, *, is_kept_out: bool) -> None:
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with attention_of_any_length(torch.device(device)):
+        assert torch.backends.cuda.cudnn_sdp_enabled() is not is_kept_out
+        assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
