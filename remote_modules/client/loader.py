@@ -12,6 +12,7 @@ from remote_modules.client.connect import connect_swarm
 from remote_modules.client.sequential import RemoteSequential
 from remote_modules.config import ClientConfig
 from remote_modules.model.classes import model_class
+from remote_modules.model.head import HEADS, set_head
 from remote_modules.model.loading import load_client_part, read_config
 from remote_modules.spans import Span
 
@@ -30,6 +31,7 @@ def load(
     peers: Sequence[str] = (),
     invite: str | None = None,
     config: ClientConfig | None = None,
+    head: str | None = None,
     **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
     """The stock class with only embeddings, norms and head in memory, and remote blocks in place.
@@ -38,6 +40,7 @@ def load(
         model: hub id or local checkpoint folder.
         auto_class: whose class to build, such as `AutoModelForSequenceClassification`.
         trackers, mdns, peers, invite, config: as in `RemoteSequential.from_swarm`.
+        head: ``"int8"`` for an LM head that reads half the memory for each token (`model.head` says what is exact).
         from_pretrained_kwargs: ``dtype``, ``revision``, ``cache_dir``, ``token``, ``num_labels`` and what else
             `from_pretrained` takes.
 
@@ -46,6 +49,8 @@ def load(
         CheckpointError: the checkpoint cannot be read.
         UnsupportedCallError: the architecture or auto class is not carried.
     """
+    if head is not None and head not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
     hub = {name: from_pretrained_kwargs.pop(name, None) for name in _HUB_OPTIONS}
     handle = connect_swarm(str(model), trackers=trackers, mdns=mdns, peers=peers, invite=invite, config=config, **hub)
     layers = RemoteSequential(handle, Span(0, handle.num_blocks))
@@ -55,6 +60,12 @@ def load(
     for name in [name for name in _HEAD_OPTIONS if name in from_pretrained_kwargs]:
         setattr(model_config, name, from_pretrained_kwargs.pop(name))
     loaded, stack = load_client_part(checkpoint, model_config, cls, **from_pretrained_kwargs)
+    if head is not None:
+        try:
+            set_head(loaded, head)
+        except ValueError:
+            layers.close()
+            raise
     setattr(stack.owner(loaded), stack.list_name, layers)
     loaded.eval()
     return loaded

@@ -28,6 +28,7 @@ from remote_modules import (
     UnsupportedCallError,
     load,
 )
+from remote_modules.model.head import Int8Head
 from remote_modules.testing import LocalSwarm
 
 from .conftest import (
@@ -156,6 +157,23 @@ def test_load_passes_dtype_on(swarm: LocalSwarm, checkpoint: Path) -> None:
     with model.model.layers:
         assert model.dtype is torch.bfloat16
         assert logits(model, prompt()).dtype is torch.bfloat16
+
+
+def test_load_takes_a_head_with_int8_weights(swarm: LocalSwarm, checkpoint: Path) -> None:
+    outputs = []
+    for head in (None, "int8"):
+        model = load(checkpoint, trackers=swarm.trackers, mdns=False, dtype=torch.bfloat16, head=head)
+        with model.model.layers:
+            outputs.append(generate(model, prompt()))
+    assert isinstance(model.lm_head, Int8Head)
+    assert torch.equal(*outputs)
+
+
+def test_head_that_the_model_cannot_have_is_refused(swarm: LocalSwarm, checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="head must be one of int8, got 'int2'"):
+        load(checkpoint, trackers=swarm.trackers, mdns=False, head="int2")
+    with pytest.raises(ValueError, match="is for bfloat16 weights on the CPU"):
+        load(checkpoint, trackers=swarm.trackers, mdns=False, dtype=torch.float32, head="int8")
 
 
 def test_state_dict_has_no_block_weights(model: PreTrainedModel, layers: RemoteSequential) -> None:
