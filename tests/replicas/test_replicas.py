@@ -57,7 +57,7 @@ def run(url: str, scenario: Callable[[Bench, TrackerClient, TrackerClient], Awai
 def test_announced_at_one_and_found_at_the_other(redis_server: RedisServer) -> None:
     async def scenario(bench: Bench, at_a: TrackerClient, at_b: TrackerClient) -> None:
         record = make_record(ALICE, sequence=5)
-        assert await at_a.announce(ALICE.sign_record(record)) == Pace(shortest_s=0.0, longest_s=30.0)
+        assert await at_a.announce(ALICE.sign_record(record)) == Pace(shortest_s=0.0, longest_s=15.0)
         assert await at_b.lookup("tiny-key") == [record]
         with pytest.raises(StaleRecordError) as caught:
             await at_b.announce(ALICE.sign_record(make_record(ALICE, sequence=4)))
