@@ -2,9 +2,9 @@
 
     python benchmarks/idle.py [--hidden 1024] [--settle 5]
 
-``remote-modules serve`` holds all eight blocks of a random fp32 llama. It is looked at when it is up, and again after a client
-has decoded and gone. Resident memory is compared with that of a process that imports torch and does nothing else,
-started in the same run. Linux only.
+``remote-modules serve`` holds all eight blocks of a random fp32 llama. It is looked at when it is up, and again after a
+client has decoded and gone. Resident memory is compared with that of a process that imports torch and does nothing
+else, started in the same run. Linux only.
 """
 
 from __future__ import annotations
