@@ -86,7 +86,7 @@ def span_bytes(folder: Path) -> int:
     total = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as tensors:
-            total += sum(tensors.get_tensor(name).nbytes for name in tensors.keys() if ".layers." in name)  # noqa: SIM118
+            total += sum(tensors.get_tensor(name).nbytes for name in tensors.keys() if ".layers." in name)
     return total
 
 
