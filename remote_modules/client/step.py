@@ -189,12 +189,13 @@ class Step(Work):
 
     async def _land(self, flight: Flight, hop: Hop, cache: PeerCache, chain: Chain) -> Named:
         """The outputs of a hop whose request was sent ahead."""
-        message, entry = flight.message, self.outputs
-        push = partial(push_input, self.session, flight, entry) if message.awaits_input else None
-        if push is not None and self._brought_to != message.session_id:
-            push()
+        message, entry, swarm = flight.message, self.outputs, chain.swarm
+        is_brought = message.awaits_input and self._brought_to == message.session_id
+        push = partial(self._push_again, hop, flight) if is_brought else None
+        if message.awaits_input and not is_brought:
+            push_input(self.session, flight, entry)
         adapter = self._step.call.adapter_of(hop.span)
-        num_bytes = chain.swarm.coding.num_bytes(entry) if push is not None else 0
+        num_bytes = swarm.coding.num_bytes(entry) if message.awaits_input else 0
         kind = "decode" if message.call.num_tokens == 1 else "prefill"
         offered = adapter.name if adapter is not None and adapter.content is None else ""
         try:
@@ -208,20 +209,27 @@ class Step(Work):
                     if (known := self.session.caches.get(later.span)) and known.session_id in self._flights:
                         self._free(later)
             raise
+        if is_brought and self._brought_to:
+            swarm.edges.work(self.done[-1].peer_id, hop.peer_id)
         self._note_edge(hop, cache, flight)
         return outputs
+
+    def _push_again(self, hop: Hop, flight: Flight) -> None:
+        """The input of a hop may have been lost on its way from the one before."""
+        swarm, self._brought_to = self.session.swarm, ""
+        swarm.edges.lose(self.done[-1].peer_id, hop.peer_id, now_s=swarm.clock())
+        push_input(self.session, flight, self.outputs)
 
     def _note_edge(self, hop: Hop, cache: PeerCache, flight: Flight) -> None:
         swarm, message, output = self.session.swarm, flight.message, flight.output
         assert output is not None
         cache.knows_key = cache.knows_key or bool(message.client_key)
         cache.forwards_to = ""
-        if message.forward_to is not None:
-            if output.is_forwarded:
-                cache.forwards_to = message.forward_to.session_id
-                swarm.stats.forwarded += 1
-            target = self.hops[1].peer_id
-            swarm.edges.note(hop.peer_id, target, is_used=output.is_forwarded, now_s=swarm.clock())
+        if message.forward_to is not None and output.is_forwarded:
+            cache.forwards_to = message.forward_to.session_id
+            swarm.stats.forwarded += 1
+        elif message.forward_to is not None:
+            swarm.edges.miss(hop.peer_id, self.hops[1].peer_id, now_s=swarm.clock())
         self._brought_to = cache.forwards_to
 
     def _step_back(self) -> bool:

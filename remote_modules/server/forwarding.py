@@ -23,6 +23,7 @@ from remote_modules.identity import verify_push, verify_record
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.net.http import Dialer
 from remote_modules.peers import PeerId, PeerRecord, SignedRecord, short_id
+from remote_modules.server.sessions import SessionTable
 from remote_modules.wire.framing import Buffer
 from remote_modules.wire.messages import Destination, Output, Push, StepRequest
 
@@ -35,7 +36,8 @@ MAX_LINKS = 64
 MAX_DIALS = 8  # under way at a time
 DIALS_PER_S = 1.0  # for clients at one address, and sixteen at once
 DIAL_BURST = 16.0
-IDLE_S = 60.0
+IDLE_S = 60.0  # without a step
+UNUSED_S = 5.0  # the same without a session
 RETRY_S = 5.0  # after a dial that failed
 MAX_PUSH_S = 60.0  # to keep what was sent for a step that has not come
 MAX_UNSENT_BYTES = 64 * 1024 * 1024  # that wait for a peer to read them
@@ -91,6 +93,7 @@ class Forwarding:
     """Of one peer.
 
     Args:
+        sessions: whose outputs go on.
         dialer: reaches other peers; None: nothing goes on.
         peer_id: our own.
         needs_certificate: whether to dial no peer whose record names no certificate.
@@ -100,6 +103,7 @@ class Forwarding:
 
     def __init__(
         self,
+        sessions: SessionTable,
         *,
         dialer: Dialer | None,
         peer_id: PeerId,
@@ -107,6 +111,7 @@ class Forwarding:
         names: Collection[str],
         clock: Callable[[], float],
     ) -> None:
+        self._sessions = sessions
         self._dialer = dialer
         self._peer_id = peer_id
         self._needs_certificate = needs_certificate
@@ -171,10 +176,15 @@ class Forwarding:
         return True
 
     def expire(self) -> None:
-        """Close connections that nothing went over for long, and forget those that are lost."""
+        """Forget what ended with its session, and close connections that no session uses any more."""
         now_s = self._clock()
+        for session_id, target_id in list(self._targets):
+            if self._sessions.get(session_id) is None:
+                del self._targets[session_id, target_id]
+        wanted = {target.link_key for target in self._targets.values()}
         for key, link in list(self._links.items()):
-            if link.task is None and now_s - link.used_s >= (RETRY_S if link.open_connection is None else IDLE_S):
+            is_wanted = key in wanted and link.open_connection is not None
+            if link.task is None and now_s - link.used_s >= (IDLE_S if is_wanted else UNUSED_S):
                 self._links.pop(key).close()
 
     def close(self) -> None:

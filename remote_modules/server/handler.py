@@ -139,6 +139,7 @@ class Handler:
             sessions, peer_id=identity.peer_id, names=names, max_bytes=limits.max_body_bytes, clock=clock
         )
         self.forwarding = Forwarding(
+            sessions,
             dialer=dialer,
             peer_id=identity.peer_id,
             needs_certificate=bool(certificate_sha256),
