@@ -248,17 +248,18 @@ class HopCaches:
         if cache is not None:
             self.free(old, cache)
 
-    def promote(self, span: Span) -> Copy | None:
-        """The buddy of the hop that had ``span``, if it can take over; it is a buddy no more."""
+    def promote(self, failed: Hop) -> Copy | None:
+        """The buddy of a hop, if it can take over; it is a buddy no more."""
         with self.mutex:
-            copy = self.buddies.pop(span, None)
+            copy = self.buddies.pop(failed.span, None)
         if copy is None:
             return None
         copy.stop()
         if copy.cache.next_position > self.position:  # copied in the middle of the step that is made again now
             copy.cache.pending.append(self.position)
         goes_back = copy.cache.next_position < copy.cache.position
-        if copy.cache.next_position == 0 or (goes_back and not self.swarm.stack.is_croppable):
+        is_elsewhere = copy.hop.peer_id != failed.peer_id  # else the hop moved to where its buddy was
+        if not is_elsewhere or copy.cache.next_position == 0 or (goes_back and not self.swarm.stack.is_croppable):
             self.free(copy.hop, copy.cache)
             return None
         return copy

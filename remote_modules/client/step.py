@@ -116,7 +116,7 @@ class Step(Work):
 
     async def replace_hop(self, hop: Hop, hops: tuple[Hop, ...], chain: Chain) -> None:
         self._free(hop)
-        buddy = self.session.promote(hop.span)
+        buddy = self.session.promote(hop)
         if buddy is not None:
             hops = (buddy.hop,)
             self.session.caches[hop.span] = buddy.cache
