@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PLANS = 64  # of different calls: a plan holds a few hundred bytes
 _CHECKED_AHEAD = 64  # tokens
+_ROWS_AHEAD = 16  # whose values are made at once
+_MAX_AHEAD = 64  # positions of a plan whose values are kept, each of fewer rows than that
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
 _HIDDEN, _CACHE = 0, 1  # places of the values that each call begins with
 
@@ -60,6 +62,9 @@ class _Plan:
         tables: rotary modules, with the places of what they return: the whole, and its items.
         blocks: in order.
         checked_until: position from which it is to be compared with the replay again.
+        num_ahead: positions whose values are made at once.
+        ahead: values that depend on the position, by position and place, made before they are needed: several at once
+            take a third of the time that each takes alone, after a block has filled the processor's cache.
     """
 
     values: list[Any] = field(default_factory=lambda: [None, None])
@@ -67,21 +72,37 @@ class _Plan:
     tables: list[tuple[_Call, int, tuple[int, ...]]] = field(default_factory=list)
     blocks: list[_Call] = field(default_factory=list)
     checked_until: int = 0
+    num_ahead: int = 1
+    ahead: dict[int, list[Any]] = field(default_factory=dict)
 
     def run(self, hidden_states: torch.Tensor, cache: SpanCache) -> torch.Tensor:
-        values = self.values.copy()
-        values[_CACHE] = cache.argument
-        for place, shape, dtype, device in self.positions:
-            values[place] = torch.full(shape, cache.length, dtype=dtype, device=device)
-        for call, whole, items in self.tables:
-            values[whole] = _made(call, values)
-            for number, place in enumerate(items):
-                values[place] = values[whole][number]
-        values[_HIDDEN] = hidden_states
+        values = self._values_at(cache.length)
+        values[_CACHE], values[_HIDDEN] = cache.argument, hidden_states
         for call in self.blocks:
             values[_HIDDEN] = _made(call, values)
         output: torch.Tensor = values[_HIDDEN]
         return output
+
+    def _values_at(self, position: int) -> list[Any]:
+        """For one step: a block may change them."""
+        if position not in self.ahead:
+            if len(self.ahead) > _MAX_AHEAD:  # of sessions that ended
+                self.ahead.clear()
+            for later in range(position, position + self.num_ahead):
+                if later in self.ahead:
+                    break  # another session comes after this one
+                self.ahead[later] = self._new_values(later)
+        return self.ahead.pop(position)
+
+    def _new_values(self, position: int) -> list[Any]:
+        values = self.values.copy()
+        for place, shape, dtype, device in self.positions:
+            values[place] = torch.full(shape, position, dtype=dtype, device=device)
+        for call, whole, items in self.tables:
+            values[whole] = _made(call, values)
+            for number, place in enumerate(items):
+                values[place] = values[whole][number]
+        return values
 
 
 def _made(call: _Call, values: list[Any]) -> Any:
@@ -233,6 +254,7 @@ class DecodePlans:
                 raise _UnknownSourceError(f"block {block} does not take what the block before it returned")
             del places[id(entered)]
             entered = output
+        plan.num_ahead = max(1, _ROWS_AHEAD // len(entered))
         return plan
 
 

@@ -232,7 +232,7 @@ class SpanModel:
             return None
         if not self._plans.may_plan(cache) or isinstance(mask, dict):
             return None
-        if position_ids is not None and not bool((position_ids == cache.length).all()):
+        if position_ids is not None and any(position != cache.length for position in position_ids.flatten().tolist()):
             return None
         if mask is not None and not (mask.dim() == 2 and bool(mask.all())):
             return None

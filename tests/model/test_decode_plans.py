@@ -186,3 +186,20 @@ def test_rows_that_change_get_a_plan_of_their_own(folders: dict[str, Path]) -> N
         outputs = decode(part, rows=3)
     assert len(calls) == 1 + OWNER_STEPS
     assert same(outputs, replayed(folders["llama"], "1:3", rows=3))
+
+
+def test_sessions_at_like_positions_do_not_share_what_blocks_may_change(folders: dict[str, Path]) -> None:
+    part = span_model(folders["llama"], "1:3")
+    expected = replayed(folders["llama"], "1:3")
+    assert same(decode(part), expected)
+
+    def spoil(module: nn.Module, args: object, kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        for table in kwargs["position_embeddings"]:
+            table.zero_()
+
+    part.blocks[2].register_forward_hook(spoil, with_kwargs=True)
+    caches = [part.new_cache(), part.new_cache()]
+    for _ in range(2):
+        assert all(same(decode(part, cache=cache), expected) for cache in caches)
+        for cache in caches:
+            cache.crop(0)
