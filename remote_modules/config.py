@@ -74,7 +74,7 @@ class ClientConfig:
     history_dtype: str = "compute"  # as it came, or "int8": a quarter of float32, and replays that are a little off
     history_folder: Path | None = None  # for the file beyond history_memory_bytes; None: the system's choice
     wire: str = "compute"  # hidden states and gradients as they are, or "int8": a quarter of float32, a little off
-    direct: bool = False  # peers send their outputs on to each other beside the client: N+1 one-way delays, not 2N
+    direct: bool = True  # peers send their outputs on to each other beside the client: N+1 one-way delays, not 2N
     max_request_bytes: int = 256 * 1024 * 1024  # tensors of one request
     microbatch_tokens: int = 1024  # rows x tokens of one request of a training pass; larger batches are cut by rows
     max_microbatches_in_flight: int = 48  # of all passes; fewer where fewer keep all hops busy

@@ -37,8 +37,9 @@ MAX_DIALS = 8  # under way at a time
 DIALS_PER_S = 1.0  # for clients at one address, and sixteen at once
 DIAL_BURST = 16.0
 IDLE_S = 60.0  # without a step
-UNUSED_S = 5.0  # the same without a session
-RETRY_S = 5.0  # after a dial that failed
+UNUSED_S = 5.0  # the same without a session, or where another one needs the place
+RETRY_S = 0.5  # after a dial that failed, doubled for each one more
+MAX_RETRY_S = 8.0
 MAX_PUSH_S = 60.0  # to keep what was sent for a step that has not come
 MAX_UNSENT_BYTES = 64 * 1024 * 1024  # that wait for a peer to read them
 
@@ -69,18 +70,24 @@ class _Link:
     """The connection to one peer, when there is one.
 
     Attributes:
+        num_failed: dials, in a row.
         pushes: the latest, by request id: whose target a refusal ends.
     """
 
     used_s: float
     connection: ClientConnection | None = None
     task: asyncio.Task[None] | None = None
-    failed_s: float = float("-inf")
+    num_failed: int = 0
+    retry_at_s: float = 0.0
     pushes: OrderedDict[int, tuple[str, str]] = field(default_factory=OrderedDict)
 
     @property
     def open_connection(self) -> ClientConnection | None:
         return self.connection if self.connection is not None and self.connection.is_open else None
+
+    def fail(self, now_s: float) -> None:
+        self.retry_at_s = now_s + min(MAX_RETRY_S, RETRY_S * 2.0**self.num_failed)
+        self.num_failed = min(self.num_failed + 1, 16)
 
     def close(self) -> None:
         if self.task is not None:
@@ -203,8 +210,10 @@ class Forwarding:
         record = verify_record(signed)
         if record.peer_id == self._peer_id:
             raise ValueError("the record is our own")
+        session = self._sessions.get(request.session_id)
+        known = b"" if session is None else session.client_key
         verify_push(
-            public_key=request.client_key,
+            public_key=known or request.client_key,
             grant=told.grant,
             sender=self._peer_id,
             receiver=record.peer_id,
@@ -223,7 +232,7 @@ class Forwarding:
         link = self._links.get(target.link_key)
         if link is not None:
             link.used_s = now_s
-            if link.open_connection is not None or link.task is not None or now_s - link.failed_s < RETRY_S:
+            if link.open_connection is not None or link.task is not None or now_s < link.retry_at_s:
                 return
         num_dials = sum(one.task is not None for one in self._links.values())
         if num_dials >= MAX_DIALS or (link is None and len(self._links) >= MAX_LINKS and not self._make_room()):
@@ -238,7 +247,7 @@ class Forwarding:
     def _make_room(self) -> bool:
         """Close the connection that was used least recently, if that is some time ago."""
         key, link = min(self._links.items(), key=lambda item: item[1].used_s)
-        if link.task is not None or self._clock() - link.used_s < RETRY_S:
+        if link.task is not None or self._clock() - link.used_s < UNUSED_S:
             return False
         self._links.pop(key).close()
         return True
@@ -249,16 +258,16 @@ class Forwarding:
             connection = await self._dialer.dial(record)
         except PeerError as exc:
             logger.info("outputs do not go on to peer=%s: %s", short_id(record.peer_id), exc)
-            link.failed_s = self._clock()
+            link.fail(self._clock())
             return
         finally:
             link.task = None
         if not connection.knows_direct or self._is_closed:
             connection.close()
-            link.failed_s = self._clock()
+            link.fail(self._clock())
             return
         connection.on_refused = lambda number: self._forget(link, number)
-        link.connection = connection
+        link.connection, link.num_failed = connection, 0
 
     def _forget(self, link: _Link, number: int) -> None:
         """The peer did not take a push: the client has to grant anew what follows."""

@@ -175,6 +175,20 @@ def test_nothing_is_dialled_for_a_destination_without_proof(engine: Engine, case
     run(engine, work)
 
 
+def test_key_of_a_session_is_told_once_and_cannot_be_changed(engine: Engine) -> None:
+    async def work(setting: Setting) -> None:
+        session = setting.sessions.get(SESSION_ID)
+        assert session is not None
+        session.client_key = CLIENT.public_key
+        forged = Destination(TARGET_ID, 5, granted(key=STRANGER), record_of())
+        await setting.prepare(request(forged, client_key=STRANGER.public_key))
+        assert setting.dialer.dialled == []
+        await setting.prepare(message := request(TOLD, client_key=b""))
+        assert setting.send(message)
+
+    run(engine, work)
+
+
 def test_only_addresses_that_the_client_may_name_are_dialled(engine: Engine) -> None:
     addresses = ("127.0.0.1:4000", "10.0.0.1:4000", "10.0.0.1:25", "8.8.4.4:443")
     told = Destination(TARGET_ID, 5, granted(), record_of(addresses=addresses))
@@ -221,7 +235,7 @@ def test_peer_that_refuses_what_comes_gets_no_more(engine: Engine) -> None:
         short = request(Destination(TARGET_ID, 6), client_key=b"")
         await setting.prepare(short)
         assert not setting.send(short)
-        assert setting.forwarding._links.popitem()[1].pushes == {}
+        assert [link.pushes for link in setting.forwarding._links.values()] == [{}]
 
     run(engine, work)
 
@@ -235,7 +249,13 @@ def test_dial_that_failed_is_not_repeated_at_once(engine: Engine) -> None:
             assert not setting.send(message)
         assert len(setting.dialer.dialled) == 1
         setting.clock.now_s += module.RETRY_S
+        await setting.prepare(message)
+        assert len(setting.dialer.dialled) == 2
         setting.dialer.target = setting.target
+        setting.clock.now_s += module.RETRY_S
+        await setting.prepare(message)
+        assert not setting.send(message)
+        setting.clock.now_s += module.RETRY_S  # each time twice as long
         await setting.prepare(message)
         assert setting.send(message)
 
@@ -319,11 +339,11 @@ def test_connections_are_bounded(engine: Engine, monkeypatch: pytest.MonkeyPatch
         for message in messages[:4]:
             await setting.prepare(message)
         assert setting.forwarding.num_links == 3  # the others are in use
-        setting.clock.now_s += module.RETRY_S
+        setting.clock.now_s += module.UNUSED_S
         await setting.prepare(messages[1])
         await setting.prepare(messages[4])  # in the place of the one that was used least recently
         assert setting.forwarding.num_links == 3
-        assert len(setting.dialer.dialled) == 4 + 1  # and one that failed before
+        assert len(setting.dialer.dialled) == 3 + 1
         await setting.prepare(messages[5])
         assert len(setting.forwarding._targets) == 4
 
