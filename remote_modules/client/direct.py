@@ -79,6 +79,14 @@ class Flight:
             self.answer.set_result(task.result())
 
 
+def can_forward(session: HopCaches, hops: Sequence[Hop], links: Sequence[ClientConnection | None]) -> bool:
+    """Whether any of ``hops`` may send its outputs on to the next one. Args: as of `addressed`."""
+    return any(
+        links[index] is not None and _is_open(session, hops[index], hops[index + 1], links[index + 1])
+        for index in range(len(hops) - 1)
+    )
+
+
 def addressed(
     session: HopCaches, hops: Sequence[Hop], links: Sequence[ClientConnection | None], index: int, message: StepRequest
 ) -> StepRequest:
@@ -88,7 +96,7 @@ def addressed(
         links: to the hops' peers; None where there is none, and no request is sent ahead.
     """
     cache, goes_to = session.caches[hops[index].span], None
-    if index + 1 < len(hops) and (link := links[index + 1]) is not None and link.knows_direct:
+    if index + 1 < len(hops) and (link := links[index + 1]) is not None:
         goes_to = _destination(session, hops[index], cache, hops[index + 1], link)
     key = b"" if cache.knows_key or not (index or goes_to) else session.key.public_key
     return msgspec.structs.replace(message, awaits_input=index > 0, forward_to=goes_to, client_key=key)
@@ -98,15 +106,19 @@ def _destination(
     session: HopCaches, hop: Hop, cache: PeerCache, target: Hop, link: ClientConnection
 ) -> Destination | None:
     """Where the outputs of ``hop`` go; None if they have to come here first."""
-    swarm = session.swarm
-    is_open = swarm.edges.is_open(hop.peer_id, target.peer_id, now_s=swarm.clock())
-    if link.record is None or not is_open:
+    if not _is_open(session, hop, target, link) or link.record is None:
         return None
     there = session.caches[target.span]
     if cache.forwards_to == there.session_id:
         return Destination(there.session_id, there.step_id)
     grant = session.key.grant(hop.peer_id, target.peer_id, there.session_id)
     return Destination(there.session_id, there.step_id, grant, link.record)
+
+
+def _is_open(session: HopCaches, hop: Hop, target: Hop, link: ClientConnection | None) -> bool:
+    swarm = session.swarm
+    is_known = link is not None and link.record is not None
+    return is_known and swarm.edges.is_open(hop.peer_id, target.peer_id, now_s=swarm.clock())
 
 
 def push_input(session: HopCaches, flight: Flight, inputs: Named) -> None:

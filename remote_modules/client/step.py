@@ -16,7 +16,7 @@ import torch
 
 from remote_modules.client.call import Named
 from remote_modules.client.chain import Chain, Work
-from remote_modules.client.direct import Flight, addressed, push_input
+from remote_modules.client.direct import Flight, addressed, can_forward, push_input
 from remote_modules.client.hop_caches import HopCaches, PeerCache
 from remote_modules.client.owner_history import StepInputs
 from remote_modules.client.step_requests import StepRequests
@@ -69,21 +69,21 @@ class Step(Work):
         hops = self.hops
         if len(hops) < 2 or self._step.call.record or any(self._behind(hop) for hop in hops):
             return
-        links = await asyncio.gather(*(self._link(hop, chain) for hop in hops))
-        tokens = (self._position, self._position + self._step.call.num_tokens)
-        planned = []
-        for index, (hop, link) in enumerate(zip(hops, links, strict=True)):
-            if link is not None:
-                entry = {} if index else self.outputs
-                number, cache = link.new_request_id(), self.session.caches[hop.span]
-                message, tensors = self._requests.build(number, hop, cache, tokens, None, entry)
-                message = addressed(self.session, hops, links, index, message)
-                planned.append((hop, message, tensors, link))
-        if all(message.forward_to is None for _, message, _, _ in planned):
+        links = await self._links(chain)
+        if not can_forward(self.session, hops, links):
             return
-        for hop, message, tensors, link in planned:
+        tokens = (self._position, self._position + self._step.call.num_tokens)
+        for index, (hop, link) in enumerate(zip(hops, links, strict=True)):
+            if link is None:
+                continue
+            entry = {} if index else self.outputs
+            number, cache = link.new_request_id(), self.session.caches[hop.span]
+            message, tensors = self._requests.build(number, hop, cache, tokens, None, entry)
+            message = addressed(self.session, hops, links, index, message)
             adapter = self._step.call.adapter_of(hop.span)
             self._flights[message.session_id] = chain.requests.launch(hop, message, tensors, link, adapter)
+            if index == 0:
+                await asyncio.sleep(0)  # it leaves while we make the others
 
     def ground(self) -> None:
         """Nobody waits any more for what was sent ahead."""
@@ -177,6 +177,12 @@ class Step(Work):
             connection.send(messages.CloseSession(cache.replaces))
             cache.replaces = ""
         return connection
+
+    async def _links(self, chain: Chain) -> list[ClientConnection | None]:
+        """To all hops; where some have to be dialled, that is done at once."""
+        if all(chain.swarm.open_connection(hop.peer_id, "step") for hop in self.hops):
+            return [await self._link(hop, chain) for hop in self.hops]
+        return await asyncio.gather(*(self._link(hop, chain) for hop in self.hops))
 
     async def _link(self, hop: Hop, chain: Chain) -> ClientConnection | None:
         """A connection over which a request can be sent ahead; None where that has to wait for its turn."""

@@ -120,12 +120,11 @@ class Inbox:
         waiter = _Waiter(client_key)
         self._waiting.setdefault(key, []).append(waiter)
         limit_s = min(request.timeout_s, MAX_WAIT_S)
+        timer = asyncio.get_running_loop().call_later(limit_s, waiter.expire, limit_s)
         try:
-            return await asyncio.wait_for(waiter.answer, limit_s)
-        except asyncio.TimeoutError as exc:
-            text = f"the step's input did not come within {limit_s:.1f} s"
-            raise PeerRefused(text, peer_id="", reason=RefusalReason.BUSY) from exc
+            return await waiter.answer
         finally:
+            timer.cancel()
             self._waiting[key].remove(waiter)
             if not self._waiting[key]:
                 del self._waiting[key]
@@ -180,6 +179,11 @@ class _Waiter:
     def bring(self, tensors: Named) -> None:
         if not self.answer.done():
             self.answer.set_result(tensors)
+
+    def expire(self, limit_s: float) -> None:
+        if not self.answer.done():
+            text = f"the step's input did not come within {limit_s:.1f} s"
+            self.answer.set_exception(PeerRefused(text, peer_id="", reason=RefusalReason.BUSY))
 
 
 def _size(entries: OrderedDict[Key, _Input]) -> int:

@@ -121,11 +121,14 @@ def test_second_input_is_ignored() -> None:
     run(work)
 
 
+GRANT = CLIENT.sign_push(sender=SENDER, receiver=ME, session_id=SESSION_ID)
+
+
 @pytest.mark.parametrize(
     "changes",
-    [{"key": OTHER}, {"grant": b""}, {"sender": "t" * 52, "grant": CLIENT.sign_push(sender=SENDER, receiver=ME, session_id=SESSION_ID)}],
+    [{"key": OTHER}, {"grant": b""}, {"sender": "t" * 52, "grant": GRANT}],
     ids=["another-client", "no-grant", "another-sender"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("is_waiting", [False, True])
 def test_input_without_the_clients_grant_is_refused(changes: dict[str, Any], is_waiting: bool) -> None:
     async def work(setting: Setting) -> None:
