@@ -62,6 +62,7 @@ class Step(Work):
         self._stack = session.swarm.stack
         self._requests = StepRequests(session, step)
         self._flights: dict[str, Flight] = {}  # by session id
+        self._unlinked: dict[Hop, PeerError] = {}  # those whose peers could not be reached
         self._brought_to = ""  # session that the last hop sent its outputs to
 
     async def launch(self, chain: Chain) -> None:
@@ -135,7 +136,7 @@ class Step(Work):
         rival.session.hops, rival.session.caches = [hop], {}
         rival.hops, rival.done = [hop], []
         rival.inputs, rival.histories, rival.recorded = {}, dict(self.histories), {}
-        rival._flights = {}
+        rival._flights, rival._unlinked = {}, {}
         return rival
 
     def adopt(self, hop: Hop, rival: Work) -> None:
@@ -169,6 +170,8 @@ class Step(Work):
         return cache
 
     async def _connect(self, hop: Hop, cache: PeerCache, chain: Chain) -> ClientConnection:
+        if (error := self._unlinked.pop(hop, None)) is not None:
+            raise error
         if cache.position:  # a peer that is leaving serves what it has until that is elsewhere (`client.copies`)
             connection = await chain.swarm.connect(hop.peer_id, "step")
         else:
@@ -189,9 +192,11 @@ class Step(Work):
         cache = self.session.caches.setdefault(hop.span, PeerCache())
         try:
             connection = await self._connect(hop, cache, chain)
-        except PeerError:
-            return None  # said again when its turn comes
-        return connection if connection.knows_direct else None
+        except PeerError as exc:
+            self._unlinked[hop] = exc  # raised when its turn comes
+            return None
+        is_coded = bool(chain.swarm.coding.codec)  # what one that knows no codecs puts out has to be rounded here
+        return connection if connection.knows_direct and (connection.knows_codecs or not is_coded) else None
 
     async def _land(self, flight: Flight, hop: Hop, cache: PeerCache, chain: Chain) -> Named:
         """The outputs of a hop whose request was sent ahead."""
