@@ -17,7 +17,11 @@ WATERFALL_STEPS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HopTiming:
-    """Where one request's time went, in seconds; ``wire_s`` is what neither queue nor compute explains."""
+    """Where one request's time went, in seconds; ``wire_s`` is what neither queue nor compute explains.
+
+    Attributes:
+        total_s: until the answer; of a request that was sent ahead (`client.direct`), since its hop's turn.
+    """
 
     hop: Hop
     num_tokens: int

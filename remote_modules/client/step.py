@@ -19,6 +19,7 @@ from remote_modules.client.chain import Chain, Work
 from remote_modules.client.direct import Flight, addressed, can_forward, push_input
 from remote_modules.client.hop_caches import HopCaches, PeerCache
 from remote_modules.client.owner_history import StepInputs
+from remote_modules.client.stats import HopTiming
 from remote_modules.client.step_requests import StepRequests
 from remote_modules.errors import PeerError
 from remote_modules.model.past import length_of
@@ -202,7 +203,7 @@ class Step(Work):
         """The outputs of a hop whose request was sent ahead."""
         message, entry, swarm = flight.message, self.outputs, chain.swarm
         is_brought = message.awaits_input and self._brought_to == message.session_id
-        push = partial(self._push_again, hop, flight) if is_brought else None
+        push = partial(self._push_again, flight) if is_brought else None
         if message.awaits_input and not is_brought:
             push_input(self.session, flight, entry)
         adapter = self._step.call.adapter_of(hop.span)
@@ -220,16 +221,23 @@ class Step(Work):
                     if (known := self.session.caches.get(later.span)) and known.session_id in self._flights:
                         self._free(later)
             raise
-        if is_brought and self._brought_to:
-            swarm.edges.work(self.done[-1].peer_id, hop.peer_id)
+        if is_brought:
+            self._note_way(hop, chain.requests.timings[-1])
         self._note_edge(hop, cache, flight)
         return outputs
 
-    def _push_again(self, hop: Hop, flight: Flight) -> None:
+    def _push_again(self, flight: Flight) -> None:
         """The input of a hop may have been lost on its way from the one before."""
-        swarm, self._brought_to = self.session.swarm, ""
-        swarm.edges.lose(self.done[-1].peer_id, hop.peer_id, now_s=swarm.clock())
+        self._brought_to = ""
         push_input(self.session, flight, self.outputs)
+
+    def _note_way(self, hop: Hop, timing: HopTiming) -> None:
+        """Whether what the hop before sent on was there in time."""
+        edges, before = self.session.swarm.edges, self.done[-1]
+        if self._brought_to or timing.queue_s + timing.compute_s > timing.wire_s:  # or the hop was slow
+            edges.work(before.peer_id, hop.peer_id)
+        else:
+            edges.lose(before.peer_id, hop.peer_id, now_s=self.session.swarm.clock())
 
     def _note_edge(self, hop: Hop, cache: PeerCache, flight: Flight) -> None:
         swarm, message, output = self.session.swarm, flight.message, flight.output
