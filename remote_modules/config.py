@@ -164,9 +164,7 @@ class ServerConfig:
             raise ValueError(f"port must be in 0:65536, got {self.port}")
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _check_choice("quantization", self.quantization, ("none", "int8", "nf4"))
-        for rows in self.compile_rows:
-            if rows not in _GRAPH_ROWS:
-                raise ValueError(f"compile_rows must be of {', '.join(map(str, _GRAPH_ROWS))}, got {rows!r}")
+        _check_rows("compile_rows", self.compile_rows)
         for name in ("announce_addresses", "peers"):
             for address in getattr(self, name):
                 _check_field(name, check_address, address)
@@ -252,6 +250,11 @@ def _check_field(name: str, check: Callable[[str], object], value: str) -> None:
         check(value)
     except ValueError as exc:
         raise ValueError(f"{name}: {exc}") from exc
+
+
+def _check_rows(name: str, rows: tuple[int, ...]) -> None:
+    if not set(rows) <= set(_GRAPH_ROWS):
+        raise ValueError(f"{name} must be of {', '.join(map(str, _GRAPH_ROWS))}, got {rows!r}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -20,6 +20,7 @@ from remote_modules.errors import UnsupportedCallError, first_line
 from remote_modules.model.arena import Arena
 from remote_modules.model.decode_attention import FIELD, Rows, attending
 from remote_modules.model.decode_plans import Plan
+from remote_modules.model.joined import JoinedLinears
 from remote_modules.model.kv import SpanCache
 
 __all__ = ["DecodeGraphs", "configs_of"]
@@ -41,6 +42,7 @@ class DecodeGraphs:
     Args:
         plan: the blocks' calls in a step of one row.
         configs: of the blocks; name the attention.
+        joined: linear layers of the blocks that multiply together.
         compiled: numbers of rows, of `ROWS`, whose blocks are compiled first.
         capture: makes what runs a step again from a function that does; None: by `torch.cuda.CUDAGraph`.
 
@@ -55,6 +57,7 @@ class DecodeGraphs:
         configs: list[Any],
         *,
         hidden_size: int,
+        joined: JoinedLinears,
         compiled: Collection[int] = (),
         capture: Callable[[Step], Step] | None = None,
     ) -> None:
@@ -64,6 +67,7 @@ class DecodeGraphs:
         self._plan = plan
         self._configs = configs
         self._hidden_size = hidden_size
+        self._joined = joined
         self._compiled = compiled
         self._capture = _Capture() if capture is None else capture
         self._graphs: dict[tuple[int, int], _Graph | None] = {}
@@ -126,7 +130,7 @@ class DecodeGraphs:
     def _captured(self, rows: int, max_tokens: int) -> _Graph:
         is_compiled = rows in self._compiled
         plan = self._plan.replaced(self._compiled_blocks) if is_compiled else self._plan
-        graph = _Graph(plan, self.arena, self._configs, rows, max_tokens, self._hidden_size)
+        graph = _Graph(plan, self.arena, self._configs, rows, max_tokens, self._hidden_size, self._joined)
         if is_compiled:
             import torch._dynamo
 
@@ -149,9 +153,16 @@ class _Graph:
     """A step of ``rows`` rows, each of at most ``max_tokens``."""
 
     def __init__(
-        self, plan: Plan, arena: Arena, configs: list[Any], rows: int, max_tokens: int, hidden_size: int
+        self,
+        plan: Plan,
+        arena: Arena,
+        configs: list[Any],
+        rows: int,
+        max_tokens: int,
+        hidden_size: int,
+        joined: JoinedLinears,
     ) -> None:
-        self._plan, self._arena, self._configs, self._rows = plan, arena, configs, rows
+        self._plan, self._arena, self._configs, self._joined = plan, arena, configs, joined
         self._max_tokens = max_tokens
         keys, _ = next(iter(arena.layers.values()))
         device, dtype = keys.device, keys.dtype
@@ -169,14 +180,14 @@ class _Graph:
 
     def capture(self, capture: Callable[[Step], Step]) -> None:
         rows = Rows(self._starts, self._device_numbers[1], self._query_starts, self._max_tokens)
-        with torch.no_grad(), attending(self._configs, rows, self._arena.layers):
+        with torch.no_grad(), attending(self._configs, rows, self._arena.layers), self._joined.used():
             self._replay = capture(self._step)
         if self._device.type != "cuda":  # then each run attends anew
             self._replay = self._attended(self._replay, rows)
 
     def _attended(self, replay: Step, rows: Rows) -> Step:
         def attend() -> None:
-            with attending(self._configs, rows, self._arena.layers):
+            with attending(self._configs, rows, self._arena.layers), self._joined.used():
                 replay()
 
         return attend

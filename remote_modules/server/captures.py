@@ -10,6 +10,7 @@ import torch
 from remote_modules.errors import UnsupportedCallError, first_line
 from remote_modules.model.arena import Arena, LayerShape
 from remote_modules.model.decode_graphs import DecodeGraphs, Step
+from remote_modules.model.joined import JoinedLinears
 from remote_modules.model.kv import SpanCache
 from remote_modules.model.replay import OwnerArguments, SpanModel
 
@@ -66,10 +67,10 @@ def capture_steps(
 def _graphs(
     model: SpanModel, budget_bytes: int, compiled: Collection[int], capture: Callable[[Step], Step] | None
 ) -> DecodeGraphs:
-    cache = model.new_cache()
+    cache = _filled(model, LENGTHS[0])
     with torch.inference_mode():
-        model.run({"hidden_states": _random(model, LENGTHS[0])}, model.span, _arguments(LENGTHS[0]), cache)
         plan = model.note_plan(_random(model, 1), cache)
+        joined = JoinedLinears(model.blocks.values(), lambda: model.note_plan(_random(model, 1), cache))
     shapes = {}
     for index, layer in zip(cache.held_layers(model.span), cache.held, strict=True):
         keys, values = layer.keys, layer.values
@@ -82,7 +83,13 @@ def _graphs(
         raise UnsupportedCallError(f"memory for KV caches is of {num_tokens} tokens")
     arena = Arena(shapes, num_tokens, device=model.device, dtype=model.dtype)
     return DecodeGraphs(
-        plan, arena, model.attention_configs, hidden_size=model.hidden_size, compiled=compiled, capture=capture
+        plan,
+        arena,
+        model.attention_configs,
+        hidden_size=model.hidden_size,
+        joined=joined,
+        compiled=compiled,
+        capture=capture,
     )
 
 
