@@ -1,7 +1,7 @@
 """Build a draft model for speculative decoding: a few blocks of the built-in model, taught to guess what it says.
 
 The draft has the tokenizer, the embeddings and the norm of its teacher and some of its blocks, and learns the teacher's
-distribution on the text of `train_small_model.py`. What counts is how often it agrees with the teacher's first choice on
+distribution on the text of `train_small_model.py`. What counts is how often it agrees with the first choice of it on
 text that was held out.
 """
 
@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 from train_small_model import load_corpus, split, token_stream
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEACHER = Path(__file__).parents[1] / "remote_modules/assets/pydoc-2m"
 
 
 def make_draft(teacher: LlamaForCausalLM, blocks: list[int]) -> LlamaForCausalLM:
     """The teacher with only these blocks, by their indices in it."""
-    config = AutoConfig.for_model(**{**teacher.config.to_dict(), "num_hidden_layers": len(blocks)})
+    config = LlamaConfig.from_dict({**teacher.config.to_dict(), "num_hidden_layers": len(blocks)})
     draft = LlamaForCausalLM(config)
     draft.model.embed_tokens.load_state_dict(teacher.model.embed_tokens.state_dict())
     draft.model.norm.load_state_dict(teacher.model.norm.state_dict())
@@ -89,13 +89,15 @@ def main() -> None:
     options = parse_options()
     torch.manual_seed(options.seed)
     teacher = LlamaForCausalLM.from_pretrained(options.teacher).eval()
-    tokenizer = AutoTokenizer.from_pretrained(options.teacher)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.teacher)
     training, held_out = (token_stream(tokenizer, texts) for texts in split(load_corpus(options.corpus)))
     draft = make_draft(teacher, options.blocks)
     judged = held_out.unfold(0, options.context, options.context)
     train(draft, teacher, training.unfold(0, options.context, 1), options)
     same, overlap = agreement(draft, teacher, judged)
-    print(f"{draft.num_parameters()} parameters; on held-out text the same first choice {same:.3f}, overlap {overlap:.3f}")
+    print(
+        f"{draft.num_parameters()} parameters; on held-out text the same first choice {same:.3f}, overlap {overlap:.3f}"
+    )
     draft.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
 

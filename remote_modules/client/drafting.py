@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from remote_modules.model.length_layers import LengthLayer, LengthLinearLayer
 from remote_modules.model.stack import cache_argument
 
-__all__ = ["Draft", "DraftModel", "Lookup", "Scores", "common_prefix"]
+__all__ = ["Draft", "DraftModel", "Lookup", "Scores", "can_go_back", "common_prefix"]
 
 KEY_TOKENS = 2  # the shortest repetition that is noticed
 MAX_MATCH = 32  # tokens that are compared; longer matches are no surer
@@ -97,8 +98,8 @@ class DraftModel:
         self._scores = scores
         self._draws = draws
         self._cache_name = cache_argument(model) or "past_key_values"
-        self._cache = DynamicCache(config=model.config)
         self._cached: list[int] = []
+        self._empty()
         self._context: list[int] = []  # what the guesses follow
         self._ready = Draft([], [] if draws else None)
         self._dice = torch.Generator(model.device)
@@ -127,6 +128,10 @@ class DraftModel:
         self._halt()
         self._ahead = self._thread.submit(self._draft, length, self._stop)
 
+    def _empty(self) -> None:
+        self._cache = DynamicCache(config=self._model.config)
+        self._can_go_back = can_go_back(self._cache)
+
     def _halt(self) -> None:
         if self._ahead is not None:
             self._stop.set()
@@ -153,8 +158,11 @@ class DraftModel:
 
     def _draft_one(self, tokens: list[int]) -> None:
         kept = common_prefix(self._cached, tokens[:-1])
-        if kept < len(self._cached):
+        if kept < len(self._cached) and self._can_go_back:
             self._cache.crop(kept - len(self._cached))
+        elif kept < len(self._cached):
+            self._empty()
+            kept = 0
         ids = torch.tensor([tokens], device=self._model.device)
         inputs = {"input_ids": ids[:, kept:], "use_cache": True, self._cache_name: self._cache}
         logits = self._model(**inputs).logits[:, -1].float()
@@ -175,3 +183,20 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
         if one != other:
             return number
     return min(len(first), len(second))
+
+
+def can_go_back(cache: Any) -> bool:
+    """Whether tokens can be taken back from the cache without computing what came before them anew; prepares it."""
+    layers = getattr(cache, "layers", ())
+    if not all(hasattr(layer, "crop") and not isinstance(layer, LengthLinearLayer) for layer in layers):
+        return False
+    if hasattr(cache, "activate_past_recording"):
+        if cache.is_croppable:
+            cache.activate_past_recording()
+        return bool(cache.is_croppable)
+    # In older releases a layer with a window drops what is out of it; one of linear attention ignores a crop.
+    return all(isinstance(layer, LengthLayer) or _keeps_all(layer) for layer in layers)
+
+
+def _keeps_all(layer: Any) -> bool:
+    return getattr(layer, "is_sliding", None) is False and hasattr(layer, "keys")

@@ -8,7 +8,7 @@ the model does not confirm, with one more token of the model's own; the rest of 
 block is, and whether to guess at all, is decided anew for each round (`plan.speculation`).
 
 Greedy: the tokens are the greatest of the model's own scores. Their logits come from passes over several tokens, whose
-sums may be rounded in another order than in passes over one: where two tokens are equal to within that, either may come.
+sums may be rounded in another order than in passes over one: where two are equal to within that, either may come.
 Sampling: each token has the distribution that plain sampling gives it, whatever is guessed (`accept`); which are drawn
 for a seed depends on the blocks, and so on the time that passes took.
 """
@@ -22,11 +22,10 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from remote_modules.client.drafting import Draft, DraftModel, Lookup
+from remote_modules.client.drafting import Draft, DraftModel, Lookup, can_go_back
 from remote_modules.errors import UnsupportedCallError
-from remote_modules.model.length_layers import LengthLayer, LengthLinearLayer
 from remote_modules.model.stack import CACHE_ARGUMENTS
 from remote_modules.plan.speculation import PLAIN, Choice, Offer, SpeculationPolicy
 
@@ -63,15 +62,18 @@ class Speculation:
     Args:
         draft: a small model with the same vocabulary, best of the same tokenizer, on this machine.
         lookup: whether to guess that the text repeats what it said before.
+        streamer: gets the prompt and the tokens, one by one. One that is given to `generate` gets the prompt only:
+            transformers does not pass it on.
     """
 
-    def __init__(self, draft: PreTrainedModel | None = None, *, lookup: bool = True) -> None:
+    def __init__(self, draft: PreTrainedModel | None = None, *, lookup: bool = True, streamer: Any = None) -> None:
         if draft is not None and draft.config.is_encoder_decoder:
             raise ValueError(f"a draft model must be a decoder, got {type(draft).__name__}")
         self.draft = draft
         self.lookup = lookup
+        self.streamer = streamer
         self.stats = SpeculationStats()
-        self._policy = SpeculationPolicy()
+        self.policy = SpeculationPolicy()
         self._draft_s = 0.0  # for one token
 
     def __call__(
@@ -82,7 +84,6 @@ class Speculation:
         stopping_criteria: Any,
         generation_config: Any,
         synced_gpus: bool = False,
-        streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
         """What transformers calls in place of its own loop.
@@ -92,21 +93,25 @@ class Speculation:
             UnsupportedCallError: an output was asked for that is not made.
         """
         self._check(model, input_ids, generation_config)
+        text = _Text(model, input_ids, logits_processor, stopping_criteria, generation_config, self.streamer)
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())
         with ExitStack() as stack:
-            text = _Text(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
             drafter = None
             if self.draft is not None and text.may_guess:
                 scores = logits_processor if len(logits_processor) else None
                 drafter = DraftModel(self.draft, scores=scores, draws=generation_config.do_sample)
                 stack.enter_context(drafter)
             self._generate(text, drafter, model_kwargs)
-        if streamer is not None:
-            streamer.end()
+        if self.streamer is not None:
+            self.streamer.end()
         return text.result()
 
     def _check(self, model: PreTrainedModel, input_ids: torch.Tensor, config: Any) -> None:
-        if len(input_ids) != 1 or config.num_beams != 1:
-            raise ValueError(f"speculation is for one row without beams, got {len(input_ids)} x {config.num_beams}")
+        if config.num_beams != 1:
+            raise ValueError(f"speculation is for generation without beams, got num_beams={config.num_beams}")
+        if len(input_ids) != 1:
+            raise ValueError(f"speculation is for one row, got {len(input_ids)}")
         if model.config.is_encoder_decoder or not config.use_cache:
             raise UnsupportedCallError("speculation is for decoders with use_cache=True")
         if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
@@ -123,11 +128,11 @@ class Speculation:
             began_s = time.perf_counter()
             choice, draft = self._guess(text, lookup, drafter)
             guessed_s = time.perf_counter()
-            if drafter is not None and self._policy.is_worth(2 * MAX_DRAFT * self._draft_s):
+            if drafter is not None and self.policy.is_worth(2 * MAX_DRAFT * self._draft_s):
                 drafter.draft_ahead(2 * MAX_DRAFT)
             accepted = text.verify(draft)
             done_s = time.perf_counter()
-            self._policy.note(choice, accepted, done_s - guessed_s, guessed_s - began_s)
+            self.policy.note(choice, accepted, done_s - guessed_s, guessed_s - began_s)
             self.stats.passes += 1
             self.stats.plain += choice == PLAIN
             self.stats.guessed += len(draft.tokens)
@@ -145,7 +150,7 @@ class Speculation:
             offers.append(Offer(f"lookup {least}", len(found.tokens), LOOKUP_PRIORS[least]))
         if drafter is not None:
             offers.append(Offer("draft", min(MAX_DRAFT, room), DRAFT_PRIOR, self._draft_s))
-        choice = self._policy.choose(offers)
+        choice = self.policy.choose(offers)
         if choice.source != "draft" or drafter is None:
             return choice, found.first(choice.length)
         began_s = time.perf_counter()
@@ -188,7 +193,7 @@ class _Text:
         """Run the prompt as plain generation does, and add the first token."""
         outputs = self._model._prefill(self._ids, self._config, model_kwargs)
         self._kwargs = self._model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        self.may_guess = self.may_guess and _can_go_back(self.cache)
+        self.may_guess = self.may_guess and can_go_back(self.cache)
         self._take(outputs.logits[:, -1:], Draft([]))
 
     def verify(self, draft: Draft) -> int:
@@ -205,7 +210,7 @@ class _Text:
             inputs["logits_to_keep"] = number + 1
         outputs = model(**inputs, return_dict=True)
         kept = self._take(outputs.logits[:, -number - 1 :], draft)
-        if kept <= number:
+        if kept <= number or hasattr(self.cache, "activate_past_recording"):  # it drops what it recorded, then
             self.cache.crop(kept - number - 1)
         self._kwargs = model._update_model_kwargs_for_generation(outputs, self._kwargs, num_new_tokens=kept)
         return min(kept, self._confirmed)
@@ -251,24 +256,13 @@ class _Text:
         if not config.return_dict_in_generate:
             return self._ids
         name = next(name for name in CACHE_ARGUMENTS if name in GenerateDecoderOnlyOutput.__dataclass_fields__)
-        return GenerateDecoderOnlyOutput(
+        output: Any = GenerateDecoderOnlyOutput  # its fields are annotated more narrowly than transformers fills them
+        return output(
             sequences=self._ids,
             scores=tuple(self._scores) if config.output_scores else None,
             logits=tuple(self._logits) if config.output_logits else None,
             **{name: self.cache},
         )
-
-
-def _can_go_back(cache: Any) -> bool:
-    """Whether tokens can be taken back from the cache without computing what came before them anew; prepares it."""
-    layers = getattr(cache, "layers", ())
-    if not all(hasattr(layer, "crop") and not isinstance(layer, LengthLinearLayer) for layer in layers):
-        return False
-    if hasattr(cache, "activate_past_recording") and getattr(cache, "is_croppable", True):
-        cache.activate_past_recording()
-        return True
-    # before transformers 5.14: a local layer with a window drops what is out of it
-    return not any(layer.is_sliding and not isinstance(layer, LengthLayer) for layer in layers)
 
 
 def accept(shares: torch.Tensor, draft: Draft) -> list[int]:
@@ -281,19 +275,17 @@ def accept(shares: torch.Tensor, draft: Draft) -> list[int]:
         shares: ``p`` ``[n + 1, V]`` of the model, at each guess and after the last one.
         draft: ``n`` guesses.
     """
-    tokens: list[int] = []
-    for at, token in enumerate(draft.tokens):
-        guess = None if draft.shares is None else draft.shares[at].to(shares.device)
-        if _is_kept(shares[at], token, guess):
-            tokens.append(token)
-        else:
-            return [*tokens, int(torch.multinomial(rest_of(shares[at], token, guess), 1))]
+    tokens, number = draft.tokens, len(draft.tokens)
+    if number:
+        wanted = shares[range(number), tokens]
+        guesses = None if draft.shares is None else torch.stack(draft.shares).to(shares.device)
+        guessed = torch.ones(()) if guesses is None else guesses[range(number), tokens]
+        is_kept = (torch.rand(number, device=shares.device) * guessed < wanted).tolist()
+        if not all(is_kept):
+            at = is_kept.index(False)
+            rest = rest_of(shares[at], tokens[at], None if guesses is None else guesses[at])
+            return [*tokens[:at], int(torch.multinomial(rest, 1))]
     return [*tokens, int(torch.multinomial(shares[-1], 1))]
-
-
-def _is_kept(share: torch.Tensor, token: int, guess: torch.Tensor | None) -> bool:
-    wanted, guessed = float(share[token]), 1.0 if guess is None else float(guess[token])
-    return wanted >= guessed or float(torch.rand(())) * guessed < wanted
 
 
 def rest_of(share: torch.Tensor, token: int, guess: torch.Tensor | None) -> torch.Tensor:
@@ -304,4 +296,3 @@ def rest_of(share: torch.Tensor, token: int, guess: torch.Tensor | None) -> torc
         return rest
     rest = (share - guess).clamp(min=0)
     return rest if float(rest.sum()) > 0 else share  # equal to within rounding: nothing remains
-
