@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ __all__ = ["Draft", "DraftModel", "Lookup", "Scores", "can_go_back", "common_pre
 KEY_TOKENS = 2  # the shortest repetition that is noticed
 MAX_MATCH = 32  # tokens that are compared; longer matches are no surer
 MAX_PLACES = 8  # of one key that are looked at, the newest
+MAX_TIMED = 2  # tokens that a guess ran over: more are a prompt, or text from elsewhere
 DRAFT_TIMEOUT_S = 60.0  # for one token
 
 Scores = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -91,9 +93,16 @@ class DraftModel:
     Args:
         scores: what the large model's logits go through before a token is chosen.
         draws: whether tokens are drawn; else the greatest is taken.
+        token_s: what a guess is known to take.
+
+    Attributes:
+        token_s: of late.
     """
 
-    def __init__(self, model: PreTrainedModel, *, scores: Scores | None, draws: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, scores: Scores | None, draws: bool, token_s: float | None = None
+    ) -> None:
+        self.token_s = token_s
         self._model: Any = model
         self._scores = scores
         self._draws = draws
@@ -163,6 +172,7 @@ class DraftModel:
         elif kept < len(self._cached):
             self._empty()
             kept = 0
+        began_s = time.perf_counter()
         ids = torch.tensor([tokens], device=self._model.device)
         inputs = {"input_ids": ids[:, kept:], "use_cache": True, self._cache_name: self._cache}
         logits = self._model(**inputs).logits[:, -1].float()
@@ -171,10 +181,13 @@ class DraftModel:
             logits = self._scores(ids, logits)
         if self._ready.shares is None:
             self._ready.tokens.append(int(logits.argmax()))
-            return
-        share = logits.softmax(-1)
-        self._ready.tokens.append(int(torch.multinomial(share, 1, generator=self._dice)))
-        self._ready.shares.append(share[0])
+        else:
+            share = logits.softmax(-1)
+            self._ready.tokens.append(int(torch.multinomial(share, 1, generator=self._dice)))
+            self._ready.shares.append(share[0])
+        if len(tokens) - kept <= MAX_TIMED:
+            took_s = time.perf_counter() - began_s
+            self.token_s = took_s if self.token_s is None else self.token_s + 0.1 * (took_s - self.token_s)
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -33,6 +33,7 @@ __all__ = ["Speculation", "SpeculationStats", "accept"]
 
 MAX_BLOCK = 128  # tokens from a lookup
 MAX_DRAFT = 16  # tokens from a draft model
+FIRST_DRAFT = 2  # before one was timed
 # Share of guesses accepted before any was tried, by the tokens that matched, at least.
 LOOKUP_PRIORS = {24: 0.98, 12: 0.95, 6: 0.85, 4: 0.7, 3: 0.5, 2: 0.3}
 DRAFT_PRIOR = 0.6
@@ -74,7 +75,7 @@ class Speculation:
         self.streamer = streamer
         self.stats = SpeculationStats()
         self.policy = SpeculationPolicy()
-        self._draft_s = 0.0  # for one token
+        self._draft_s: float | None = None  # for one token
 
     def __call__(
         self,
@@ -100,7 +101,9 @@ class Speculation:
             drafter = None
             if self.draft is not None and text.may_guess:
                 scores = logits_processor if len(logits_processor) else None
-                drafter = DraftModel(self.draft, scores=scores, draws=generation_config.do_sample)
+                drafter = DraftModel(
+                    self.draft, scores=scores, draws=generation_config.do_sample, token_s=self._draft_s
+                )
                 stack.enter_context(drafter)
             self._generate(text, drafter, model_kwargs)
         if self.streamer is not None:
@@ -128,8 +131,10 @@ class Speculation:
             began_s = time.perf_counter()
             choice, draft = self._guess(text, lookup, drafter)
             guessed_s = time.perf_counter()
-            if drafter is not None and self.policy.is_worth(2 * MAX_DRAFT * self._draft_s):
-                drafter.draft_ahead(2 * MAX_DRAFT)
+            if drafter is not None and drafter.token_s is not None:
+                self._draft_s = drafter.token_s
+                if self.policy.is_worth(2 * MAX_DRAFT * self._draft_s):
+                    drafter.draft_ahead(2 * MAX_DRAFT)
             accepted = text.verify(draft)
             done_s = time.perf_counter()
             self.policy.note(choice, accepted, done_s - guessed_s, guessed_s - began_s)
@@ -149,15 +154,12 @@ class Speculation:
             least = next(least for least in LOOKUP_PRIORS if lookup.match >= least)
             offers.append(Offer(f"lookup {least}", len(found.tokens), LOOKUP_PRIORS[least]))
         if drafter is not None:
-            offers.append(Offer("draft", min(MAX_DRAFT, room), DRAFT_PRIOR, self._draft_s))
+            length = MAX_DRAFT if self._draft_s is not None else FIRST_DRAFT
+            offers.append(Offer("draft", min(length, room), DRAFT_PRIOR, self._draft_s or 0.0))
         choice = self.policy.choose(offers)
         if choice.source != "draft" or drafter is None:
             return choice, found.first(choice.length)
-        began_s = time.perf_counter()
-        draft = drafter.guess(text.tokens, choice.length)
-        token_s = (time.perf_counter() - began_s) / choice.length
-        self._draft_s = token_s if not self._draft_s else self._draft_s + 0.2 * (token_s - self._draft_s)
-        return choice, draft
+        return choice, drafter.guess(text.tokens, choice.length)
 
 
 class _Text:

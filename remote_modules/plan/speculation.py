@@ -28,6 +28,7 @@ SURE_GAIN = 1.5  # from here on plain passes need no new timing
 PLAIN_EVERY = 32  # rounds, where the gain is less
 TRY_AFTER, MAX_TRY_AFTER = 8, 256  # plain rounds before guesses are tried again
 TRIED_SHARE, MAX_TRIED = 0.25, 4  # a trial may cost that much of a plain pass, and guesses so many tokens
+FIRST_LENGTH = 4  # of a block before any was timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class SpeculationPolicy:
         if self._plain_s is None:
             return PLAIN
         best, gain = PLAIN, 0.0
-        for offer, length in _blocks(offers):
+        for offer, length in _blocks(offers, LENGTHS[-1] if self._token_shares else FIRST_LENGTH):
             of_this = self._gain(offer, length)
             if of_this > gain:
                 best, gain = Choice(offer.source, length), of_this
@@ -170,11 +171,12 @@ class SpeculationPolicy:
         return Choice(best.source, min(length, offer.length))
 
 
-def _blocks(offers: Sequence[Offer]) -> Iterator[tuple[Offer, int]]:
+def _blocks(offers: Sequence[Offer], most: int) -> Iterator[tuple[Offer, int]]:
     for offer in offers:
-        yield from ((offer, length) for length in LENGTHS if length < offer.length)
-        if offer.length:
-            yield offer, min(offer.length, LENGTHS[-1])
+        longest = min(offer.length, most)
+        yield from ((offer, length) for length in LENGTHS if length < longest)
+        if longest:
+            yield offer, longest
 
 
 def _nearest(values: Mapping[int, float], key: int, default: float) -> float:

@@ -85,6 +85,8 @@ def test_draft_ahead_is_used(small: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         drafter._ahead.result(20)
         monkeypatch.setattr(drafter, "_draft_one", lambda tokens: pytest.fail("it was there already"))
         assert len(drafter.guess([*PROMPT, *tokens], 4).tokens) == 4
+        assert drafter.token_s is not None
+        assert drafter.token_s > 0
 
 
 def test_draws_come_with_the_distribution_after_the_processors(small: Any) -> None:
