@@ -13,6 +13,7 @@ states on the CPU, as in the streamed arm. Both have the same weights, so output
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from contextlib import ExitStack
@@ -32,6 +33,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from remote_modules import ClientConfig, RemoteSequential
 from remote_modules.model.checkpoint import open_checkpoint
+from remote_modules.model.stack import cache_argument
 from remote_modules.testing import child_process
 from remote_modules.testing.child_process import ChildProcess
 
@@ -58,6 +60,7 @@ class Streamed:
         with torch.device("meta"):
             self.model = LlamaModel(config).eval()
         self.model.norm = nn.Identity()
+        self.model.embed_tokens = nn.Embedding(1, config.hidden_size, device=device)  # tells where the model is
         with device:
             self.model.rotary_emb = type(self.model.rotary_emb)(config=config)
         shapes = {name: parameter.shape for name, parameter in self.model.layers[0].named_parameters()}
@@ -125,7 +128,8 @@ class Streamed:
         return (time.perf_counter() - began_s) / 8
 
     def step(self, hidden: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        output = self.model(inputs_embeds=hidden.to(self.device), past_key_values=cache, use_cache=True)
+        arguments: dict[str, Any] = {cache_argument(self.model) or "": cache, "use_cache": True}
+        output = self.model(inputs_embeds=hidden.to(self.device), **arguments)
         found: torch.Tensor = output.last_hidden_state.cpu()
         return found
 
@@ -239,6 +243,7 @@ def measure_device(options: argparse.Namespace, folder: Path) -> tuple[Measured,
     device = torch.device(options.device)
     build(config_of(options.shape, options.blocks, 4096), device, folder)
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length; peers keep it out, too
     config = config_of(options.shape, options.layers, 4096)
@@ -248,6 +253,8 @@ def measure_device(options: argparse.Namespace, folder: Path) -> tuple[Measured,
         links = stack.enter_context(DelayedLinks(options.peers))
         children = begin_peers(options, folder, links, stack)
         streamed = Streamed(folder, config, options.blocks, device)
+        say("the streamed model is up")
         links.aim([child.first_line()["listening"] for child in children])
+        say("the peers are up")
         bench = DeviceBench(options, config, streamed, links, config.hidden_size)
         return bench.measure(), streamed.block_bytes

@@ -18,6 +18,8 @@ import torch
 from _arms import ModelArm, Sample
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from remote_modules.model.stack import cache_argument
+
 __all__ = ["DiskArm", "ReadArm", "disk_arm", "memory_arm"]
 
 CHUNK_BYTES = 1 << 23
@@ -69,9 +71,8 @@ class DiskArm(ModelArm):
             for _ in range(tokens + 1):
                 drop_pages(self.folder)
                 before, began_s = bytes_read(), time.perf_counter()
-                logits = self.model(
-                    input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1
-                ).logits
+                arguments: dict[str, Any] = {cache_argument(self.model.model) or "": cache, "use_cache": True}
+                logits = self.model(input_ids=torch.tensor([ids]), logits_to_keep=1, **arguments).logits
                 ids = [int(logits[0, -1].argmax())]
                 seconds.append(time.perf_counter() - began_s)
                 self.read_shares.append((bytes_read() - before) / self.block_bytes)

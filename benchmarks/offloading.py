@@ -1,6 +1,6 @@
 """Decoding a model whose blocks do not fit: by offloading them, against three peers that hold them.
 
-    python benchmarks/offloading.py [--netlab] [--hidden 1024] [--blocks 24] [--rounds 5]              # a CPU
+    python benchmarks/offloading.py [--netlab] [--hidden 1024] [--blocks 16] [--rounds 5]              # a CPU
     python benchmarks/offloading.py --device cuda [--layers 80] [--blocks 8] [--shape 70b] [--rounds 5]
 
 On a CPU: a random fp32 llama, greedy tokens after a prompt, one torch thread for each process; all arms must have the
@@ -171,7 +171,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--netlab", action="store_true", help="on a CPU: the paper's three networks, too")
     parser.add_argument("--profiles", nargs="+", choices=list(PROFILES), help="networks; default: all, if there")
     parser.add_argument("--peers", type=int, default=3)
-    parser.add_argument("--blocks", type=int, help="with weights of their own; default 24 on a CPU, 8 else")
+    parser.add_argument("--blocks", type=int, help="with weights of their own; default 16 on a CPU, 8 else")
     parser.add_argument("--layers", type=int, default=80, help="on an accelerator")
     parser.add_argument("--shape", choices=SHAPES, default="70b", help="on an accelerator")
     parser.add_argument("--hidden", type=int, default=1024, help="on a CPU")
@@ -188,7 +188,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.profiles is None:
         options.profiles = list(PROFILES) if options.netlab or not is_disk else ["loopback"]
     options.steps = options.steps or (4 if is_disk else 16)
-    options.blocks = options.blocks or (24 if is_disk else 8)
+    options.blocks = options.blocks or (16 if is_disk else 8)
     if options.quick:
         vars(options).update(shape="tiny", layers=6, blocks=3 if is_disk else 2, hidden=64, prefix=8, steps=2, rounds=1)
     elif options.rounds < MIN_ROUNDS:
