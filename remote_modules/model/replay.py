@@ -8,7 +8,7 @@ a peer: exact, for every architecture whose blocks can be run apart from each ot
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from remote_modules.model.adapted import applied
 from remote_modules.model.adapted_item import Batch
 from remote_modules.model.adapters import Adapter
 from remote_modules.model.kv import SpanCache
+from remote_modules.model.packed import Member, Packing
 from remote_modules.model.quantization import compute_dtype
 from remote_modules.model.recording import RouterTaps
 from remote_modules.model.rotary import RotaryMemory
@@ -172,6 +173,7 @@ class SpanModel:
             blocks[index] = _Slot(blocks[index], index, self._current)
         setattr(self._owner, stack.list_name, _Blocks(blocks))
         self._rotary = RotaryMemory(self._owner)
+        self._packing = Packing(self._owner)
 
     def new_cache(self) -> SpanCache:
         """An empty cache for the span.
@@ -238,6 +240,23 @@ class SpanModel:
         for index, values in logits.items():
             result[f"record.router_logits.{index}"] = values
         return result
+
+    def run_packed(
+        self, inputs: Named, blocks: Span, arguments: OwnerArguments, members: Sequence[Member]
+    ) -> dict[str, torch.Tensor]:
+        """`run` one token of each row of several sessions, whose caches grow by it; rows follow one another.
+
+        Args:
+            arguments: without a mask; with the positions of all rows.
+
+        Raises:
+            UnsupportedCallError: the architecture cannot; no cache has changed, as after whatever else a block raises.
+            ValueError: a cache was used for other blocks.
+        """
+        for member in members:
+            member.cache.use(blocks)
+        with self._packing.over(members):
+            return self.run(inputs, blocks, arguments)
 
     def _require_grad(self, requires_grad: bool) -> None:
         """As the weights of a local model do, unless adapters are trained; no gradient of theirs is ever computed.

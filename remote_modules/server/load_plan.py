@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Collection
@@ -30,19 +31,29 @@ from remote_modules.server.capacity import (
     parameter_bytes,
 )
 from remote_modules.server.engine import Engine, Speeds
+from remote_modules.server.packing import packing_fault
 from remote_modules.server.preloaded import Preloaded
 from remote_modules.server.sessions import KVCost
 from remote_modules.spans import Span
 
 __all__ = ["LoadPlan", "LoadedSpan"]
 
+logger = logging.getLogger(__name__)
+
 SPARE_FACTOR = 1.5  # workspace of a load
 
 
 class LoadedSpan:
-    """A span in memory and what was measured of it."""
+    """A span in memory and what was measured of it.
 
-    def __init__(self, model: SpanModel, digests: dict[int, str], adapters: dict[str, FrozenAdapter]) -> None:
+    Args:
+        batches: whether steps of several sessions may run as one, if the model can.
+    """
+
+    def __init__(
+        self, model: SpanModel, digests: dict[int, str], adapters: dict[str, FrozenAdapter], *, batches: bool = False
+    ) -> None:
+        self._batches = batches
         self.model = model
         self.engine = Engine(model)
         self.digests = tuple(digests.get(block, "") for block in model.span)
@@ -54,6 +65,9 @@ class LoadedSpan:
         """Check that the architecture runs, and time it."""
         self.kv_costs = self.engine.kv_costs()
         self.speeds = self.engine.measure()
+        fault = packing_fault(self.engine) if self._batches else "it is switched off"
+        self.engine.packs = not fault
+        logger.info("sessions decode %s", f"one by one: {fault}" if fault else "together")
 
 
 class LoadPlan:
@@ -199,7 +213,8 @@ class LoadPlan:
         # a cached block brings its digest along: its shards are not opened
         digests = block_digests(self._checkpoint, self._stack, span) if cache is None else cache.digests
         runner = SpanModel(model, self._stack, span)
-        return LoadedSpan(runner, digests, self._adapters.of_blocks(runner.blocks))
+        batches = self._config.batching and quantization != "int8"  # outliers of one row are those of all there
+        return LoadedSpan(runner, digests, self._adapters.of_blocks(runner.blocks), batches=batches)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,6 +12,7 @@ from remote_modules.errors import PeerRefused, RefusalReason, UnsupportedCallErr
 from remote_modules.model.adapters import Adapter
 from remote_modules.model.past import length_of
 from remote_modules.server.arguments import owner_arguments, whole_mask
+from remote_modules.server.batcher import StepWork
 from remote_modules.server.checks import RequestTensors, check_ops, refuse
 from remote_modules.server.engine import Engine
 from remote_modules.server.executor import Priority, Timed
@@ -145,9 +146,18 @@ class Steps:
         rows_before = session.rows
         self._sessions.reserve(session, rows=max(rows, most_rows), tokens=position + num_tokens)
         arguments = owner_arguments(call, tensors, mask, adapter)
-        cache, ops, wanted = session.cache, request.ops, request.num_outputs
         priority = Priority.DECODE if num_tokens == 1 else Priority.PREFILL
-        work = lambda: self._engine.step(cache, blocks, ops, tensors, arguments, wanted)  # noqa: E731
+        work = StepWork(
+            engine=self._engine,
+            who=request.session_id,
+            cache=session.cache,
+            blocks=blocks,
+            ops=request.ops,
+            tensors=tensors,
+            arguments=arguments,
+            num_outputs=request.num_outputs,
+            position=position,
+        )
         try:
             timed = await self._run(request, session.connection_id or 0, priority, work)
         except BaseException as exc:
