@@ -1,9 +1,9 @@
 """Decode steps of several sessions as the rows of one call, each row attending to its own session's KV cache.
 
-Norms, projections, MLPs and experts run once for all rows. Attention is the owner's own, called for each session: for the
-time of a packed call the configs name a function of ours, which splits the rows, lets each session's cache layer take its
-keys and values, and calls what the configs named before. So sessions of any lengths go together, and a call that is not
-packed is left as it is.
+Norms, projections, MLPs and experts run once for all rows. Attention is the owner's own, called for each session: for
+the time of a packed call the configs name a function of ours, which splits the rows, lets each session's cache layer
+take its keys and values, and calls what the configs named before. So sessions of any lengths go together, and a call
+that is not packed is left as it is.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _has_grown(cache: SpanCache) -> bool:
 
 
 def _attend(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -124,7 +124,7 @@ def _attend(
 
 
 def _original(name: str, module: nn.Module) -> Callable[..., Any]:
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     if function is None:
         raise UnsupportedCallError(f"{type(module).__name__} has an attention of its own")

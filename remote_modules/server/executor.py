@@ -237,10 +237,10 @@ class DeviceThread:
             try:
                 values = jobs[0].work.with_others([job.work for job in jobs[1:]])
             except BaseException as exc:  # the device thread's boundary, as in `_do_alone`
+                logger.warning("%d steps failed together", len(jobs), exc_info=True)
                 if not isinstance(exc, Exception) or self._is_fatal(exc):
                     self._break(exc)
                     return False
-                logger.warning("%d steps failed together, each runs alone now", len(jobs), exc_info=exc)
             else:
                 self.num_batches, self.num_batched = self.num_batches + 1, self.num_batched + len(jobs)
                 self._succeed(jobs, values, began_s)
@@ -259,6 +259,7 @@ class DeviceThread:
             self._running.remove(job)
             _fail(job, exc)
         except BaseException as exc:  # the end of the thread must not be the end of those who wait
+            logger.exception("the device thread died")
             self._break(exc)
             return False
         else:
@@ -277,8 +278,6 @@ class DeviceThread:
 
     def _break(self, cause: BaseException) -> None:
         """Answer all that runs and waits: the device is of no use."""
-        if not isinstance(cause, Exception):
-            logger.error("the device thread died", exc_info=cause)
         with self._wake:
             self._broken_by = cause
             running, self._running = self._running, []

@@ -170,7 +170,7 @@ class Steps:
             self._sessions.reserve(session, rows=rows, tokens=position + num_tokens)
         session.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         session.used_s = self._clock()
-        session.version += len(ops)
+        session.version += len(request.ops)
         reply = self._reply(request, timed)
         session.last_step_id, session.last_reply = request.step_id, reply
         return reply
