@@ -2,8 +2,9 @@
 
 Steps that wait when the device becomes free run together. Clients that decode come back a little after each answer: who
 began at once would leave most of them for the next batch, and two half batches take nearly twice as long as a whole
-one. So the device waits for sessions of the group that are due very soon, by how long each took to come back lately,
-and never longer than a small share of what a batch takes.
+one. So the device waits for sessions that are due soon, by how long each took to come back lately, and never longer
+than the share of a batch's time that waiting for them may save. A session that does not come is not waited for again
+before it has; one that is alone never waits.
 
 Pure: times go in, decisions come out.
 """
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 __all__ = ["Rounds"]
 
 MAX_ROWS = 64
-LINGER_SHARE = 0.25
+LINGER_SHARE = 0.5
 MAX_LINGER_S = 0.025
 LATENESS = 2.0  # times its usual absence that a session is waited for
 SMOOTHING = 0.3
@@ -42,7 +43,7 @@ class Rounds:
 
     def __init__(self) -> None:
         self._known: OrderedDict[Hashable, _Known] = OrderedDict()
-        self._due_s: dict[Hashable, float] = {}  # of those who are away and not late
+        self._due_s: dict[Hashable, tuple[float, float]] = {}  # of those away: when they should come, and are late
         self._took_s = 0.0
 
     def came(self, who: Hashable, *, now_s: float) -> None:
@@ -66,7 +67,7 @@ class Rounds:
             if known is not None:
                 known.answered_s = now_s
                 if known.absence_s is not None:
-                    self._due_s[each] = now_s + LATENESS * known.absence_s
+                    self._due_s[each] = (now_s + known.absence_s, now_s + LATENESS * known.absence_s)
 
     def wait_until(self, *, free_s: float, now_s: float) -> float:
         """When to begin with those who are here; ``now_s`` or earlier: at once.
@@ -74,7 +75,8 @@ class Rounds:
         Args:
             free_s: when the device could have begun.
         """
-        for who in [who for who, due_s in self._due_s.items() if due_s < now_s]:
-            del self._due_s[who]  # late: it may be gone
+        for who in [who for who, (_, late_s) in self._due_s.items() if late_s < now_s]:
+            del self._due_s[who]  # it may be gone
         limit_s = free_s + min(MAX_LINGER_S, LINGER_SHARE * self._took_s)
-        return max((due_s for due_s in self._due_s.values() if due_s <= limit_s), default=free_s)
+        ends_s = (min(late_s, limit_s) for due_s, late_s in self._due_s.values() if due_s <= limit_s)
+        return max(ends_s, default=free_s)

@@ -146,6 +146,7 @@ class DeviceThread:
         self._is_fatal = is_fatal
         self.num_batches = self.num_batched = 0
         self._rounds = Rounds()
+        self._gathering: tuple[float, Hashable] | None = None  # since when, and for which group
         self._wake = threading.Condition()
         self._is_stopped = False
         self._broken_by: BaseException | None = None
@@ -187,7 +188,8 @@ class DeviceThread:
             refused = [job] if self._is_stopped else self._queue.put(job, now_s=now_s)
             if isinstance(work, Batchable) and work.group is not None:
                 self._rounds.came(work.who, now_s=now_s)
-            self._wake.notify()
+            if self._begins_s(now_s, job) <= now_s:
+                self._wake.notify()
         self._refuse(refused, f"{len(self._queue)} requests wait for the device already")
         if on_admitted is not None and job not in refused:
             on_admitted()
@@ -273,8 +275,8 @@ class DeviceThread:
             self._queue.done(took_s=now_s - began_s, num_jobs=len(jobs))
             if jobs[0].group is not None:
                 self._rounds.answered([job.work.who for job in jobs], now_s=now_s, took_s=now_s - began_s)
-        for job, value in zip(jobs, values, strict=True):
-            _succeed(job, Timed(value, began_s - job.queued_s, now_s - began_s))
+        found = [Timed(value, began_s - job.queued_s, now_s - began_s) for job, value in zip(jobs, values, strict=True)]
+        _answer(jobs[0], lambda: _succeed(jobs, found))
 
     def _break(self, cause: BaseException) -> None:
         """Answer all that runs and waits: the device is of no use."""
@@ -308,7 +310,7 @@ class DeviceThread:
 
     def _gather(self, first: _Job) -> None:
         """Let others of its group run with ``first``, and wait a moment for those who are due; the lock is held."""
-        free_s = self._clock()
+        self._gathering = (self._clock(), first.group)
         while True:
             now_s = self._clock()
             room = MAX_ROWS - sum(job.rows for job in self._running)
@@ -316,12 +318,17 @@ class DeviceThread:
             for job in joined:
                 job.has_begun = True
             self._running += joined
-            if len(self._queue) or self._is_stopped:  # others want the device
-                return
-            wait_s = self._rounds.wait_until(free_s=free_s, now_s=now_s) - now_s
-            if wait_s <= 0:
+            wait_s = self._begins_s(now_s, first) - now_s
+            if len(self._queue) or self._is_stopped or wait_s <= 0:  # others want the device, or nobody is due
+                self._gathering = None
                 return
             self._wake.wait(timeout=wait_s)
+
+    def _begins_s(self, now_s: float, job: _Job) -> float:
+        """Until when the device waits for more that may run with ``job``, which is here; the lock is held."""
+        if self._gathering is None or self._gathering[1] != job.group:
+            return now_s
+        return self._rounds.wait_until(free_s=self._gathering[0], now_s=now_s)
 
     def _refuse(self, jobs: list[_Job], text: str) -> None:
         for job in jobs:
@@ -341,19 +348,17 @@ def _fail(job: _Job, error: Exception) -> None:
 
 
 def _answer(job: _Job, callback: Callable[[], object]) -> None:
+    """Have the event loop, which is that of all jobs, tell them."""
     try:
         job.answer.get_loop().call_soon_threadsafe(callback)
     except RuntimeError:  # the loop is closed: nobody waits for this answer
         logger.debug("result dropped, the event loop is gone")
 
 
-def _succeed(job: _Job, timed: Timed[Any]) -> None:
-    _answer(job, lambda: _set_result(job.answer, timed))
-
-
-def _set_result(answer: asyncio.Future[Timed[Any]], timed: Timed[Any]) -> None:
-    if not answer.done():
-        answer.set_result(timed)
+def _succeed(jobs: Sequence[_Job], found: Sequence[Timed[Any]]) -> None:
+    for job, timed in zip(jobs, found, strict=True):
+        if not job.answer.done():
+            job.answer.set_result(timed)
 
 
 def _set_exception(answer: asyncio.Future[Timed[Any]], exc: Exception) -> None:
