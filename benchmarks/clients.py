@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import os
 import statistics
 import sys
@@ -71,18 +72,20 @@ class Burst:
 
 def texts_of(clients: int, hidden_size: int, prefix: int, tokens: int, *, is_ragged: bool) -> list[Text]:
     generator = torch.Generator().manual_seed(1)
-    draw = lambda num: torch.randn(1, num, hidden_size, generator=generator)  # noqa: E731
+    draw = functools.partial(torch.randn, 1, generator=generator)
     least = max(1, prefix // 8)
     lengths = [
         prefix - (prefix - least) * number // max(1, clients - 1) if is_ragged else prefix for number in range(clients)
     ]
-    return [Text(draw(length), [draw(1) for _ in range(tokens)]) for length in lengths]
+    return [Text(draw(length, hidden_size), [draw(1, hidden_size) for _ in range(tokens)]) for length in lengths]
 
 
 def run_rows(owner: Any, texts: Sequence[Text]) -> Burst:
     """Of one length, as one local batch."""
     length = max(text.prefix.shape[1] for text in texts)
-    prefix = torch.cat([torch.nn.functional.pad(text.prefix, (0, 0, length - text.prefix.shape[1], 0)) for text in texts])
+    prefix = torch.cat(
+        [torch.nn.functional.pad(text.prefix, (0, 0, length - text.prefix.shape[1], 0)) for text in texts]
+    )
     steps = [torch.cat(rows) for rows in zip(*(text.steps for text in texts), strict=True)]
     cache = DynamicCache(config=owner.config)
     with torch.no_grad():

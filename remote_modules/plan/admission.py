@@ -3,6 +3,7 @@
 Pure: tickets and the time go in, decisions come out; nothing here waits or computes.
 
     order     -> by priority; within one, the clients take turns, each with its oldest ticket first
+    patience  -> tickets that may be passed over only so many times go before those of smaller priority then
     queue full -> whoever holds most of it gives way: a newcomer with little waiting displaces the youngest and least
                   urgent ticket of the client that has the most, unless that is more urgent than its own
     deadline  -> a ticket whose client no longer waits is never begun
@@ -13,6 +14,7 @@ So a client that asks for four times what the device can do fills its own share 
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ class Ticket:
         deadline_s: after this nobody wants the result.
         group: tickets of one group may be served together; None: alone.
         rows: how much of such a batch it is.
+        patience: how often in a row tickets of smaller priority may be served while those of this one wait.
     """
 
     priority: int
@@ -44,6 +47,7 @@ class Ticket:
     deadline_s: float
     group: Hashable | None = None
     rows: int = 1
+    patience: float = math.inf
 
 
 T = TypeVar("T", bound=Ticket)
@@ -60,6 +64,7 @@ class AdmissionQueue(Generic[T]):
         self._max_waiting = max_waiting
         self._turns: dict[int, OrderedDict[int, deque[T]]] = {}
         self._num_waiting: Counter[int] = Counter()
+        self._num_passed: Counter[int] = Counter()  # by priority: times in a row that others went before it
         self._job_s = UNKNOWN_JOB_S
 
     def __len__(self) -> int:
@@ -92,7 +97,7 @@ class AdmissionQueue(Generic[T]):
         """The ticket whose turn it is, and those that were passed over because their deadline has passed."""
         expired: list[T] = []
         while self._turns:
-            priority = min(self._turns)
+            priority = self._next_priority()
             turns = self._turns[priority]
             client = next(iter(turns))
             ticket = turns[client][0]
@@ -100,6 +105,8 @@ class AdmissionQueue(Generic[T]):
             if ticket.deadline_s > now_s:
                 if client in turns:
                     turns.move_to_end(client)
+                self._num_passed[priority] = 0
+                self._num_passed.update(waiting for waiting in self._turns if waiting > priority)
                 return ticket, expired
             expired.append(ticket)
         return None, expired
@@ -151,6 +158,15 @@ class AdmissionQueue(Generic[T]):
         """Learn from what the device has done: one job, or several at once."""
         for _ in range(num_jobs):
             self._job_s += SMOOTHING * (took_s / num_jobs - self._job_s)
+
+    def _next_priority(self) -> int:
+        """The smallest, or the first whose patience is over."""
+        ready = (
+            priority
+            for priority, turns in self._turns.items()
+            if self._num_passed[priority] >= next(iter(turns.values()))[0].patience
+        )
+        return min(ready, default=min(self._turns))
 
     def _all(self) -> Iterator[T]:
         return chain.from_iterable(tickets for turns in self._turns.values() for tickets in turns.values())

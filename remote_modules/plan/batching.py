@@ -1,4 +1,4 @@
-"""Whether the device waits a moment for those who are about to come back.
+"""Whether the device waits a moment for those who are about to come back, and whether a prompt runs in chunks.
 
 Steps that wait when the device becomes free run together. Clients that decode come back a little after each answer: who
 began at once would leave most of them for the next batch, and two half batches take nearly twice as long as a whole
@@ -6,16 +6,18 @@ one. So the device waits for sessions that are due soon, by how long each took t
 than the share of a batch's time that waiting for them may save. A session that does not come is not waited for again
 before it has; one that is alone never waits.
 
+A long prompt would keep all of them waiting: while others decode, it runs in chunks, between which they have a turn.
+
 Pure: times go in, decisions come out.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
-__all__ = ["Rounds"]
+__all__ = ["Decoders", "Rounds"]
 
 MAX_ROWS = 64
 LINGER_SHARE = 0.5
@@ -23,6 +25,7 @@ MAX_LINGER_S = 0.025
 LATENESS = 2.0  # times its usual absence that a session is waited for
 SMOOTHING = 0.3
 MAX_KNOWN = 4096
+DECODING_S = 0.5  # since its last step that a session counts as one that decodes
 
 
 @dataclass(slots=True)
@@ -80,3 +83,26 @@ class Rounds:
         limit_s = free_s + min(MAX_LINGER_S, LINGER_SHARE * self._took_s)
         ends_s = (min(late_s, limit_s) for due_s, late_s in self._due_s.values() if due_s <= limit_s)
         return max(ends_s, default=free_s)
+
+
+class Decoders:
+    """Sessions that decode."""
+
+    def __init__(self) -> None:
+        self._seen_s: OrderedDict[Hashable, float] = OrderedDict()  # the latest last
+
+    def came(self, who: Hashable, *, now_s: float) -> None:
+        """A session brought a step of one token."""
+        self._seen_s[who] = now_s
+        self._seen_s.move_to_end(who)
+        if len(self._seen_s) > MAX_KNOWN:
+            self._seen_s.popitem(last=False)
+
+    def others(self, who: Hashable, *, now_s: float, is_open: Callable[[Hashable], bool]) -> bool:
+        """Whether any but ``who`` decodes, of those that are still open."""
+        for each, seen_s in reversed(self._seen_s.items()):
+            if now_s - seen_s > DECODING_S:
+                return False
+            if each != who and is_open(each):
+                return True
+        return False

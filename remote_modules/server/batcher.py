@@ -1,16 +1,17 @@
-"""Steps of sessions as work that may run together: which may, how they do, and whether this model's may at all."""
+"""Steps of sessions as work for the device: which may run together, how they do, and how a long one is cut."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from remote_modules.model.kv import SpanCache
+from remote_modules.model.kv import GrowingLayer, SpanCache
 from remote_modules.model.packed import Member
 from remote_modules.model.replay import OwnerArguments
+from remote_modules.model.tensors import concat, slice_tokens
 from remote_modules.server.checks import RequestTensors
 from remote_modules.server.engine import Engine, apply_op
 from remote_modules.server.executor import Batchable
@@ -37,7 +38,7 @@ class StepWork(Batchable):
     """
 
     engine: Engine
-    who: Hashable
+    who: str
     cache: SpanCache
     blocks: Span
     ops: tuple[CacheOp, ...]
@@ -66,6 +67,49 @@ class StepWork(Batchable):
             raise
         self.engine.packing_failures = 0
         return answers
+
+    @property
+    def may_cut(self) -> bool:
+        """Whether its tokens may run a few at a time: the same, but for rounding."""
+        arguments, mask, stack = self.arguments, self.arguments.attention_mask, self.engine.model.stack
+        if arguments.tensors or arguments.record or arguments.adapter is not None or self.tensors.past:
+            return False
+        if stack.replays_steps or not (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2)):
+            return False
+        specs = self.engine.specs(self.blocks)
+        has_tokens = all(specs[name].time is not None for name in self.tensors.inputs)
+        return has_tokens and all(type(layer) is GrowingLayer for layer in self.cache.held)
+
+    def cut(self, num_tokens: int) -> tuple[StepWork, StepWork]:
+        """Its first tokens, and the others, which come after them."""
+        total = self.arguments.num_tokens
+        wanted = total if self.num_outputs is None else self.num_outputs
+        first = self._part(0, num_tokens, num_outputs=max(0, wanted - (total - num_tokens)))
+        rest = self._part(num_tokens, total, num_outputs=min(wanted, total - num_tokens))
+        return first, rest
+
+    def _part(self, start: int, end: int, *, num_outputs: int) -> StepWork:
+        arguments, specs = self.arguments, self.engine.specs(self.blocks)
+        positions, mask = arguments.position_ids, arguments.attention_mask
+        inputs = {name: slice_tokens(each, specs[name], start, end) for name, each in self.tensors.inputs.items()}
+        return replace(
+            self,
+            ops=self.ops if start == 0 else (),
+            tensors=replace(self.tensors, inputs=inputs),
+            arguments=replace(
+                arguments,
+                num_tokens=end - start,
+                position_ids=None if positions is None else positions[..., start:end],
+                attention_mask=mask[:, : self.position + end] if isinstance(mask, torch.Tensor) else mask,
+            ),
+            num_outputs=num_outputs,
+            position=self.position + start,
+        )
+
+    def join(self, parts: Sequence[Named]) -> Named:
+        """The answer, of those of all parts."""
+        specs = self.engine.specs(self.blocks)
+        return {name: concat([part[name] for part in parts], specs[name]) for name in parts[0]}
 
     def _group(self) -> Hashable | None:
         """What must be equal of steps that run together; None: this one runs alone."""

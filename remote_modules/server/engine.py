@@ -55,12 +55,14 @@ class Engine:
     Attributes:
         packs: whether steps of several sessions may run as one (`server.packing`).
         packing_failures: times in a row that they did not.
+        chunk_tokens: rows x tokens of a prompt that run at once while others decode; 0: all of it.
     """
 
     def __init__(self, model: SpanModel) -> None:
         self.model = model
         self.packs = False
         self.packing_failures = 0
+        self.chunk_tokens = 0
         self._specs: dict[Span, dict[str, TensorSpec]] = {}
         self._sizes = _possible_sizes(model)
         self._forms: dict[Span, CacheForm] = {}

@@ -38,11 +38,14 @@ T = TypeVar("T")
 
 
 class Priority(enum.IntEnum):
-    """Smaller goes first."""
+    """Smaller goes first; but every so many decodes a prefill has its turn, which chunks keep short."""
 
     DECODE = 0
     PREFILL = 1
     TRAINING = 2
+
+
+PATIENCE = {Priority.PREFILL: 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +179,7 @@ class DeviceThread:
             priority=priority,
             client=client,
             deadline_s=now_s + timeout_s,
+            patience=PATIENCE.get(priority, math.inf),
             work=work,
             answer=asyncio.get_running_loop().create_future(),
             queued_s=now_s,

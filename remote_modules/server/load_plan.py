@@ -41,6 +41,8 @@ __all__ = ["LoadPlan", "LoadedSpan"]
 logger = logging.getLogger(__name__)
 
 SPARE_FACTOR = 1.5  # workspace of a load
+CHUNK_TOKENS = 256  # of a prompt, while others decode: fewer read the weights more often than they compute
+CPU_CHUNK_TOKENS = 64
 
 
 class LoadedSpan:
@@ -67,6 +69,8 @@ class LoadedSpan:
         self.speeds = self.engine.measure()
         fault = packing_fault(self.engine) if self._batches else "it is switched off"
         self.engine.packs = not fault
+        if self._batches:
+            self.engine.chunk_tokens = CPU_CHUNK_TOKENS if self.model.device.type == "cpu" else CHUNK_TOKENS
         logger.info("sessions decode %s", f"one by one: {fault}" if fault else "together")
 
 

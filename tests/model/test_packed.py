@@ -92,12 +92,11 @@ def states_of(caches: Sequence[SpanCache]) -> list[torch.Tensor]:
 def test_families_that_cannot_are_refused_and_caches_stay(folders: dict[str, Path], family: str) -> None:
     part = span_model(folders[family], "1:3")
     caches = sessions_of(part, [(1, 3), (1, 5)])
-    generator = torch.Generator().manual_seed(0)
-    with pytest.raises((UnsupportedCallError, RuntimeError), match=UNPACKED[family]):
-        arguments = OwnerArguments(rows=2, num_tokens=1, position_ids=torch.tensor([[3], [5]]), use_cache=False)
-        members = [Member(cache, 1) for cache in caches]
-        with torch.inference_mode():
-            part.run_packed(inputs_of(part, 2, 1, generator), part.span, arguments, members)
+    inputs = inputs_of(part, 2, 1, torch.Generator().manual_seed(0))
+    arguments = OwnerArguments(rows=2, num_tokens=1, position_ids=torch.tensor([[3], [5]]), use_cache=False)
+    members = [Member(cache, 1) for cache in caches]
+    with torch.inference_mode(), pytest.raises((UnsupportedCallError, RuntimeError), match=UNPACKED[family]):
+        part.run_packed(inputs, part.span, arguments, members)
     assert [cache.length for cache in caches] == [3, 5]
     assert_goes_on_as_before(part, caches, [(1, 3), (1, 5)])
 
