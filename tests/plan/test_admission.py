@@ -176,3 +176,20 @@ def test_several_jobs_at_once_count_as_so_many() -> None:
     for each in (queue, alone):
         each.put(job(1), now_s=0.0)
     assert queue.retry_after_s == pytest.approx(alone.retry_after_s)
+
+
+def patient(name: str, times: int) -> Job:
+    return Job(priority=PREFILL, client=9, deadline_s=math.inf, name=name, patience=times)
+
+
+def test_patience_ends_after_so_many_others() -> None:
+    queue = queue_of(patient("p0", 2), patient("p1", 2), *(job(1, f"d{n}") for n in range(6)), job(2, "t", priority=2))
+    assert drained(queue) == ["d0", "d1", "p0", "d2", "d3", "p1", "d4", "d5", "t"]
+
+
+def test_patience_counts_from_the_last_turn() -> None:
+    queue = queue_of(patient("p0", 1), job(1, "d0"))
+    assert drained(queue) == ["d0", "p0"]
+    for each in (patient("p1", 1), job(1, "d1"), job(1, "d2")):
+        queue.put(each, now_s=0.0)
+    assert drained(queue) == ["d1", "p1", "d2"]

@@ -1,11 +1,11 @@
-"""How long the device waits for sessions that are about to come back."""
+"""How long the device waits for sessions that are about to come back, and who decodes."""
 
 from __future__ import annotations
 
 import pytest
 
 from remote_modules.plan import batching
-from remote_modules.plan.batching import LATENESS, LINGER_SHARE, MAX_LINGER_S, Rounds
+from remote_modules.plan.batching import DECODING_S, LATENESS, LINGER_SHARE, MAX_LINGER_S, Decoders, Rounds
 
 STEP_S = 0.010
 AWAY_S = 0.002
@@ -79,3 +79,25 @@ def test_the_table_of_sessions_is_capped(monkeypatch: pytest.MonkeyPatch) -> Non
     assert rounds.wait_until(free_s=2.0, now_s=2.0) == 2.0  # "a" was known longest, and is forgotten
     rounds.came("b", now_s=2.0)  # a second step of one that waits: nothing is learnt
     assert rounds.wait_until(free_s=2.0, now_s=2.0) == 2.0
+
+
+def test_others_decode_that_came_lately_and_are_open() -> None:
+    decoders, is_open = Decoders(), {"a", "b"}.__contains__
+    assert not decoders.others("a", now_s=0.0, is_open=is_open)
+    decoders.came("b", now_s=0.0)
+    decoders.came("a", now_s=1.0)
+    assert decoders.others("b", now_s=1.0, is_open=is_open)
+    assert decoders.others("a", now_s=DECODING_S, is_open=is_open)
+    assert not decoders.others("a", now_s=DECODING_S + 0.1, is_open=is_open)
+    assert not decoders.others("b", now_s=1.0, is_open=lambda who: who == "b")
+    decoders.came("b", now_s=1.0)
+    assert decoders.others("a", now_s=1.0 + DECODING_S, is_open=is_open)
+
+
+def test_the_table_of_decoders_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "MAX_KNOWN", 2)
+    decoders = Decoders()
+    for who in "abc":
+        decoders.came(who, now_s=0.0)
+    assert not decoders.others("c", now_s=0.0, is_open=lambda who: who == "a")
+    assert decoders.others("c", now_s=0.0, is_open=lambda who: who == "b")
