@@ -40,6 +40,7 @@ from transformers.utils import logging as transformers_logging
 
 from remote_modules import RemoteSequential
 from remote_modules.client.call import CallArguments
+from remote_modules.model.stack import cache_argument
 from remote_modules.testing import LocalSwarm
 
 SHARE_BAR, FAIRNESS_BAR, OUTPUT_BAR = 0.85, 0.8, 6e-5
@@ -87,12 +88,12 @@ def run_rows(owner: Any, texts: Sequence[Text]) -> Burst:
         [torch.nn.functional.pad(text.prefix, (0, 0, length - text.prefix.shape[1], 0)) for text in texts]
     )
     steps = [torch.cat(rows) for rows in zip(*(text.steps for text in texts), strict=True)]
-    cache = DynamicCache(config=owner.config)
+    call: dict[str, Any] = {cache_argument(owner) or "": DynamicCache(config=owner.config), "use_cache": True}
     with torch.no_grad():
-        owner(inputs_embeds=prefix, past_key_values=cache, use_cache=True)
+        owner(inputs_embeds=prefix, **call)
         began_s = time.perf_counter()
         for step in steps:
-            owner(inputs_embeds=step, past_key_values=cache, use_cache=True)
+            owner(inputs_embeds=step, **call)
     return Burst(len(texts) * len(steps) / (time.perf_counter() - began_s))
 
 

@@ -80,7 +80,14 @@ class Batchable(ABC):
 
 
 class Executor(Protocol):
-    """Runs work on the device: a thread, or inline in a simulation."""
+    """Runs work on the device: a thread, or inline in a simulation.
+
+    Attributes:
+        num_batches, num_batched: times that several jobs ran as one, and those jobs.
+    """
+
+    num_batches: int
+    num_batched: int
 
     @property
     def load(self) -> int:
@@ -131,7 +138,6 @@ class DeviceThread:
     Attributes:
         on_broken: called in the dying thread, with what broke it, once the device is broken.
         retry_after_s: hint to those who come while it is broken.
-        num_batches, num_batched: times that several jobs ran as one, and those jobs.
     """
 
     def __init__(
