@@ -20,12 +20,13 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from remote_modules.errors import UnsupportedCallError
+from remote_modules.model.decode_attention import FIELD
+from remote_modules.model.decode_graphs import DecodeGraphs
 from remote_modules.model.kv import GrowingLayer, SpanCache
 
-__all__ = ["Member", "Packing"]
+__all__ = ["Member", "Packing", "by_graph", "is_packable"]
 
 NAME = "remote_modules_packed"
-_FIELD = "_attn_implementation_internal"  # the property beside it would set parts of the config that we do not use
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +58,14 @@ _plan: ContextVar[_Plan | None] = ContextVar("remote_modules_packed", default=No
 
 
 class Packing:
-    """Packed calls of the blocks below ``owner``."""
+    """Packed calls of an owner.
 
-    def __init__(self, owner: nn.Module) -> None:
-        configs = {id(found): found for m in owner.modules() if hasattr(found := getattr(m, "config", None), _FIELD)}
-        self._configs = list(configs.values())
+    Args:
+        configs: those that name the attention of its blocks.
+    """
+
+    def __init__(self, configs: list[Any]) -> None:
+        self._configs = configs
 
     @contextmanager
     def over(self, members: Sequence[Member]) -> Iterator[None]:
@@ -71,13 +75,13 @@ class Packing:
             UnsupportedCallError: the blocks did not attend through the function that was named, or caches are not such
                 as can be packed. All caches are as before, as after any other exception.
         """
-        before = [getattr(config, _FIELD) for config in self._configs]
+        before = [getattr(config, FIELD) for config in self._configs]
         if len(set(before)) != 1 or not all(is_packable(member.cache) for member in members):
             raise UnsupportedCallError("these caches, or the attention of this model, cannot be packed")
         token = _plan.set(_Plan([(member.cache.layers, member.rows) for member in members], before[0]))
         try:
             for config in self._configs:
-                setattr(config, _FIELD, NAME)
+                setattr(config, FIELD, NAME)
             yield
             if not all(_has_grown(member.cache) for member in members):
                 raise UnsupportedCallError("the blocks keep keys and values by themselves")
@@ -88,9 +92,23 @@ class Packing:
         finally:
             _plan.reset(token)
             for config, name in zip(self._configs, before, strict=True):
-                setattr(config, _FIELD, name)
+                setattr(config, FIELD, name)
         for member in members:
             member.cache.advance(1)
+
+
+def by_graph(
+    graphs: DecodeGraphs, hidden_states: torch.Tensor, position_ids: torch.Tensor | None, members: Sequence[Member]
+) -> torch.Tensor | None:
+    """One token ``[R, 1, H]`` of each row by a graph; None, and nothing has changed, if there is none for it."""
+    lengths = torch.tensor([[member.cache.length] for member in members for _ in range(member.rows)])
+    if position_ids is None or bool((position_ids != lengths).any()):
+        return None
+    output = graphs.step(hidden_states, [(member.cache, member.rows) for member in members])
+    if output is not None:
+        for member in members:
+            member.cache.advance(1)
+    return output
 
 
 def is_packable(cache: SpanCache) -> bool:

@@ -30,6 +30,7 @@ from remote_modules.server.capacity import (
     free_unused,
     parameter_bytes,
 )
+from remote_modules.server.captures import can_capture, capture_steps
 from remote_modules.server.engine import Engine, Speeds
 from remote_modules.server.packing import packing_fault
 from remote_modules.server.preloaded import Preloaded
@@ -53,8 +54,15 @@ class LoadedSpan:
     """
 
     def __init__(
-        self, model: SpanModel, digests: dict[int, str], adapters: dict[str, FrozenAdapter], *, batches: bool = False
+        self,
+        config: ServerConfig,
+        model: SpanModel,
+        digests: dict[int, str],
+        adapters: dict[str, FrozenAdapter],
+        *,
+        batches: bool = False,
     ) -> None:
+        self._config = config
         self._batches = batches
         self.model = model
         self.engine = Engine(model)
@@ -62,6 +70,7 @@ class LoadedSpan:
         self.adapters = adapters
         self.speeds = Speeds(0.0, 0.0)
         self.kv_costs: dict[int, KVCost] = {}
+        self.kv_budget_bytes = 0
 
     def measure(self) -> None:
         """Check that the architecture runs, and time it."""
@@ -72,6 +81,14 @@ class LoadedSpan:
         if self._batches:
             self.engine.chunk_tokens = CPU_CHUNK_TOKENS if self.model.device.type == "cpu" else CHUNK_TOKENS
         logger.info("sessions decode %s", f"one by one: {fault}" if fault else "together")
+
+    def prepare(self) -> None:
+        """Make it ready to be served: take memory for KV caches, capture steps where that is possible, measure."""
+        config, model = self._config, self.model
+        self.kv_budget_bytes = config.kv_budget_bytes or free_bytes(model.device) // 2
+        if config.graphs and can_capture(model):
+            capture_steps(model, self.kv_budget_bytes, compiled=config.compile_rows)
+        self.measure()
 
 
 class LoadPlan:
@@ -218,7 +235,7 @@ class LoadPlan:
         digests = block_digests(self._checkpoint, self._stack, span) if cache is None else cache.digests
         runner = SpanModel(model, self._stack, span)
         batches = self._config.batching and quantization != "int8"  # outliers of one row are those of all there
-        return LoadedSpan(runner, digests, self._adapters.of_blocks(runner.blocks), batches=batches)
+        return LoadedSpan(self._config, runner, digests, self._adapters.of_blocks(runner.blocks), batches=batches)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,7 +6,8 @@ or looks at its place in the text in a way that only an owner with a cache shows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -16,12 +17,12 @@ from remote_modules.errors import UnsupportedCallError, first_line
 from remote_modules.model.kv import SpanCache
 from remote_modules.model.packed import Member, is_packable
 from remote_modules.model.replay import OwnerArguments
+from remote_modules.server.captures import TOLERANCES
 from remote_modules.server.engine import Engine
 from remote_modules.spans import Span
 
-__all__ = ["TOLERANCES", "packing_fault"]
+__all__ = ["packing_fault"]
 
-TOLERANCES = {torch.float32: 6e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the largest value
 LENGTHS = (3, 8, 21)  # of the sessions that are tried
 SPACES = ("window", "chunk", "floor_scale")  # in names of numbers of a config that say where attention changes
 MAX_LONG = 16384
@@ -38,13 +39,23 @@ def packing_fault(engine: Engine) -> str:
         return f"nothing is known of how {engine.model.dtype} rounds"
     long = _long(engine)
     try:
-        with engine.stepping():
+        with engine.stepping(), _without_graphs(engine):
             difference = _difference(engine, span, LENGTHS)
             for part in _kinds(engine) if long else []:
                 difference = max(difference, _difference(engine, part, (*LENGTHS, long)))
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, UnsupportedCallError) as exc:
         return first_line(exc)
     return "" if difference <= tolerance else f"results differ by {difference:.1g} of the largest value"
+
+
+@contextmanager
+def _without_graphs(engine: Engine) -> Iterator[None]:
+    """They were tried already (`server.captures`), and do not serve all steps."""
+    graphs, engine.model.graphs = engine.model.graphs, None
+    try:
+        yield
+    finally:
+        engine.model.graphs = graphs
 
 
 def _difference(engine: Engine, span: Span, lengths: Sequence[int]) -> float:

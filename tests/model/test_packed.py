@@ -14,6 +14,7 @@ from remote_modules.errors import UnsupportedCallError
 from remote_modules.model.kv import SpanCache
 from remote_modules.model.packed import Member
 from remote_modules.model.replay import OwnerArguments, SpanModel
+from remote_modules.server.captures import capture_steps
 from remote_modules.spans import Span
 
 TOLERANCE = 6e-5
@@ -148,3 +149,26 @@ def test_other_calls_attend_as_before_while_nothing_is_packed(folders: dict[str,
     packed_step(part, caches := sessions_of(part), [inputs_of(part, n, 1, torch.Generator()) for n in rows_of(caches)])
     assert part.config._attn_implementation == named
     assert_goes_on_as_before(part, sessions_of(part, [(1, 5)]), [(1, 5)])
+
+
+def test_captured_steps_serve_packed_calls_where_positions_follow_the_caches(folders: dict[str, Path]) -> None:
+    part, plain = span_model(folders["qwen3"], "1:3"), span_model(folders["qwen3"], "1:3")
+    assert capture_steps(part, 1 << 22, capture=lambda step: step)
+    calls: list[int] = []
+    part._owner.register_forward_pre_hook(lambda *_: calls.append(1))
+    sizes = [(1, 3), (2, 70)]
+    packed, alone = sessions_of(part, sizes), sessions_of(plain, sizes)
+    calls.clear()
+    inputs = [inputs_of(part, rows, 1, torch.Generator().manual_seed(rows)) for rows, _ in sizes]
+    found = packed_step(part, packed, inputs)
+    assert not calls
+    for output, given, cache in zip(found, inputs, alone, strict=True):
+        with torch.inference_mode():
+            expected = run_span(plain, given["hidden_states"], cache=cache)
+        assert (output - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert [cache.length for cache in packed] == [4, 71]
+    arguments = OwnerArguments(rows=1, num_tokens=1, position_ids=torch.tensor([[9]]), use_cache=False)
+    with torch.inference_mode():
+        part.run_packed(inputs[0], part.span, arguments, [Member(packed[0], 1)])
+    assert calls == [1]  # the owner did it
+    assert packed[0].length == 5
