@@ -294,11 +294,13 @@ class DeviceThread:
             self._broken_by = cause
             running, self._running = self._running, []
             waiting = self._queue.clear()
-        for job in running:
-            _fail(job, cause if isinstance(cause, Exception) else _broken())
-        for job in waiting:
-            _fail(job, _broken())
-        self.on_broken(cause)
+        try:
+            self.on_broken(cause)
+        finally:
+            for job in running:
+                _fail(job, cause if isinstance(cause, Exception) else _broken())
+            for job in waiting:
+                _fail(job, _broken())
 
     def _next(self) -> list[_Job]:
         """The next jobs, begun; none once stopped."""
