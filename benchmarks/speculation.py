@@ -9,8 +9,8 @@ seconds / speculative seconds.
 
 * copy-like: a text that the model has begun to repeat (a greedy one of 256 tokens, and on from there), lookup alone;
 * novel: beginnings of sentences, the draft model alone, and with lookup;
-* misled: the same beginnings with a draft model that was never trained, and lookup: nothing may be lost by it. Once
-  more with links that have no delay, where each guess costs time.
+* misled: the same beginnings with a draft model that was never trained, alone: nothing may be lost by it. Once more
+  with links that have no delay, where each guess costs time.
 
 Prints one line of JSON; markdown and progress go to stderr.
 """
@@ -128,7 +128,7 @@ def untrained(draft: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig.from_dict(draft.config.to_dict())).eval()
 
 
-def measure(options: argparse.Namespace, rtt_ms: float, kinds: dict[str, tuple[Sequence[Text], list[Arm]]]) -> None:
+def measure(options: argparse.Namespace, rtt_ms: float, kinds: dict[str, tuple[list[Text], list[Arm]]]) -> None:
     hosts = dict.fromkeys(["client", "tracker", *(f"p{number}" for number in range(len(SPANS)))])
     with (
         Netlab(hosts, default=Link(delay_ms=rtt_ms / 2, mbit=MBIT)) as lab,
@@ -174,11 +174,15 @@ def main() -> int:
                 Arm("plain"),
                 Arm("draft", Speculation(draft, lookup=False)),
                 Arm("draft and lookup", Speculation(draft)),
-                Arm("misled", Speculation(untrained(draft))),
+                Arm("misled", Speculation(untrained(draft), lookup=False)),
             ],
         ),
     }
-    near_arms = [Arm("plain"), Arm("draft", Speculation(draft)), Arm("misled", Speculation(untrained(draft)))]
+    near_arms = [
+        Arm("plain"),
+        Arm("draft", Speculation(draft)),
+        Arm("misled", Speculation(untrained(draft), lookup=False)),
+    ]
     near = {"novel, no delay": (novel, near_arms)}
     measure(options, RTT_MS, arms)
     measure(options, 0.0, near)

@@ -127,6 +127,7 @@ class ServerConfig:
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     dtype: str = "auto"  # "auto" (the checkpoint's), "float32", "bfloat16", "float16"
     quantization: str = "none"  # of the weights: "none", "int8", "nf4"
+    head: bool = False  # with the last blocks, also run norm and LM head for clients that ask for logits
     quantized_cache: bool = True  # keep quantized blocks on disk for the next start
     revision: str | None = None
     cache_dir: str | None = None

@@ -74,6 +74,9 @@ def serve(
             help="Of the weights: 1/2 or 1/4 of bfloat16's memory. Needs pip install 'remote-modules\\[quantization]'.",
         ),
     ] = DEFAULTS.quantization,
+    head: Annotated[
+        bool, _of_blocks("--head", help="With the last blocks, also run the LM head for clients that ask for it.")
+    ] = DEFAULTS.head,
     adapters: Annotated[
         list[str] | None,
         _of_blocks(
@@ -172,6 +175,7 @@ def serve(
         device=device,
         dtype=dtype,
         quantization=quantization,
+        head=head,
         adapters=tuple(adapters or ()),
         revision=revision,
         cache_dir=None if cache_dir is None else str(cache_dir),

@@ -16,6 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from remote_modules.errors import UnsupportedCallError, first_line
+from remote_modules.model.head import GreatestLogits
 from remote_modules.model.kv import SpanCache
 from remote_modules.model.kv_state import PROBES, CacheForm
 from remote_modules.model.past import fill
@@ -56,6 +57,7 @@ class Engine:
         self.model = model
         self._sizes = _possible_sizes(model)
         self._forms: dict[Span, CacheForm] = {}
+        self.head: GreatestLogits | None = None
 
     @property
     def hidden_size(self) -> int:

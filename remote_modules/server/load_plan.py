@@ -11,9 +11,9 @@ import torch
 from remote_modules.config import ServerConfig
 from remote_modules.model.adapter_files import FrozenAdapter
 from remote_modules.model.checkpoint import Checkpoint, open_checkpoint
-from remote_modules.model.classes import serving_class
+from remote_modules.model.classes import model_class, serving_class
 from remote_modules.model.fingerprint import block_digests, model_key
-from remote_modules.model.loading import check_span, load_span, read_config
+from remote_modules.model.loading import check_span, load_head, load_span, read_config
 from remote_modules.model.probe import probe_stack
 from remote_modules.model.quantization import check_quantization, quantized_bytes
 from remote_modules.model.quantized_cache import QuantizedCache, model_digest
@@ -199,7 +199,11 @@ class LoadPlan:
         # a cached block brings its digest along: its shards are not opened
         digests = block_digests(self._checkpoint, self._stack, span) if cache is None else cache.digests
         runner = SpanModel(model, self._stack, span)
-        return LoadedSpan(runner, digests, self._adapters.of_blocks(runner.blocks))
+        loaded = LoadedSpan(runner, digests, self._adapters.of_blocks(runner.blocks))
+        if self._config.head and span.end == self.num_blocks:
+            cls, model_config = model_class(read_config(self._checkpoint))
+            loaded.engine.head = load_head(self._checkpoint, model_config, cls, dtype=dtype, device=self._device)
+        return loaded
 
     @property
     def dtype(self) -> torch.dtype:
