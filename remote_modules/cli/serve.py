@@ -77,6 +77,17 @@ def serve(
     head: Annotated[
         bool, _of_blocks("--head", help="With the last blocks, also run the LM head for clients that ask for it.")
     ] = DEFAULTS.head,
+    graphs: Annotated[
+        bool, _of_blocks("--graphs/--no-graphs", help="Capture steps of one token as CUDA graphs, where possible.")
+    ] = DEFAULTS.graphs,
+    compile_rows: Annotated[
+        list[int] | None,
+        _of_blocks(
+            "--compile",
+            metavar="ROWS",
+            help="Compile the blocks for steps of so many rows (1, 2, 4, ... 64) before going online; repeatable.",
+        ),
+    ] = None,
     adapters: Annotated[
         list[str] | None,
         _of_blocks(
@@ -176,6 +187,8 @@ def serve(
         dtype=dtype,
         quantization=quantization,
         head=head,
+        graphs=graphs,
+        compile_rows=tuple(compile_rows or ()),
         adapters=tuple(adapters or ()),
         revision=revision,
         cache_dir=None if cache_dir is None else str(cache_dir),
