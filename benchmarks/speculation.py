@@ -1,9 +1,9 @@
 """Speculative decoding over three peers at a round trip of 100 ms, against plain decoding.
 
-    python benchmarks/speculation.py DRAFT [--quick] [--rounds 5] [--tokens 64]    # root, gcc and ../shared/netlab
-    python examples/train_draft_model.py DRAFT --blocks 0 4 7                      # makes the draft model
+    python benchmarks/speculation.py [--quick] [--rounds 5] [--tokens 64] [--draft FOLDER]
+                                                                              # root, gcc and ../shared/netlab
 
-The built-in model, greedy, each round with another text; the arms of a round run in random order, and all must give the
+The built-in model and its draft model, greedy, each round with another text; the arms of a round run in random order, and all must give the
 tokens of the local model. Seconds count from the first new token to the last, figures are medians over rounds of plain
 seconds / speculative seconds.
 
@@ -37,7 +37,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from remote_modules import Speculation, load
-from remote_modules.model.checkpoint import open_checkpoint
+from remote_modules.model.checkpoint import built_in_draft_path, open_checkpoint
 
 MODEL = "pydoc-2m"
 SPANS = ("0:3", "3:6", "6:8")
@@ -148,7 +148,7 @@ def measure(options: argparse.Namespace, rtt_ms: float, kinds: dict[str, tuple[l
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="speculative decoding over slow links")
-    parser.add_argument("draft", help="folder of the draft model")
+    parser.add_argument("--draft", default=built_in_draft_path(), help="folder of another draft model")
     parser.add_argument("--quick", action="store_true", help="16 tokens, one round that counts")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5, help="that count, at most 8")
@@ -204,7 +204,9 @@ def main() -> int:
         *(Bar(f"{name} ÷ plain, not below", figures["ratio"], ">=", 0.97) for name, figures in result.items()),
     ]
     markdown = table(["text", "decoding", "tokens/s", "÷ plain", "guesses accepted"], rows)
-    status = print_report({"rtt_ms": RTT_MS, "mbit": MBIT, **vars(options), **result}, bars, markdown)
+    status = print_report(
+        {"rtt_ms": RTT_MS, "mbit": MBIT, **vars(options), "draft": str(options.draft), **result}, bars, markdown
+    )
     return 0 if options.quick else status
 
 
