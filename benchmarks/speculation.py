@@ -1,11 +1,10 @@
 """Speculative decoding over three peers at a round trip of 100 ms, against plain decoding.
 
-    python benchmarks/speculation.py [--quick] [--rounds 5] [--tokens 64] [--draft FOLDER]
-                                                                              # root, gcc and ../shared/netlab
+    python benchmarks/speculation.py [--quick] [--rounds 5] [--tokens 64] [--draft FOLDER]   # root, gcc, ../shared/netlab
 
-The built-in model and its draft model, greedy, each round with another text; the arms of a round run in random order, and all must give the
-tokens of the local model. Seconds count from the first new token to the last, figures are medians over rounds of plain
-seconds / speculative seconds.
+The built-in model and its draft, greedy, each round with another text; the arms of a round run in random order, and
+all must give the tokens of the local model. Seconds count from the first new token to the last, figures are medians
+over rounds of plain seconds / speculative seconds.
 
 * copy-like: a text that the model has begun to repeat (a greedy one of 256 tokens, and on from there), lookup alone;
 * novel: beginnings of sentences, the draft model alone, and with lookup;
