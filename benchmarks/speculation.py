@@ -1,6 +1,6 @@
 """Speculative decoding over three peers at a round trip of 100 ms, against plain decoding.
 
-    python benchmarks/speculation.py [--quick] [--rounds 5] [--tokens 64] [--draft FOLDER]   # root, gcc, ../shared/netlab
+    python benchmarks/speculation.py [--quick] [--rounds 5] [--tokens 64] [--draft FOLDER]  # root, gcc, netlab
 
 The built-in model and its draft, greedy, each round with another text; the arms of a round run in random order, and
 all must give the tokens of the local model. Seconds count from the first new token to the last, figures are medians
