@@ -17,6 +17,7 @@ from remote_modules.server.batcher import StepWork
 from remote_modules.server.checks import RequestTensors, check_ops, refuse
 from remote_modules.server.engine import Engine
 from remote_modules.server.executor import Priority, Timed
+from remote_modules.server.head import logits_of
 from remote_modules.server.sessions import Session, SessionTable
 from remote_modules.spans import Span
 from remote_modules.wire.framing import Buffer
@@ -175,6 +176,7 @@ class Steps:
             else:
                 self._sessions.close(session.session_id)  # its cache may be half written
             raise
+        timed = await self._with_head(request, session, timed)
         if most_rows > rows and not session.is_closed:
             self._sessions.reserve(session, rows=rows, tokens=position + num_tokens)
         session.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
@@ -183,6 +185,18 @@ class Steps:
         reply = self._reply(request, timed)
         session.last_step_id, session.last_reply = request.step_id, reply
         return reply
+
+    async def _with_head(self, request: StepRequest, session: Session, timed: Timed[Named]) -> Timed[Named]:
+        """Also the greatest logits, where they were asked for and can be had."""
+        work = logits_of(self._engine, request, timed.value)
+        if work is None:
+            return timed
+        try:
+            more = await self._run(request, session.connection_id or 0, Priority.DECODE, work)
+        except BaseException:
+            self._sessions.close(session.session_id)  # its cache has seen a step that was not answered
+            raise
+        return Timed(timed.value | more.value, timed.queue_s + more.queue_s, timed.compute_s + more.compute_s)
 
     async def _done(self, request: StepRequest, connection_id: int, work: StepWork) -> Timed[Named]:
         """Have the device do it; a long one in chunks, while others decode."""
