@@ -74,6 +74,9 @@ def serve(
             help="Of the weights: 1/2 or 1/4 of bfloat16's memory. Needs pip install 'remote-modules\\[quantization]'.",
         ),
     ] = DEFAULTS.quantization,
+    head: Annotated[
+        bool, _of_blocks("--head", help="With the last blocks, also run the LM head for clients that ask for it.")
+    ] = DEFAULTS.head,
     graphs: Annotated[
         bool, _of_blocks("--graphs/--no-graphs", help="Capture steps of one token as CUDA graphs, where possible.")
     ] = DEFAULTS.graphs,
@@ -190,6 +193,7 @@ def serve(
         device=device,
         dtype=dtype,
         quantization=quantization,
+        head=head,
         graphs=graphs,
         compile_rows=tuple(compile_rows or ()),
         adapters=tuple(adapters or ()),

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from remote_modules.errors import UnsupportedCallError, first_line
+from remote_modules.model.head import GreatestLogits
 from remote_modules.model.kv import SpanCache
 from remote_modules.model.kv_state import PROBES, CacheForm
 from remote_modules.model.past import fill
@@ -64,6 +65,7 @@ class Engine:
         self._specs: dict[Span, dict[str, TensorSpec]] = {}
         self._sizes = _possible_sizes(model)
         self._forms: dict[Span, CacheForm] = {}
+        self.head: GreatestLogits | None = None
 
     @property
     def hidden_size(self) -> int:

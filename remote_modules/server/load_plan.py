@@ -12,9 +12,9 @@ import torch
 from remote_modules.config import ServerConfig
 from remote_modules.model.adapter_files import FrozenAdapter
 from remote_modules.model.checkpoint import Checkpoint, open_checkpoint
-from remote_modules.model.classes import serving_class
+from remote_modules.model.classes import model_class, serving_class
 from remote_modules.model.fingerprint import block_digests, model_key
-from remote_modules.model.loading import check_span, load_span, read_config
+from remote_modules.model.loading import check_span, load_head, load_span, read_config
 from remote_modules.model.probe import probe_stack
 from remote_modules.model.quantization import check_quantization, quantized_bytes
 from remote_modules.model.quantized_cache import QuantizedCache, model_digest
@@ -169,7 +169,7 @@ class LoadPlan:
     def capacity(self) -> Capacity:
         """Of this machine, now. The speed is 0 without `probe`."""
         config = self._config
-        rest = (config.kv_budget_bytes or 0) + self._workspace_bytes
+        rest = (config.kv_budget_bytes or 0) + self._workspace_bytes + (self._head_bytes() if config.head else 0)
         network_tokens_per_s = math.inf
         if config.bandwidth_mbit is not None:
             network_tokens_per_s = config.bandwidth_mbit * 125_000 / self.token_bytes
@@ -195,6 +195,11 @@ class LoadPlan:
         """Hidden states of one token, as they travel."""
         hidden_size: int = self._model_config.get_text_config(decoder=True).hidden_size
         return hidden_size * self.dtype.itemsize
+
+    def _head_bytes(self) -> int:
+        """Of the LM head, as far as the config tells; any span may come to be the last."""
+        text = self._model_config.get_text_config(decoder=True)
+        return int(text.vocab_size * self.token_bytes)
 
     def _kv_token_bytes(self) -> int:
         """Keys and values of one token in one block, as far as the config tells."""
@@ -235,7 +240,12 @@ class LoadPlan:
         digests = block_digests(self._checkpoint, self._stack, span) if cache is None else cache.digests
         runner = SpanModel(model, self._stack, span)
         batches = self._config.batching and quantization != "int8"  # outliers of one row are those of all there
-        return LoadedSpan(self._config, runner, digests, self._adapters.of_blocks(runner.blocks), batches=batches)
+        adapters = self._adapters.of_blocks(runner.blocks)
+        loaded = LoadedSpan(self._config, runner, digests, adapters, batches=batches)
+        if self._config.head and span.end == self.num_blocks:
+            cls, model_config = model_class(read_config(self._checkpoint))
+            loaded.engine.head = load_head(self._checkpoint, model_config, cls, dtype=dtype, device=self._device)
+        return loaded
 
     @property
     def dtype(self) -> torch.dtype:

@@ -17,6 +17,7 @@ from remote_modules.server.batcher import StepWork
 from remote_modules.server.checks import RequestTensors, check_ops, refuse
 from remote_modules.server.engine import Engine
 from remote_modules.server.executor import Priority, Timed
+from remote_modules.server.head import logits_of
 from remote_modules.server.sessions import Session, SessionTable
 from remote_modules.spans import Span
 from remote_modules.wire.framing import Buffer
@@ -60,6 +61,18 @@ class Steps:
         self._clock = clock
         self._decoders = Decoders()
 
+    def answered(self, request: StepRequest, *, may_open: bool) -> Reply | None:
+        """The answer of a step that was done before. One that cannot be done need not await its input.
+
+        Raises:
+            PeerRefused: it has no session, and can open none.
+        """
+        session = self._sessions.get(request.session_id)
+        if session is None:
+            _check_opening(request, may_open=may_open)
+            return None
+        return _repeated(request, session)
+
     async def do(
         self,
         request: StepRequest,
@@ -80,9 +93,9 @@ class Steps:
             if session.is_closed:
                 refuse("the session was closed meanwhile", RefusalReason.SESSION_LOST)
             session.used_s, session.connection_id = self._clock(), connection_id
-            if session.last_step_id == request.step_id and session.last_reply is not None:
-                output, body = session.last_reply
-                return msgspec.structs.replace(output, request_id=request.request_id), body
+            session.client_key = session.client_key or request.client_key
+            if (reply := _repeated(request, session)) is not None:
+                return reply
             try:
                 return await self.new_step(request, session, blocks, tensors, adapter)
             except PeerRefused:
@@ -93,10 +106,7 @@ class Steps:
     def _session(self, request: StepRequest, blocks: Span, *, may_open: bool) -> Session:
         session = self._sessions.get(request.session_id)
         if session is None:
-            if not request.create:
-                refuse("unknown session", RefusalReason.SESSION_LOST)
-            if not may_open:
-                refuse("this peer is leaving", RefusalReason.DRAINING)
+            _check_opening(request, may_open=may_open)
             try:
                 cache = self._engine.new_cache()
             except UnsupportedCallError as exc:
@@ -166,6 +176,7 @@ class Steps:
             else:
                 self._sessions.close(session.session_id)  # its cache may be half written
             raise
+        timed = await self._with_head(request, session, timed)
         if most_rows > rows and not session.is_closed:
             self._sessions.reserve(session, rows=rows, tokens=position + num_tokens)
         session.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
@@ -174,6 +185,18 @@ class Steps:
         reply = self._reply(request, timed)
         session.last_step_id, session.last_reply = request.step_id, reply
         return reply
+
+    async def _with_head(self, request: StepRequest, session: Session, timed: Timed[Named]) -> Timed[Named]:
+        """Also the greatest logits, where they were asked for and can be had."""
+        work = logits_of(self._engine, request, timed.value)
+        if work is None:
+            return timed
+        try:
+            more = await self._run(request, session.connection_id or 0, Priority.DECODE, work)
+        except BaseException:
+            self._sessions.close(session.session_id)  # its cache has seen a step that was not answered
+            raise
+        return Timed(timed.value | more.value, timed.queue_s + more.queue_s, timed.compute_s + more.compute_s)
 
     async def _done(self, request: StepRequest, connection_id: int, work: StepWork) -> Timed[Named]:
         """Have the device do it; a long one in chunks, while others decode."""
@@ -210,3 +233,17 @@ class Steps:
                 raise
             text = "the device is busy, after a part of this step was done"
             raise PeerRefused(text, peer_id="", reason=RefusalReason.SESSION_LOST) from exc
+
+
+def _check_opening(request: StepRequest, *, may_open: bool) -> None:
+    if not request.create:
+        refuse("unknown session", RefusalReason.SESSION_LOST)
+    if not may_open:
+        refuse("this peer is leaving", RefusalReason.DRAINING)
+
+
+def _repeated(request: StepRequest, session: Session) -> Reply | None:
+    if session.last_step_id != request.step_id or session.last_reply is None:
+        return None
+    output, body = session.last_reply
+    return msgspec.structs.replace(output, request_id=request.request_id), body
