@@ -57,16 +57,15 @@ class StepWork(Batchable):
         return self.engine.step(self.cache, self.blocks, self.ops, self.tensors, self.arguments, self.num_outputs)
 
     def with_others(self, others: Sequence[StepWork]) -> list[Named]:
-        try:
-            answers = _together([self, *others])
-        except Exception:
-            self.engine.packing_failures += 1
-            if self.engine.packing_failures >= MAX_FAILURES:
-                logger.warning("steps failed together %d times in a row: each runs alone from now on", MAX_FAILURES)
-                self.engine.packs = False
-            raise
+        answers = _together([self, *others])
         self.engine.packing_failures = 0
         return answers
+
+    def parted(self) -> None:
+        self.engine.packing_failures += 1
+        if self.engine.packing_failures >= MAX_FAILURES:
+            logger.warning("steps failed together %d times in a row: each runs alone from now on", MAX_FAILURES)
+            self.engine.packs = False
 
     @property
     def may_cut(self) -> bool:

@@ -53,7 +53,7 @@ class Engine:
 
     Attributes:
         packs: whether steps of several sessions may run as one (`server.packing`).
-        packing_failures: times in a row that they did not.
+        packing_failures: times in a row that they did not, and no step was at fault.
         chunk_tokens: rows x tokens of a prompt that run at once while others decode; 0: all of it.
     """
 

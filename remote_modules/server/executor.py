@@ -78,6 +78,10 @@ class Batchable(ABC):
     def with_others(self, others: Sequence[Any]) -> list[Any]:
         """Run with ``others`` of its group: what each would have returned. If it raises, nothing has changed."""
 
+    @abstractmethod
+    def parted(self) -> None:
+        """What failed with it as the first was done by each alone, without a fault."""
+
 
 class Executor(Protocol):
     """Runs work on the device: a thread, or inline in a simulation.
@@ -154,6 +158,7 @@ class DeviceThread:
         self._clock = clock
         self._is_fatal = is_fatal
         self.num_batches = self.num_batched = 0
+        self._num_failed = 0  # jobs that raised
         self._rounds = Rounds()
         self._gathering: tuple[float, Hashable] | None = None  # since when, and for which group
         self._wake = threading.Condition()
@@ -257,7 +262,11 @@ class DeviceThread:
                 self.num_batches, self.num_batched = self.num_batches + 1, self.num_batched + len(jobs)
                 self._succeed(jobs, values, began_s)
                 return True
-        return all(self._do_alone(job) for job in jobs)
+        num_failed = self._num_failed
+        is_usable = all(self._do_alone(job) for job in jobs)
+        if is_usable and len(jobs) > 1 and self._num_failed == num_failed:
+            jobs[0].work.parted()
+        return is_usable
 
     def _do_alone(self, job: _Job) -> bool:
         began_s = self._clock()
@@ -268,6 +277,7 @@ class DeviceThread:
             if self._is_fatal(exc):
                 self._break(exc)
                 return False
+            self._num_failed += 1
             self._running.remove(job)
             _fail(job, exc)
         except BaseException as exc:  # the end of the thread must not be the end of those who wait

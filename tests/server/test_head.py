@@ -89,3 +89,21 @@ def test_replayed_tokens_have_no_logits(engine: Engine) -> None:
 
 def test_peer_without_the_head_gives_none(folder: Path) -> None:
     assert logits_of(load_engine(folder, Span(0, NUM_BLOCKS)), STEP, {"hidden_states": hidden(1, 4)}) is None
+
+
+def test_logits_of_several_sessions_are_those_of_each(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "packs", True)
+    outputs = [hidden(rows, 4, seed=rows) for rows in (1, 3)]
+    works = [logits_of(engine, STEP, {"hidden_states": each}) for each in outputs]
+    assert works[0] is not None
+    assert works[1] is not None
+    assert works[0].group == works[1].group is not None
+    assert [work.rows for work in works if work] == [2, 6]
+    for found, work in zip(works[0].with_others([works[1]]), works, strict=True):
+        assert work is not None
+        expected = work()
+        assert torch.allclose(found["record.head.values"], expected["record.head.values"], atol=1e-5)
+        assert torch.equal(found["record.head.tokens"], expected["record.head.tokens"])
+    other = logits_of(engine, asked(head_top_k=3), {"hidden_states": outputs[0]})
+    assert other is not None
+    assert other.group not in (None, works[0].group)
