@@ -95,7 +95,7 @@ def _graphs(
 
 
 def _difference(model: SpanModel) -> tuple[float, float]:
-    """Of sessions in one graph from each by replay; and of these from themselves, had the inputs' last bits been others."""
+    """Of sessions in one graph from each by replay; and of these, had the last bits of inputs been others."""
     assert model.graphs is not None
     graphs, steps = model.graphs, [_random(model, 1, SEED + length) for length in LENGTHS]
     captured, replayed = ([_filled(model, length) for length in LENGTHS] for _ in range(2))
