@@ -16,7 +16,6 @@ from remote_modules.client.swarm import Swarm
 from remote_modules.model.past import length_of
 from remote_modules.plan.routing import Hop
 from remote_modules.spans import Span
-from remote_modules.wire import messages
 from remote_modules.wire.messages import CacheOp
 
 __all__ = ["HopCaches", "PeerCache"]
@@ -255,4 +254,4 @@ class HopCaches:
         connection = self.swarm.open_connection(hop.peer_id, "step")
         if connection is not None:
             for session_id in filter(None, (cache.session_id, cache.replaces)):
-                connection.send(messages.CloseSession(session_id))
+                connection.close_session(session_id)

@@ -66,7 +66,7 @@ class Step(Work):
         else:
             connection = await chain.connect(hop, "step", self.demand)
         if cache.replaces:
-            connection.send(messages.CloseSession(cache.replaces))
+            connection.close_session(cache.replaces)
             cache.replaces = ""
         start, end = hop.span.start, hop.span.end
         if self._position == self._start and self.session.keeps_history(start):

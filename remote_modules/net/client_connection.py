@@ -1,6 +1,7 @@
 """The client's side of a connection: a hello that proves the peer, requests and their answers, and a heartbeat.
 
 While answers are awaited, a peer that says nothing is pinged, and given up when it stays silent (`plan.deadlines`).
+While sessions are open, a far peer is pinged in silences, so that the next step finds TCP ready (`net.warmth`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from remote_modules.errors import (
 from remote_modules.identity import verify_hello
 from remote_modules.net.connection import Connection
 from remote_modules.net.loop import new_body
+from remote_modules.net.warmth import TICK_S, Warmth
 from remote_modules.peers import PeerId, short_id
 from remote_modules.plan.deadlines import Beat, Heartbeat
 from remote_modules.wire import messages
@@ -30,6 +32,8 @@ from remote_modules.wire.protocol import MessageReceived, Protocol, Role
 from remote_modules.wire.tensors import decode_tensors
 
 __all__ = ["ClientConnection", "Reply"]
+
+WARM_NONCE = 1  # of pings that ask for nothing: no round trip is measured by them
 
 Reply: TypeAlias = tuple[Output, dict[str, torch.Tensor]]
 
@@ -43,6 +47,7 @@ class ClientConnection(Connection):
         silence_timeout_s: see `plan.deadlines.Heartbeat`.
         max_body_bytes: largest answer to accept.
         software: what we say we are.
+        keep_warm_s: how long after the last step of a session silences are filled.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class ClientConnection(Connection):
         silence_timeout_s: float,
         max_body_bytes: int,
         software: str,
+        keep_warm_s: float = 0.0,
     ) -> None:
         protocol = Protocol(Role.CLIENT, max_body_bytes=max_body_bytes, new_body=new_body)
         super().__init__(protocol, on_message=self._receive, on_lost=self._lose)
@@ -73,6 +79,8 @@ class ClientConnection(Connection):
         self._next_id = 0
         self._heart = Heartbeat(silence_timeout_s=silence_timeout_s)
         self._ticker: asyncio.TimerHandle | None = None
+        self._warmth = Warmth(keep_warm_s)
+        self._warmer: asyncio.TimerHandle | None = None
         self._ping_sent_s: float | None = None
         self._pongs: list[asyncio.Future[None]] = []
 
@@ -135,6 +143,8 @@ class ClientConnection(Connection):
         self.send(message, body)
         self._answers[message.request_id] = answer
         self._start_heart()
+        if isinstance(message, messages.StepRequest):
+            self._use(message, sum(map(len, body)))
         timer = self._loop.call_later(timeout_s, self._expire, answer, message, timeout_s)
         try:
             event = await answer
@@ -142,6 +152,8 @@ class ClientConnection(Connection):
             timer.cancel()
             if self._answers.pop(message.request_id, None) is not None:  # no answer came, and none is awaited any more
                 self._cancel(message.request_id)
+        if isinstance(message, messages.StepRequest):
+            self._use(message, len(event.body))
         return self._read_reply(event)
 
     async def ping(self) -> None:
@@ -178,6 +190,12 @@ class ClientConnection(Connection):
             text = f"{what} within {timeout_s:.1f} s"
             error = PeerTimeout(f"peer '{short_id(self.peer_id)}' did not answer {text}", peer_id=self.peer_id)
             answer.set_exception(error)
+
+    def close_session(self, session_id: str) -> None:
+        """The session is of no more use to us."""
+        self._warmth.forget(session_id)
+        if self.is_open:
+            self.send(messages.CloseSession(session_id))
 
     def release_graph(self, request_id: int) -> None:
         """No backward will come for this forward, whose graph the peer keeps."""
@@ -219,8 +237,8 @@ class ClientConnection(Connection):
                     self.release_graph(request_id)
             case messages.Ping(nonce):
                 self.send(messages.Pong(nonce))
-            case messages.Pong(_, load):
-                self._hear_pong(load)
+            case messages.Pong(nonce, load):
+                self._hear_pong(nonce, load)
             case messages.Draining():
                 self.is_draining = True
                 if self.on_draining is not None:
@@ -239,8 +257,10 @@ class ClientConnection(Connection):
         if not self._opened.done():
             self._opened.set_result(None)
 
-    def _hear_pong(self, load: int) -> None:
+    def _hear_pong(self, nonce: int, load: int) -> None:
         self.load = load
+        if nonce == WARM_NONCE:
+            return
         if self._ping_sent_s is not None:
             sample_s = self._loop.time() - self._ping_sent_s
             self.rtt_s = sample_s if self.rtt_s is None else min(self.rtt_s, sample_s)
@@ -254,6 +274,9 @@ class ClientConnection(Connection):
         if self._ticker is not None:
             self._ticker.cancel()
             self._ticker = None
+        if self._warmer is not None:
+            self._warmer.cancel()
+            self._warmer = None
         error = reason if isinstance(reason, PeerError) else self._unreachable(reason)
         if not self._opened.done():
             self._opened.set_exception(error)
@@ -294,3 +317,21 @@ class ClientConnection(Connection):
             self.send(messages.Ping(0))
         if self._answers or self._pongs:
             self._ticker = self._loop.call_later(self._heart.interval_s, self._tick)
+
+    # silences
+
+    def _use(self, message: messages.StepRequest, num_bytes: int) -> None:
+        self._warmth.use(message.session_id, num_bytes, self._loop.time())
+        if self._warmer is None and self.is_open and self._is_warm():
+            self._warmer = self._loop.call_later(TICK_S, self._warm)
+
+    def _is_warm(self) -> bool:
+        return self._warmth.is_wanted(self._loop.time(), self.rtt_s)
+
+    def _warm(self) -> None:
+        self._warmer = None
+        if not (self.is_open and self._is_warm()):
+            return
+        if self._warmth.is_silent(self.bytes_sent, self.bytes_received) and not self.has_unsent:
+            self.send(messages.Ping(WARM_NONCE))
+        self._warmer = self._loop.call_later(TICK_S, self._warm)

@@ -101,6 +101,7 @@ class HttpDialer:
             silence_timeout_s=self._config.silence_timeout_s,
             max_body_bytes=self._config.max_request_bytes,
             software=self._software,
+            keep_warm_s=self._config.keep_warm_s,
         )
         _take_over(http.transport, connection)
         # aiohttp closes the transport of a response that is collected: it must live as long as the connection, and

@@ -64,6 +64,9 @@ class MemoryTransport(asyncio.Transport):
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         self._high_bytes = 64 * 1024 if high is None else high
 
+    def get_write_buffer_size(self) -> int:
+        return self._num_queued
+
     def is_closing(self) -> bool:
         return self._is_closing
 
@@ -206,7 +209,11 @@ def client_hello(*, max_body_bytes: int = MAX_BODY_BYTES) -> messages.ClientHell
 
 
 def client_connection(
-    peer_id: PeerId = SERVER.peer_id, *, silence_timeout_s: float = 60.0, certificate_sha256: str = ""
+    peer_id: PeerId = SERVER.peer_id,
+    *,
+    silence_timeout_s: float = 60.0,
+    certificate_sha256: str = "",
+    keep_warm_s: float = 0.0,
 ) -> ClientConnection:
     return ClientConnection(
         peer_id,
@@ -215,6 +222,7 @@ def client_connection(
         silence_timeout_s=silence_timeout_s,
         max_body_bytes=MAX_BODY_BYTES,
         software="test client",
+        keep_warm_s=keep_warm_s,
     )
 
 
