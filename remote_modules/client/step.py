@@ -16,6 +16,7 @@ import torch
 from remote_modules.client.call import Named
 from remote_modules.client.chain import Chain, Work
 from remote_modules.client.hop_caches import HopCaches, PeerCache
+from remote_modules.client.lanes import close_session, step_lane
 from remote_modules.client.owner_history import StepInputs
 from remote_modules.model.past import length_of, select_layers
 from remote_modules.model.tensors import concat, slice_tokens
@@ -61,12 +62,13 @@ class Step(Work):
         if self._step_back():
             return
         cache = self.session.caches.setdefault(hop.span, PeerCache())
+        lane = step_lane(chain.swarm, hop.peer_id, cache.session_id, self._num_bytes(hop))
         if cache.position:  # a peer that is leaving serves what it has until that is elsewhere (`client.copies`)
-            connection = await chain.swarm.connect(hop.peer_id, "step")
+            connection = await chain.swarm.connect(hop.peer_id, lane)
         else:
-            connection = await chain.connect(hop, "step", self.demand)
+            connection = await chain.connect(hop, lane, self.demand)
         if cache.replaces:
-            connection.close_session(cache.replaces)
+            close_session(chain.swarm, hop.peer_id, cache.replaces)
             cache.replaces = ""
         start, end = hop.span.start, hop.span.end
         if self._position == self._start and self.session.keeps_history(start):
@@ -143,6 +145,10 @@ class Step(Work):
         self.hops = hops[earliest:]
         del self.done[earliest:]
         return True
+
+    def _num_bytes(self, hop: Hop) -> int:
+        """What enters the hop, about."""
+        return self.demand.bytes_per_token * self.demand.rows * (self.demand.num_tokens + self._behind(hop))
 
     def _behind(self, hop: Hop) -> int:
         """Old tokens that the hop's peer lacks."""

@@ -31,8 +31,9 @@ from remote_modules.wire.messages import Output, Refused
 from remote_modules.wire.protocol import MessageReceived, Protocol, Role
 from remote_modules.wire.tensors import decode_tensors
 
-__all__ = ["ClientConnection", "Reply"]
+__all__ = ["LARGE_BYTES", "ClientConnection", "Reply"]
 
+LARGE_BYTES = 64 * 1024  # others would notice that they wait for it
 WARM_NONCE = 1  # of pings that ask for nothing: no round trip is measured by them
 
 Reply: TypeAlias = tuple[Output, dict[str, torch.Tensor]]
@@ -79,6 +80,7 @@ class ClientConnection(Connection):
         self._next_id = 0
         self._heart = Heartbeat(silence_timeout_s=silence_timeout_s)
         self._ticker: asyncio.TimerHandle | None = None
+        self._num_large = 0  # steps under way
         self._warmth = Warmth(keep_warm_s)
         self._warmer: asyncio.TimerHandle | None = None
         self._ping_sent_s: float | None = None
@@ -103,6 +105,15 @@ class ClientConnection(Connection):
     def knows_adapter_parts(self) -> bool:
         """Whether the peer takes adapters part by part."""
         return self._protocol.their_minor >= messages.ADAPTER_PARTS_SINCE_MINOR
+
+    @property
+    def has_large_under_way(self) -> bool:
+        """Whether a step is under way that others should not wait for."""
+        return self._num_large > 0
+
+    def has_other_sessions(self, session_id: str) -> bool:
+        """Whether sessions other than this one are open here."""
+        return self._warmth.has_others(session_id)
 
     async def handshake(self, timeout_s: float) -> None:
         """Exchange hellos over the transport at hand.
@@ -143,8 +154,7 @@ class ClientConnection(Connection):
         self.send(message, body)
         self._answers[message.request_id] = answer
         self._start_heart()
-        if isinstance(message, messages.StepRequest):
-            self._use(message, sum(map(len, body)))
+        is_large = self._begin_step(message, body) if isinstance(message, messages.StepRequest) else False
         timer = self._loop.call_later(timeout_s, self._expire, answer, message, timeout_s)
         try:
             event = await answer
@@ -152,8 +162,9 @@ class ClientConnection(Connection):
             timer.cancel()
             if self._answers.pop(message.request_id, None) is not None:  # no answer came, and none is awaited any more
                 self._cancel(message.request_id)
+            self._num_large -= is_large
         if isinstance(message, messages.StepRequest):
-            self._use(message, len(event.body))
+            self._use(message.session_id, len(event.body))
         return self._read_reply(event)
 
     async def ping(self) -> None:
@@ -320,8 +331,16 @@ class ClientConnection(Connection):
 
     # silences
 
-    def _use(self, message: messages.StepRequest, num_bytes: int) -> None:
-        self._warmth.use(message.session_id, num_bytes, self._loop.time())
+    def _begin_step(self, message: messages.StepRequest, body: list[Buffer]) -> bool:
+        """Whether it is a large one."""
+        num_bytes = sum(map(len, body))
+        self._use(message.session_id, num_bytes)
+        is_large = num_bytes > LARGE_BYTES
+        self._num_large += is_large
+        return is_large
+
+    def _use(self, session_id: str, num_bytes: int) -> None:
+        self._warmth.use(session_id, num_bytes, self._loop.time())
         if self._warmer is None and self.is_open and self._is_warm():
             self._warmer = self._loop.call_later(TICK_S, self._warm)
 
@@ -332,6 +351,6 @@ class ClientConnection(Connection):
         self._warmer = None
         if not (self.is_open and self._is_warm()):
             return
-        if self._warmth.is_silent(self.bytes_sent, self.bytes_received) and not self.has_unsent:
+        if self._warmth.is_silent(self.bytes_sent, self.bytes_received) and not self._outgoing:
             self.send(messages.Ping(WARM_NONCE))
         self._warmer = self._loop.call_later(TICK_S, self._warm)

@@ -64,9 +64,6 @@ class MemoryTransport(asyncio.Transport):
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         self._high_bytes = 64 * 1024 if high is None else high
 
-    def get_write_buffer_size(self) -> int:
-        return self._num_queued
-
     def is_closing(self) -> bool:
         return self._is_closing
 
