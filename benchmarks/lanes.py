@@ -43,7 +43,7 @@ PROMPT_TOKENS = 512
 RTT_S = 0.1
 MBIT = 100
 ARMS = ("in turn, one connection", "at once, prompts apart")
-OPENING_BAR_RTT = 4.0  # TCP, TLS, upgrade and hello, of all hops together
+OPENING_BAR_RTT = 1.0  # of a session to peers that the client is connected to
 
 
 @contextmanager
@@ -51,8 +51,8 @@ def arm(name: str) -> Iterator[None]:
     if name == ARMS[1]:
         yield
         return
-    in_turn = mock.patch.object(Swarm, "dial_soon", lambda *_: None)
-    with in_turn, mock.patch.object(step, "step_lane", lambda *_: "step"):
+    in_turn = mock.patch.object(Swarm, "dial_soon", return_value=None)
+    with in_turn, mock.patch.object(step, "step_lane", return_value="step"):
         yield
 
 
@@ -92,7 +92,9 @@ async def waiting(decoder: SessionState, prompter: SessionState) -> float:
 
 
 def measure(lab: Any, folder: str, rounds: int) -> dict[str, dict[str, list[float]]]:
-    found: dict[str, dict[str, list[float]]] = {name: {"opening": [], "waiting": []} for name in ARMS}
+    found: dict[str, dict[str, list[float]]] = {
+        name: {"opening": [], "opening again": [], "waiting": []} for name in ARMS
+    }
     rng = Random(0)
     config = ClientConfig(hedge=False, connect_timeout_s=10.0)
     with LabSwarm(lab, folder, "tracker", announce_interval_s=5.0) as swarm:
@@ -108,16 +110,23 @@ def measure(lab: Any, folder: str, rounds: int) -> dict[str, dict[str, list[floa
                     RemoteSequential.from_swarm(folder, trackers=[swarm.url], mdns=False, config=config) as layers,
                 ):
                     run = shared_loop().run
+                    run(layers._handle.swarm.refresh())  # finding peers is another matter
                     found[name]["opening"].append(run(opening(new_session(layers))) / RTT_S)
+                    found[name]["opening again"].append(run(opening(new_session(layers))) / RTT_S)
                     found[name]["waiting"].append(run(waiting(new_session(layers), new_session(layers))))
     return found
 
 
 def report(found: dict[str, dict[str, list[float]]]) -> int:
     medians = {name: {what: statistics.median(each) for what, each in one.items()} for name, one in found.items()}
-    rows = [(name, f"{one['opening']:.1f}", f"{one['waiting']:.2f}") for name, one in medians.items()]
-    head = ["", "opening, round trips", "longest token during another's prompt ÷ undisturbed"]
-    bars = [Bar("opening, round trips", medians[ARMS[1]]["opening"], "<=", OPENING_BAR_RTT)]
+    rows = [
+        (name, f"{one['opening']:.1f}", f"{one['opening again']:.1f}", f"{one['waiting']:.2f}")
+        for name, one in medians.items()
+    ]
+    head = [
+        "", "first session, round trips", "next one", "longest token during another's prompt ÷ undisturbed"
+    ]  # fmt: skip
+    bars = [Bar("a session adds, round trips", medians[ARMS[1]]["opening again"], "<=", OPENING_BAR_RTT)]
     return print_report({"lanes": found}, bars, table(head, rows))
 
 
