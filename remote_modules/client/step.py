@@ -63,10 +63,7 @@ class Step(Work):
             return
         cache = self.session.caches.setdefault(hop.span, PeerCache())
         lane = step_lane(chain.swarm, hop.peer_id, cache.session_id, self._num_bytes(hop))
-        if cache.position:  # a peer that is leaving serves what it has until that is elsewhere (`client.copies`)
-            connection = await chain.swarm.connect(hop.peer_id, lane)
-        else:
-            connection = await chain.connect(hop, lane, self.demand)
+        connection = await chain.connect(hop, lane, self.demand, has_cache=cache.position > 0)
         if cache.replaces:
             close_session(chain.swarm, hop.peer_id, cache.replaces)
             cache.replaces = ""

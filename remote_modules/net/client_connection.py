@@ -307,8 +307,8 @@ class ClientConnection(Connection):
 
     # heartbeat
 
-    def _progress(self) -> None:
-        self._heart.heard(self._loop.time())
+    def _progress(self, now_s: float) -> None:
+        self._heart.heard(now_s)
 
     def _start_heart(self) -> None:
         if len(self._answers) + len(self._pongs) == 1:
