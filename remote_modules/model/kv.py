@@ -197,6 +197,11 @@ class SpanCache:
         return list(self._cache.layers)
 
     @property
+    def held(self) -> list[Any]:
+        """Layers that are really cached."""
+        return self._held
+
+    @property
     def linear(self) -> list[Any]:
         """What some architectures keep beside the layers, one entry for each block."""
         return self._linear
@@ -233,6 +238,11 @@ class SpanCache:
     def advance(self, num_tokens: int) -> None:
         """Note that ``num_tokens`` went through all held blocks."""
         self._length.position += num_tokens
+
+    def rewind(self) -> None:
+        """Forget what layers took in a step that did not come to its end; all must be `GrowingLayer`."""
+        for layer in self._held:
+            layer.crop(layer.get_seq_length() - self._length.position)
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens.

@@ -3,12 +3,13 @@
 The skeleton is complete: masks, rotary tables, per-layer dispatch and cache indexing are computed by the
 architecture's own code. Blocks before the span pass on what the block before the span returned, so the first block to
 run is called with the true values, and an exception leaves with the output of the last. This is the reference path of
-a peer: exact, for every architecture whose blocks can be run apart from each other.
+a peer: exact, for every architecture whose blocks can be run apart from each other. Steps of one token go without the
+owner where that was found to give the same (`model.decode_plans`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from remote_modules.errors import UnsupportedCallError, first_line
 from remote_modules.model.adapted import applied
 from remote_modules.model.adapted_item import Batch
 from remote_modules.model.adapters import Adapter
+from remote_modules.model.decode_plans import BlockCall, DecodePlans
 from remote_modules.model.kv import SpanCache
 from remote_modules.model.quantization import compute_dtype
 from remote_modules.model.recording import RouterTaps
@@ -77,7 +79,7 @@ class _SpanDone(Exception):  # not an error: carries the result past the rest of
 class _Pass:
     """Which blocks run now, and what enters the first; set for the time of one call."""
 
-    __slots__ = ("end", "entry", "has_begun", "inputs", "recorded", "sides", "start")
+    __slots__ = ("calls", "end", "entry", "has_begun", "inputs", "recorded", "sides", "start")
 
     def __init__(self, sides: tuple[SideInput, ...]) -> None:
         self.start = self.end = 0
@@ -86,6 +88,7 @@ class _Pass:
         self.sides = sides
         self.has_begun = False
         self.recorded: dict[int, Any] | None = None
+        self.calls: list[BlockCall] | None = None
 
 
 class _Blocks(nn.ModuleList):
@@ -118,6 +121,8 @@ class _Slot(nn.Module):
         output = self.block(*args, **kwargs)
         if current.recorded is not None:
             current.recorded[self.index] = output
+        if current.calls is not None:
+            current.calls.append(BlockCall(self.index, args, kwargs, output))
         if self.index == current.end - 1:
             raise _SpanDone(output)
         return output
@@ -172,6 +177,7 @@ class SpanModel:
             blocks[index] = _Slot(blocks[index], index, self._current)
         setattr(self._owner, stack.list_name, _Blocks(blocks))
         self._rotary = RotaryMemory(self._owner)
+        self._plans = DecodePlans(self._owner, self.blocks, stack)
 
     def new_cache(self) -> SpanCache:
         """An empty cache for the span.
@@ -206,10 +212,46 @@ class SpanModel:
         if cache is not None:
             cache.use(blocks)
         self._require_grad(arguments.adapter is None)
+        placed = {name: self._placed(tensor) for name, tensor in inputs.items()}
+        key = None if cache is None else self._plan_key(blocks, arguments, cache)
+        if cache is None or key is None:
+            result = self._replay(placed, blocks, arguments, cache)
+        else:
+            replay = lambda calls: self._replay(placed, blocks, arguments, cache, calls)["hidden_states"]  # noqa: E731
+            result = {"hidden_states": self._plans.step(key, placed["hidden_states"], cache, replay)}
+        if cache is not None:
+            cache.advance(arguments.num_tokens)
+            cache.rotary = self._rotary.read()
+        return result
+
+    def _plan_key(self, blocks: Span, arguments: OwnerArguments, cache: SpanCache) -> Hashable:
+        """What steps have in common whose calls differ in the position alone; None for other calls."""
+        mask, position_ids = arguments.attention_mask, arguments.position_ids
+        is_plain = arguments.num_tokens == 1 and not arguments.tensors and not arguments.record
+        if not is_plain or arguments.adapter is not None or arguments.autocast is not None:
+            return None
+        if not self._plans.may_plan(cache) or isinstance(mask, dict):
+            return None
+        if position_ids is not None and any(position != cache.length for position in position_ids.flatten().tolist()):
+            return None
+        if mask is not None and not (mask.dim() == 2 and bool(mask.all())):
+            return None
+        shape = None if position_ids is None else position_ids.shape
+        return (blocks, arguments.rows, shape, mask is None, tuple(arguments.options.items()))
+
+    def _replay(
+        self,
+        inputs: Named,
+        blocks: Span,
+        arguments: OwnerArguments,
+        cache: SpanCache | None,
+        calls: list[BlockCall] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """By the owner's own forward, which leaves when the last block returns; notes the ``calls`` of blocks."""
         current = self._current
         current.start, current.end, current.has_begun = blocks.start, blocks.end, False
-        current.inputs = {name: self._placed(tensor) for name, tensor in inputs.items()}
-        current.entry = self.stack.pack(current.inputs) if blocks.start else None
+        current.inputs, current.calls = inputs, calls
+        current.entry = self.stack.pack(inputs) if blocks.start else None
         current.recorded = {} if "hidden_states" in arguments.record else None
         self._rotary.write(self._rotary.initial if cache is None or cache.rotary is None else cache.rotary)
         taps = self._taps.recording("router_logits" in arguments.record)
@@ -228,10 +270,7 @@ class SpanModel:
             raise UnsupportedCallError(f"{type(self._owner).__name__} did not call block {blocks.end - 1}")
         finally:
             recorded, current.recorded = current.recorded, None
-            current.inputs, current.entry = {}, None
-        if cache is not None:
-            cache.advance(arguments.num_tokens)
-            cache.rotary = self._rotary.read()
+            current.inputs, current.entry, current.calls = {}, None, None
         result = self.stack.unpack(output)
         for index, block_output in (recorded or {}).items():
             result[f"record.hidden_states.{index}"] = self.stack.unpack(block_output)["hidden_states"]

@@ -61,7 +61,7 @@ class Engine:
     def hidden_size(self) -> int:
         return self.model.hidden_size
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int | None:
         """None: the config does not say."""
         size = getattr(self.model.config.get_text_config(decoder=True), "vocab_size", None)
