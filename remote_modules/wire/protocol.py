@@ -171,7 +171,8 @@ class Protocol:
         elif isinstance(message, messages.ServerHello):
             self.state = State.OPEN
             self._reader.max_body_bytes = self.max_body_bytes
-        elif isinstance(message, messages.Reject):
+        else:
+            assert isinstance(message, messages.Reject)
             self.state = State.CLOSED
 
     def _check_allowed(self, sender: Role, message: Message, error: type[Exception]) -> None:
