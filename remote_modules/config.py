@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 
+_GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64)  # as `model.decode_graphs` has them
 _PEER_ID = re.compile(r"[a-z2-7]{6,52}\Z")
 
 
@@ -75,6 +76,7 @@ class ClientConfig:
     history_dtype: str = "compute"  # as it came, or "int8": a quarter of float32, and replays that are a little off
     history_folder: Path | None = None  # for the file beyond history_memory_bytes; None: the system's choice
     wire: str = "compute"  # hidden states and gradients as they are, or "int8": a quarter of float32, a little off
+    direct: bool = True  # peers send their outputs on to each other beside the client: N+1 one-way delays, not 2N
     max_request_bytes: int = 256 * 1024 * 1024  # tensors of one request
     microbatch_tokens: int = 1024  # rows x tokens of one request of a training pass; larger batches are cut by rows
     max_microbatches_in_flight: int = 48  # of all passes; fewer where fewer keep all hops busy
@@ -129,6 +131,8 @@ class ServerConfig:
     dtype: str = "auto"  # "auto" (the checkpoint's), "float32", "bfloat16", "float16"
     quantization: str = "none"  # of the weights: "none", "int8", "nf4"
     quantized_cache: bool = True  # keep quantized blocks on disk for the next start
+    graphs: bool = True  # capture steps of one token as CUDA graphs, where they give the same within rounding
+    compile_rows: tuple[int, ...] = ()  # of graphs whose blocks are compiled at the start: 1, 2, 4, 8, 16, 32, 64
     revision: str | None = None
     cache_dir: str | None = None
     token: str | None = None  # hub token; never logged or announced
@@ -162,6 +166,7 @@ class ServerConfig:
             raise ValueError(f"port must be in 0:65536, got {self.port}")
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _check_choice("quantization", self.quantization, ("none", "int8", "nf4"))
+        _check_rows("compile_rows", self.compile_rows)
         for name in ("announce_addresses", "peers"):
             for address in getattr(self, name):
                 _check_field(name, check_address, address)
@@ -247,6 +252,11 @@ def _check_field(name: str, check: Callable[[str], object], value: str) -> None:
         check(value)
     except ValueError as exc:
         raise ValueError(f"{name}: {exc}") from exc
+
+
+def _check_rows(name: str, rows: tuple[int, ...]) -> None:
+    if not set(rows) <= set(_GRAPH_ROWS):
+        raise ValueError(f"{name} must be of {', '.join(map(str, _GRAPH_ROWS))}, got {rows!r}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

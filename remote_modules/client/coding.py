@@ -16,7 +16,7 @@ from remote_modules.net.client_connection import ClientConnection
 from remote_modules.wire.codecs import can_encode, rounded
 from remote_modules.wire.codecs import num_bytes as coded_bytes
 from remote_modules.wire.framing import Buffer
-from remote_modules.wire.messages import Output, Request
+from remote_modules.wire.messages import Output, Request, TensorMeta
 from remote_modules.wire.tensors import encode_tensors
 
 __all__ = ["Coding"]
@@ -42,6 +42,12 @@ class Coding:
         metas, body = encode_tensors(tensors, codec, self.names)
         call = msgspec.structs.replace(message.call, reply_codec=codec) if codec else message.call
         return msgspec.structs.replace(message, tensors=metas, call=call), body
+
+    def encode_inputs(
+        self, tensors: Named, connection: ClientConnection
+    ) -> tuple[tuple[TensorMeta, ...], list[Buffer]]:
+        """What enters a hop, as the hop before would send it."""
+        return encode_tensors(tensors, self.codec if connection.knows_codecs else "", self.names)
 
     def num_bytes(self, tensors: Named) -> int:
         """What ``tensors`` take on the wire, if their values are finite."""

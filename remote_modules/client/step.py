@@ -8,17 +8,22 @@ afresh, and its outputs are that history.
 
 from __future__ import annotations
 
+import asyncio
 import copy
+from functools import partial
 
-import msgspec
 import torch
 
 from remote_modules.client.call import Named
 from remote_modules.client.chain import Chain, Work
+from remote_modules.client.direct import Flight, addressed, can_forward, push_input
 from remote_modules.client.hop_caches import HopCaches, PeerCache
 from remote_modules.client.lanes import close_session, step_lane
 from remote_modules.client.owner_history import StepInputs
-from remote_modules.model.past import length_of, select_layers
+from remote_modules.client.stats import HopTiming
+from remote_modules.client.step_requests import StepRequests
+from remote_modules.errors import PeerError
+from remote_modules.model.past import length_of
 from remote_modules.model.tensors import concat, slice_tokens
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.plan.routing import Demand, Hop
@@ -57,21 +62,54 @@ class Step(Work):
         self._start = length_of(session.past)
         self._step = step
         self._stack = session.swarm.stack
+        self._requests = StepRequests(session, step)
+        self._flights: dict[str, Flight] = {}  # by session id
+        self._unlinked: dict[Hop, PeerError] = {}  # those whose peers could not be reached
+        self._brought_to = ""  # session that the last hop sent its outputs to
+
+    async def launch(self, chain: Chain) -> None:
+        """Send all hops their requests now, if some can send their outputs on to the next (`client.direct`)."""
+        hops = self.hops
+        if len(hops) < 2 or self._step.call.record or any(self._behind(hop) for hop in hops):
+            return
+        links = await self._links(chain)
+        if not can_forward(self.session, hops, links):
+            return
+        tokens = (self._position, self._position + self._step.call.num_tokens)
+        for index, (hop, link) in enumerate(zip(hops, links, strict=True)):
+            if link is None:
+                continue
+            entry = {} if index else self.outputs
+            number, cache = link.new_request_id(), self.session.caches[hop.span]
+            message, tensors = self._requests.build(number, hop, cache, tokens, None, entry)
+            message = addressed(self.session, hops, links, index, message)
+            adapter = self._step.call.adapter_of(hop.span)
+            self._flights[message.session_id] = chain.requests.launch(hop, message, tensors, link, adapter)
+            if index == 0:
+                await asyncio.sleep(0)  # it leaves while we make the others
+
+    def ground(self) -> None:
+        """Nobody waits any more for what was sent ahead."""
+        for flight in self._flights.values():
+            flight.abandon()
+        self._flights.clear()
 
     async def do_hop(self, hop: Hop, chain: Chain) -> None:
         if self._step_back():
             return
         cache = self.session.caches.setdefault(hop.span, PeerCache())
-        lane = step_lane(chain.swarm, hop.peer_id, cache.session_id, self._num_bytes(hop))
-        connection = await chain.connect(hop, lane, self.demand, has_cache=cache.position > 0)
-        if cache.replaces:
-            close_session(chain.swarm, hop.peer_id, cache.replaces)
-            cache.replaces = ""
+        flight = self._flights.pop(cache.session_id, None)
         start, end = hop.span.start, hop.span.end
         if self._position == self._start and self.session.keeps_history(start):
             self.histories.setdefault(start, self.session.new_history())
         is_next_without = len(self.hops) > 1 and self._lacks_history(self.hops[1])
-        old, new = await self._feed(hop, cache, chain, connection, keep_all=is_next_without)
+        if flight is None:
+            connection = await self._connect(hop, cache, chain)
+            old, new = await self._feed(hop, cache, chain, connection, keep_all=is_next_without)
+            self._brought_to = ""
+        else:
+            assert not is_next_without, "where the next hop needs old outputs, `_step_back` has freed this one"
+            old, new = {}, await self._land(flight, hop, cache, chain)
         self.inputs[start] = self.outputs
         if is_next_without:
             self.histories[end] = self.session.new_history()
@@ -81,7 +119,7 @@ class Step(Work):
 
     async def replace_hop(self, hop: Hop, hops: tuple[Hop, ...], chain: Chain) -> None:
         self._free(hop)
-        buddy = self.session.promote(hop.span)
+        buddy = self.session.promote(hop)
         if buddy is not None:
             hops = (buddy.hop,)
             self.session.caches[hop.span] = buddy.cache
@@ -90,7 +128,7 @@ class Step(Work):
         self.session.hops = [*self.done, *self.hops]
 
     def forget_hop(self, hop: Hop) -> None:
-        self.session.caches.pop(hop.span, None)
+        self._forget(hop)
 
     def rival(self, hop: Hop) -> Step | None:
         if hop.span.start not in self.histories or (len(self.hops) > 1 and self._lacks_history(self.hops[1])):
@@ -100,6 +138,7 @@ class Step(Work):
         rival.session.hops, rival.session.caches = [hop], {}
         rival.hops, rival.done = [hop], []
         rival.inputs, rival.histories, rival.recorded = {}, dict(self.histories), {}
+        rival._flights, rival._unlinked = {}, {}
         return rival
 
     def adopt(self, hop: Hop, rival: Work) -> None:
@@ -109,7 +148,7 @@ class Step(Work):
         self.inputs.update(rival.inputs)
         self.histories.update(rival.histories)
         self.recorded.update(rival.recorded)
-        self.outputs = rival.outputs
+        self.outputs, self._brought_to = rival.outputs, ""
         self.hops.pop(0)
         self.done += rival.done
         self.session.hops = [*self.done, *self.hops]
@@ -121,9 +160,95 @@ class Step(Work):
         return self._position - self._start
 
     def _free(self, hop: Hop) -> None:
-        cache = self.session.caches.pop(hop.span, None)
+        cache = self._forget(hop)
         if cache is not None:
             self.session.free(hop, cache)
+
+    def _forget(self, hop: Hop) -> PeerCache | None:
+        cache = self.session.caches.pop(hop.span, None)
+        flight = None if cache is None else self._flights.pop(cache.session_id, None)
+        if flight is not None:
+            flight.abandon()
+        return cache
+
+    async def _connect(self, hop: Hop, cache: PeerCache, chain: Chain) -> ClientConnection:
+        if (error := self._unlinked.pop(hop, None)) is not None:
+            raise error
+        lane = step_lane(chain.swarm, hop.peer_id, cache.session_id, self._num_bytes(hop))
+        connection = await chain.connect(hop, lane, self.demand, has_cache=cache.position > 0)
+        if cache.replaces:
+            close_session(chain.swarm, hop.peer_id, cache.replaces)
+            cache.replaces = ""
+        return connection
+
+    async def _links(self, chain: Chain) -> list[ClientConnection | None]:
+        """To all hops; where some have to be dialled, that is done at once."""
+        if all(chain.swarm.open_connection(hop.peer_id, "step") for hop in self.hops):
+            return [await self._link(hop, chain) for hop in self.hops]
+        return await asyncio.gather(*(self._link(hop, chain) for hop in self.hops))
+
+    async def _link(self, hop: Hop, chain: Chain) -> ClientConnection | None:
+        """A connection over which a request can be sent ahead; None where that has to wait for its turn."""
+        cache = self.session.caches.setdefault(hop.span, PeerCache())
+        try:
+            connection = await self._connect(hop, cache, chain)
+        except PeerError as exc:
+            self._unlinked[hop] = exc  # raised when its turn comes
+            return None
+        is_coded = bool(chain.swarm.coding.codec)  # what one that knows no codecs puts out has to be rounded here
+        return connection if connection.knows_direct and (connection.knows_codecs or not is_coded) else None
+
+    async def _land(self, flight: Flight, hop: Hop, cache: PeerCache, chain: Chain) -> Named:
+        """The outputs of a hop whose request was sent ahead."""
+        message, entry, swarm = flight.message, self.outputs, chain.swarm
+        is_brought = message.awaits_input and self._brought_to == message.session_id
+        push = partial(self._push_again, flight) if is_brought else None
+        if message.awaits_input and not is_brought:
+            push_input(self.session, flight, entry)
+        adapter = self._step.call.adapter_of(hop.span)
+        num_bytes = swarm.coding.num_bytes(entry) if message.awaits_input else 0
+        kind = "decode" if message.call.num_tokens == 1 else "prefill"
+        offered = adapter.name if adapter is not None and adapter.content is None else ""
+        try:
+            replies = await chain.requests.land(flight, kind, push=push, num_bytes=num_bytes, offered=offered)
+            outputs = self._taken(hop, cache, chain, message, replies, entry)
+        except BaseException:
+            flight.abandon()
+            self._free(hop)  # whether the peer did the step is not known: a new session, by replay
+            if flight.output is not None:  # it gave nonsense, and sent that on
+                for later in self.hops[1:]:
+                    if (known := self.session.caches.get(later.span)) and known.session_id in self._flights:
+                        self._free(later)
+            raise
+        if is_brought:
+            self._note_way(hop, chain.requests.timings[-1])
+        self._note_edge(hop, cache, flight)
+        return outputs
+
+    def _push_again(self, flight: Flight) -> None:
+        """The input of a hop may have been lost on its way from the one before."""
+        self._brought_to = ""
+        push_input(self.session, flight, self.outputs)
+
+    def _note_way(self, hop: Hop, timing: HopTiming) -> None:
+        """Whether what the hop before sent on was there in time."""
+        edges, before = self.session.swarm.edges, self.done[-1]
+        if self._brought_to or timing.queue_s + timing.compute_s > timing.wire_s:  # or the hop was slow
+            edges.work(before.peer_id, hop.peer_id)
+        else:
+            edges.lose(before.peer_id, hop.peer_id, now_s=self.session.swarm.clock())
+
+    def _note_edge(self, hop: Hop, cache: PeerCache, flight: Flight) -> None:
+        swarm, message, output = self.session.swarm, flight.message, flight.output
+        assert output is not None
+        cache.knows_key = cache.knows_key or bool(message.client_key)
+        cache.forwards_to = ""
+        if message.forward_to is not None and output.is_forwarded:
+            cache.forwards_to = message.forward_to.session_id
+            swarm.stats.forwarded += 1
+        elif message.forward_to is not None:
+            swarm.edges.miss(hop.peer_id, self.hops[1].peer_id, now_s=swarm.clock())
+        self._brought_to = cache.forwards_to
 
     def _step_back(self) -> bool:
         """Let hops start afresh whose outputs for old tokens are needed again; whether some were done already."""
@@ -138,7 +263,7 @@ class Step(Work):
             earliest = min(earliest, index - 1)
         if earliest == len(self.done):
             return False
-        self.outputs = self.inputs[self.done[earliest].span.start]
+        self.outputs, self._brought_to = self.inputs[self.done[earliest].span.start], ""
         self.hops = hops[earliest:]
         del self.done[earliest:]
         return True
@@ -226,62 +351,30 @@ class Step(Work):
         tokens: tuple[int, int],
         num_outputs: int,
     ) -> Named:
-        ops, indices = cache.ops()
-        past, start = {}, cache.next_position
-        if cache.position == 0:
-            past, start = select_layers(self.session.past, self._stack.layers_of(hop.span)), self._start
-        assert start == tokens[0], "the peer is where we think it is"
-        end = tokens[1]
-        num_tokens = end - start
-        entry = self._entry(hop, start, end)
-        shared = self._step.tensors(start, end, self._stack.side_specs(hop.span))
-        tensors = {**entry, **indices, **shared, **past}
-        mask, is_whole = self._mask(start, end, bool(ops) or cache.position == 0 or cache.is_copy)
-        if mask is not None and not any(name.startswith("attention_mask") for name in shared):
-            tensors["attention_mask"] = mask
-        call = self._step.call
-        adapter = call.adapter_of(hop.span)
-        meta = call.meta(num_tokens)
-        if end <= self._position:
-            meta = msgspec.structs.replace(meta, record=())
-        message = messages.StepRequest(
-            connection.new_request_id(),
-            cache.session_id,
-            cache.step_id,
-            hop.span.start,
-            hop.span.end,
-            start,
-            ops,
-            (),
-            0.0,
-            call=meta,
-            mask_is_whole=is_whole,
-            create=cache.step_id == 0,
-            num_outputs=None if num_outputs == num_tokens else num_outputs,
-            version=cache.version if cache.is_copy else None,
-        )
+        entry = self._entry(hop, *tokens)
+        num_tokens = tokens[1] - tokens[0]
+        wanted = None if num_outputs == num_tokens else num_outputs
+        message, tensors = self._requests.build(connection.new_request_id(), hop, cache, tokens, wanted, entry)
         kind = "decode" if num_tokens == 1 else "prefill"
+        adapter = self._step.call.adapter_of(hop.span)
         try:
             replies = await chain.requests.send(hop, kind, message, tensors, connection, adapter)
-            recorded = {name: replies.pop(name) for name in list(replies) if name.startswith("record.")}
-            recorded = chain.answers.check_recorded(hop, recorded, meta)
-            output = chain.answers.check_outputs(hop, replies, entry, meta, num_outputs)
+            return self._taken(hop, cache, chain, message, replies, entry)
         except BaseException:
             self.forget_hop(hop)  # whether the peer did the step is not known: a new session, by replay
             self.session.free(hop, cache)
             raise
+
+    def _taken(
+        self, hop: Hop, cache: PeerCache, chain: Chain, message: messages.StepRequest, replies: Named, entry: Named
+    ) -> Named:
+        """The outputs of a request that the peer has done, once they can be true."""
+        call = message.call
+        recorded = {name: replies.pop(name) for name in list(replies) if name.startswith("record.")}
+        recorded = chain.answers.check_recorded(hop, recorded, call)
+        output = chain.answers.check_outputs(hop, replies, entry, call, message.num_outputs)
         self.recorded.update(recorded)
-        cache.position, cache.step_id, cache.is_copy = end, cache.step_id + 1, False
-        cache.version += len(ops)
+        cache.position, cache.step_id, cache.is_copy = message.position + call.num_tokens, cache.step_id + 1, False
+        cache.version += len(message.ops)
         cache.pending.clear()
         return output
-
-    def _mask(self, start: int, end: int, is_whole: bool) -> tuple[torch.Tensor | None, bool]:
-        """The mask columns to send for tokens start..end: the new ones when the peer has the others already."""
-        mask = self._step.attention_mask
-        if mask is None:
-            return None, False
-        old = self._step.old.attention_mask
-        if not is_whole and start == self._position and old is not None and torch.equal(old, mask[:, :start]):
-            return mask[:, start:end].contiguous(), False
-        return mask[:, :end].contiguous(), True

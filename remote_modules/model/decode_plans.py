@@ -9,18 +9,20 @@ same output, keys and values as the replay to the last bit, and is compared agai
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from remote_modules.errors import UnsupportedCallError
 from remote_modules.model.kv import GrowingLayer, SpanCache
 from remote_modules.model.stack import StackSpec
 
-__all__ = ["BlockCall", "DecodePlans"]
+__all__ = ["BlockCall", "DecodePlans", "Plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,19 +44,15 @@ class BlockCall(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """Of a module: places of its arguments among the values."""
+    """Of a module, or of what does the same: places of its arguments among the values."""
 
-    module: nn.Module
+    module: Callable[..., Any]
     args: tuple[int, ...]
     kwargs: dict[str, int]
 
 
-class _UnknownSourceError(Exception):
-    """An argument is neither constant nor known to follow from the position."""
-
-
 @dataclass(slots=True)
-class _Plan:
+class Plan:
     """
     Attributes:
         values: constants, at their places.
@@ -76,12 +74,24 @@ class _Plan:
     ahead: dict[int, list[Any]] = field(default_factory=dict)
 
     def run(self, hidden_states: torch.Tensor, cache: SpanCache) -> torch.Tensor:
-        values = self._values_at(cache.length)
-        values[_CACHE], values[_HIDDEN] = cache.argument, hidden_states
+        return self.call(hidden_states, cache.argument, self._values_at(cache.length))
+
+    def call(self, hidden_states: torch.Tensor, cache: object, values: list[Any]) -> torch.Tensor:
+        """The blocks, one after another.
+
+        Args:
+            values: those of the step's position.
+        """
+        values[_CACHE], values[_HIDDEN] = cache, hidden_states
         for call in self.blocks:
             values[_HIDDEN] = _made(call, values)
         output: torch.Tensor = values[_HIDDEN]
         return output
+
+    def replaced(self, modules: Mapping[Callable[..., Any], Callable[..., Any]]) -> Plan:
+        """The same with other callables in the place of blocks."""
+        blocks = [call._replace(module=modules[call.module]) for call in self.blocks]
+        return Plan(self.values, self.positions, self.tables, blocks)
 
     def _values_at(self, position: int) -> list[Any]:
         """For one step: a block may change them."""
@@ -91,18 +101,23 @@ class _Plan:
             for later in range(position, position + self.num_ahead):
                 if later in self.ahead:
                     break  # another session comes after this one
-                self.ahead[later] = self._new_values(later)
+                self.ahead[later] = self.values_at(partial(_full, later))
         return self.ahead.pop(position)
 
-    def _new_values(self, position: int) -> list[Any]:
+    def values_at(self, position: Callable[[torch.Size, torch.dtype, torch.device], torch.Tensor]) -> list[Any]:
+        """Values of one step; ``position`` makes a tensor that holds it, like one of the shape in the noted step."""
         values = self.values.copy()
         for place, shape, dtype, device in self.positions:
-            values[place] = torch.full(shape, position, dtype=dtype, device=device)
+            values[place] = position(shape, dtype, device)
         for call, whole, items in self.tables:
             values[whole] = _made(call, values)
             for number, place in enumerate(items):
                 values[place] = values[whole][number]
         return values
+
+
+def _full(position: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.full(shape, position, dtype=dtype, device=device)
 
 
 def _made(call: _Call, values: list[Any]) -> Any:
@@ -121,7 +136,7 @@ class DecodePlans:
         held = {id(module) for block in blocks.values() for module in block.modules()}
         self._blocks = blocks
         self._tables = [module for module in owner.modules() if _is_rotary(module) and id(module) not in held]
-        self._plans: dict[Hashable, _Plan | None] = {}
+        self._plans: dict[Hashable, Plan | None] = {}
         is_bare = stack.container is None and not stack.sides
         self._is_possible = is_bare and stack.cache_class is None and stack.is_croppable and not stack.replays_steps
 
@@ -151,22 +166,33 @@ class DecodePlans:
             return self._checked(key, plan, hidden_states, cache, replay)
         if key in self._plans:
             return replay(None)
-        calls: list[BlockCall] = []
-        with self._watched() as tables:
-            output = replay(calls)
+        outputs: list[torch.Tensor] = []
         if len(self._plans) >= MAX_PLANS:
             self._plans.clear()
+        self._plans[key] = None
         try:
-            self._plans[key] = self._noted(calls, tables, cache)
-        except _UnknownSourceError as exc:
+            self._plans[key] = self.note(cache, lambda calls: outputs.append(replay(calls)))
+        except UnsupportedCallError as exc:
+            if not outputs:
+                raise  # it is the replay's
             logger.debug("steps of one token need the owner: %s", exc)
-            self._plans[key] = None
-        return output
+        return outputs[0]
+
+    def note(self, cache: SpanCache, replay: Callable[[list[BlockCall]], object]) -> Plan:
+        """The plan of one replayed step.
+
+        Raises:
+            UnsupportedCallError: an argument is neither constant nor known to follow from the position.
+        """
+        calls: list[BlockCall] = []
+        with self._watched() as tables:
+            replay(calls)
+        return self._noted(calls, tables, cache)
 
     def _checked(
         self,
         key: Hashable,
-        plan: _Plan,
+        plan: Plan,
         hidden_states: torch.Tensor,
         cache: SpanCache,
         replay: Callable[[list[BlockCall] | None], torch.Tensor],
@@ -210,8 +236,8 @@ class DecodePlans:
         calls: Sequence[BlockCall],
         tables: Sequence[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]],
         cache: SpanCache,
-    ) -> _Plan:
-        plan = _Plan()
+    ) -> Plan:
+        plan = Plan()
         places: dict[int, int] = {id(cache.argument): _CACHE}  # by identity: all these values live as long as `calls`
 
         def place(value: Any, *, is_like_inputs: bool = False) -> int:
@@ -224,7 +250,7 @@ class DecodePlans:
             elif isinstance(value, torch.Tensor) and _is_position(value, cache.length):
                 plan.positions.append((number, value.shape, value.dtype, value.device))
             else:
-                raise _UnknownSourceError(f"an argument of kind {type(value).__name__} is of unknown origin")
+                raise UnsupportedCallError(f"an argument of kind {type(value).__name__} is of unknown origin")
             return number
 
         for module, args, kwargs, output in tables:
@@ -251,7 +277,7 @@ class DecodePlans:
                 )
             )
             if _HIDDEN not in (*plan.blocks[-1].args, *plan.blocks[-1].kwargs.values()):
-                raise _UnknownSourceError(f"block {block} does not take what the block before it returned")
+                raise UnsupportedCallError(f"block {block} does not take what the block before it returned")
             del places[id(entered)]
             entered = output
         plan.num_ahead = max(1, _ROWS_AHEAD // len(entered))

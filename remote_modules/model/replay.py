@@ -22,7 +22,8 @@ from remote_modules.errors import UnsupportedCallError, first_line
 from remote_modules.model.adapted import applied
 from remote_modules.model.adapted_item import Batch
 from remote_modules.model.adapters import Adapter
-from remote_modules.model.decode_plans import BlockCall, DecodePlans
+from remote_modules.model.decode_graphs import DecodeGraphs, configs_of
+from remote_modules.model.decode_plans import BlockCall, DecodePlans, Plan
 from remote_modules.model.kv import SpanCache
 from remote_modules.model.quantization import compute_dtype
 from remote_modules.model.recording import RouterTaps
@@ -152,6 +153,10 @@ class SpanModel:
         stack: from `probe.probe_stack`.
         span: the blocks held.
 
+    Attributes:
+        graphs: captured steps, which run in the place of replays that they are the same as (`server.captures`).
+        attention_configs: those that name the attention of the blocks.
+
     Raises:
         UnsupportedCallError: the span begins or ends where it may not.
     """
@@ -178,6 +183,8 @@ class SpanModel:
         setattr(self._owner, stack.list_name, _Blocks(blocks))
         self._rotary = RotaryMemory(self._owner)
         self._plans = DecodePlans(self._owner, self.blocks, stack)
+        self.attention_configs = configs_of(self._owner)
+        self.graphs: DecodeGraphs | None = None
 
     def new_cache(self) -> SpanCache:
         """An empty cache for the span.
@@ -190,7 +197,8 @@ class SpanModel:
                 f"KV caches of '{self.config.model_type}' models are not carried ({self.stack.no_cache}); use "
                 "use_cache=False"
             )
-        return SpanCache(self.config, self.stack, self.span)
+        arena = None if self.graphs is None else self.graphs.arena
+        return SpanCache(self.config, self.stack, self.span, arena)
 
     def run(
         self, inputs: Named, blocks: Span, arguments: OwnerArguments, cache: SpanCache | None = None
@@ -203,7 +211,8 @@ class SpanModel:
             cache: grows by T.
 
         Returns:
-            What the last block returned, on the model's device in its dtype, and ``record.<kind>.<block>``.
+            What the last block returned, in the model's dtype, on its device or the CPU, and
+            ``record.<kind>.<block>``.
 
         Raises:
             UnsupportedCallError: the owner needs more than it was given, or the adapter does not fit.
@@ -212,17 +221,41 @@ class SpanModel:
         if cache is not None:
             cache.use(blocks)
         self._require_grad(arguments.adapter is None)
-        placed = {name: self._placed(tensor) for name, tensor in inputs.items()}
         key = None if cache is None else self._plan_key(blocks, arguments, cache)
         if cache is None or key is None:
-            result = self._replay(placed, blocks, arguments, cache)
+            result = self._replay(self._all_placed(inputs), blocks, arguments, cache)
         else:
-            replay = lambda calls: self._replay(placed, blocks, arguments, cache, calls)["hidden_states"]  # noqa: E731
-            result = {"hidden_states": self._plans.step(key, placed["hidden_states"], cache, replay)}
+            result = {"hidden_states": self._step(key, inputs, blocks, arguments, cache)}
         if cache is not None:
             cache.advance(arguments.num_tokens)
             cache.rotary = self._rotary.read()
         return result
+
+    def _step(
+        self, key: Hashable, inputs: Named, blocks: Span, arguments: OwnerArguments, cache: SpanCache
+    ) -> torch.Tensor:
+        """One token of each row, by a graph, a plan, or the owner."""
+        if self.graphs is not None and blocks == self.span and not arguments.options:
+            output = self.graphs.step(inputs["hidden_states"], [(cache, arguments.rows)])
+            if output is not None:
+                return output
+        placed = self._all_placed(inputs)
+        replay = lambda calls: self._replay(placed, blocks, arguments, cache, calls)["hidden_states"]  # noqa: E731
+        return self._plans.step(key, placed["hidden_states"], cache, replay)
+
+    def note_plan(self, hidden_states: torch.Tensor, cache: SpanCache) -> Plan:
+        """The calls of all blocks in a step of one row and token, which ``cache`` takes.
+
+        Raises:
+            UnsupportedCallError: they do not follow from the position.
+        """
+        if not self._plans.may_plan(cache):
+            raise UnsupportedCallError("the blocks or their cache are of another kind")
+        arguments = OwnerArguments(rows=1, num_tokens=1)
+        inputs = {"hidden_states": self._placed(hidden_states)}
+        plan = self._plans.note(cache, lambda calls: self._replay(inputs, self.span, arguments, cache, calls))
+        cache.advance(1)
+        return plan
 
     def _plan_key(self, blocks: Span, arguments: OwnerArguments, cache: SpanCache) -> Hashable:
         """What steps have in common whose calls differ in the position alone; None for other calls."""
@@ -286,6 +319,9 @@ class SpanModel:
         if self._weights and self._weights[0].requires_grad != requires_grad:
             for weight in self._weights:
                 weight.requires_grad_(requires_grad)
+
+    def _all_placed(self, tensors: Named) -> Named:
+        return {name: self._placed(tensor) for name, tensor in tensors.items()}
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor.to(self.device)

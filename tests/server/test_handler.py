@@ -984,7 +984,7 @@ def test_other_version_is_rejected_naming_both(engine: Engine, major: int) -> No
     async def main(peer: Peer) -> None:
         end = peer.connect_silent()
         end.send(msgspec.structs.replace(client_hello(), major=major, minor=7))
-        text = f"peer speaks protocol {major}.7, we speak 1.4; update the older side"
+        text = f"peer speaks protocol {major}.7, we speak 1.5; update the older side"
         assert await end.message(messages.Reject) == messages.Reject(text)
         await asyncio.wait_for(end.closed.wait(), 1.0)
         assert peer.handler.num_connections == 0
@@ -998,7 +998,7 @@ def test_hello_says_who_the_peer_is_and_what_it_takes(engine: Engine, minor: int
         end = peer.connect_silent()
         end.send(msgspec.structs.replace(client_hello(), minor=minor))
         hello = await end.message(messages.ServerHello)
-        assert (hello.major, hello.minor) == (1, 4)
+        assert (hello.major, hello.minor) == (1, 5)
         assert hello.public_key == SERVER.public_key
         assert (hello.instance_id, hello.software) == ("first", "test peer")
         assert hello.max_body_bytes == MAX_BODY_BYTES
