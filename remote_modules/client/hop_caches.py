@@ -18,7 +18,7 @@ from remote_modules.client.swarm import Swarm
 from remote_modules.model.past import length_of
 from remote_modules.plan.routing import Hop
 from remote_modules.spans import Span
-from remote_modules.wire.messages import CacheOp
+from remote_modules.wire.messages import CacheOp, StepRequest
 
 __all__ = ["HopCaches", "PeerCache"]
 
@@ -67,6 +67,14 @@ class PeerCache:
                 tensors[name] = op
                 ops.append(CacheOp("select", tensor=name))
         return tuple(ops), tensors
+
+    def after(self, request: StepRequest) -> PeerCache:
+        """As it will be once the peer has done ``request``, which need not have reached it."""
+        return PeerCache(
+            self.session_id,
+            position=request.position + request.call.num_tokens,
+            step_id=self.step_id + 1,
+        )
 
     def twin(self) -> PeerCache:
         """A cache that is to become equal to this one, by a copy."""

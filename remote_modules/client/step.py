@@ -16,7 +16,7 @@ import torch
 
 from remote_modules.client.call import Named
 from remote_modules.client.chain import Chain, Work
-from remote_modules.client.direct import Flight, addressed, can_forward, push_input
+from remote_modules.client.direct import Flight, Flights, addressed, can_forward, prompt_chunks
 from remote_modules.client.hop_caches import HopCaches, PeerCache
 from remote_modules.client.lanes import close_session, step_lane
 from remote_modules.client.owner_history import StepInputs
@@ -63,9 +63,8 @@ class Step(Work):
         self._step = step
         self._stack = session.swarm.stack
         self._requests = StepRequests(session, step)
-        self._flights: dict[str, Flight] = {}  # by session id
+        self._flights = Flights(session)
         self._unlinked: dict[Hop, PeerError] = {}  # those whose peers could not be reached
-        self._brought_to = ""  # session that the last hop sent its outputs to
 
     async def launch(self, chain: Chain) -> None:
         """Send all hops their requests now, if some can send their outputs on to the next (`client.direct`)."""
@@ -75,41 +74,43 @@ class Step(Work):
         links = await self._links(chain)
         if not can_forward(self.session, hops, links):
             return
-        tokens = (self._position, self._position + self._step.call.num_tokens)
+        ranges = prompt_chunks(self.session, hops, self._step)
         for index, (hop, link) in enumerate(zip(hops, links, strict=True)):
             if link is None:
                 continue
-            entry = {} if index else self.outputs
-            number, cache = link.new_request_id(), self.session.caches[hop.span]
-            message, tensors = self._requests.build(number, hop, cache, tokens, None, entry)
-            message = addressed(self.session, hops, links, index, message)
-            adapter = self._step.call.adapter_of(hop.span)
-            self._flights[message.session_id] = chain.requests.launch(hop, message, tensors, link, adapter)
+            cache, adapter = self.session.caches[hop.span], self._step.call.adapter_of(hop.span)
+            for part, tokens in enumerate(ranges):
+                entry = {} if index else self._entry(hop, *tokens)
+                message, tensors = self._requests.build(link.new_request_id(), hop, cache, tokens, None, entry)
+                cache = cache.after(message)
+                message = addressed(self.session, hops, links, index, message, part)
+                flight = chain.requests.launch(hop, message, tensors, link, adapter)
+                self._flights.add(flight)
+                if index + 1 < len(hops):
+                    self._flights.link(flight, hops[index + 1])
             if index == 0:
                 await asyncio.sleep(0)  # it leaves while we make the others
 
     def ground(self) -> None:
         """Nobody waits any more for what was sent ahead."""
-        for flight in self._flights.values():
-            flight.abandon()
-        self._flights.clear()
+        self._flights.ground()
 
     async def do_hop(self, hop: Hop, chain: Chain) -> None:
         if self._step_back():
             return
         cache = self.session.caches.setdefault(hop.span, PeerCache())
-        flight = self._flights.pop(cache.session_id, None)
+        flights = self._flights.take(cache.session_id)
         start, end = hop.span.start, hop.span.end
         if self._position == self._start and self.session.keeps_history(start):
             self.histories.setdefault(start, self.session.new_history())
         is_next_without = len(self.hops) > 1 and self._lacks_history(self.hops[1])
-        if flight is None:
+        if not flights:
             connection = await self._connect(hop, cache, chain)
             old, new = await self._feed(hop, cache, chain, connection, keep_all=is_next_without)
-            self._brought_to = ""
+            self._flights.brought.clear()
         else:
             assert not is_next_without, "where the next hop needs old outputs, `_step_back` has freed this one"
-            old, new = {}, await self._land(flight, hop, cache, chain)
+            old, new = {}, await self._land_all(flights, hop, cache, chain)
         self.inputs[start] = self.outputs
         if is_next_without:
             self.histories[end] = self.session.new_history()
@@ -138,7 +139,7 @@ class Step(Work):
         rival.session.hops, rival.session.caches = [hop], {}
         rival.hops, rival.done = [hop], []
         rival.inputs, rival.histories, rival.recorded = {}, dict(self.histories), {}
-        rival._flights, rival._unlinked = {}, {}
+        rival._flights, rival._unlinked = Flights(rival.session), {}
         return rival
 
     def adopt(self, hop: Hop, rival: Work) -> None:
@@ -148,7 +149,8 @@ class Step(Work):
         self.inputs.update(rival.inputs)
         self.histories.update(rival.histories)
         self.recorded.update(rival.recorded)
-        self.outputs, self._brought_to = rival.outputs, ""
+        self.outputs = rival.outputs
+        self._flights.brought.clear()
         self.hops.pop(0)
         self.done += rival.done
         self.session.hops = [*self.done, *self.hops]
@@ -166,9 +168,8 @@ class Step(Work):
 
     def _forget(self, hop: Hop) -> PeerCache | None:
         cache = self.session.caches.pop(hop.span, None)
-        flight = None if cache is None else self._flights.pop(cache.session_id, None)
-        if flight is not None:
-            flight.abandon()
+        if cache is not None:
+            self._flights.drop(cache.session_id)
         return cache
 
     async def _connect(self, hop: Hop, cache: PeerCache, chain: Chain) -> ClientConnection:
@@ -198,42 +199,52 @@ class Step(Work):
         is_coded = bool(chain.swarm.coding.codec)  # what one that knows no codecs puts out has to be rounded here
         return connection if connection.knows_direct and (connection.knows_codecs or not is_coded) else None
 
-    async def _land(self, flight: Flight, hop: Hop, cache: PeerCache, chain: Chain) -> Named:
-        """The outputs of a hop whose request was sent ahead."""
-        message, entry, swarm = flight.message, self.outputs, chain.swarm
-        is_brought = message.awaits_input and self._brought_to == message.session_id
-        push = partial(self._push_again, flight) if is_brought else None
-        if message.awaits_input and not is_brought:
-            push_input(self.session, flight, entry)
-        adapter = self._step.call.adapter_of(hop.span)
-        num_bytes = swarm.coding.num_bytes(entry) if message.awaits_input else 0
-        kind = "decode" if message.call.num_tokens == 1 else "prefill"
-        offered = adapter.name if adapter is not None and adapter.content is None else ""
+    async def _land_all(self, flights: list[Flight], hop: Hop, cache: PeerCache, chain: Chain) -> Named:
+        """The outputs of a hop whose requests were sent ahead."""
+        parts = []
         try:
-            replies = await chain.requests.land(flight, kind, push=push, num_bytes=num_bytes, offered=offered)
-            outputs = self._taken(hop, cache, chain, message, replies, entry)
+            for flight in flights:
+                start, entry = flight.message.position, self.outputs
+                if len(flights) > 1:
+                    entry = self._entry(hop, start, start + flight.message.call.num_tokens)
+                parts.append(await self._land(flight, hop, cache, chain, entry))
         except BaseException:
-            flight.abandon()
+            for flight in flights:
+                flight.abandon()
             self._free(hop)  # whether the peer did the step is not known: a new session, by replay
-            if flight.output is not None:  # it gave nonsense, and sent that on
+            if flights[len(parts)].output is not None:  # it gave nonsense, and sent that on
                 for later in self.hops[1:]:
                     if (known := self.session.caches.get(later.span)) and known.session_id in self._flights:
                         self._free(later)
             raise
+        return self._joined(parts)
+
+    async def _land(self, flight: Flight, hop: Hop, cache: PeerCache, chain: Chain, entry: Named) -> Named:
+        message, swarm, brought = flight.message, chain.swarm, self._flights.brought
+        is_brought = message.awaits_input and flight.key in brought
+        push = partial(self._push_again, flight, entry) if is_brought else None
+        if message.awaits_input and not is_brought:
+            self._flights.push(flight, entry)
+        adapter = self._step.call.adapter_of(hop.span)
+        num_bytes = swarm.coding.num_bytes(entry) if message.awaits_input else 0
+        kind = "decode" if message.call.num_tokens == 1 else "prefill"
+        offered = adapter.name if adapter is not None and adapter.content is None else ""
+        replies = await chain.requests.land(flight, kind, push=push, num_bytes=num_bytes, offered=offered)
+        outputs = self._taken(hop, cache, chain, message, replies, entry)
         if is_brought:
-            self._note_way(hop, chain.requests.timings[-1])
+            self._note_way(hop, chain.requests.timings[-1], is_late=flight.key not in brought)
         self._note_edge(hop, cache, flight)
         return outputs
 
-    def _push_again(self, flight: Flight) -> None:
+    def _push_again(self, flight: Flight, entry: Named) -> None:
         """The input of a hop may have been lost on its way from the one before."""
-        self._brought_to = ""
-        push_input(self.session, flight, self.outputs)
+        self._flights.brought.discard(flight.key)
+        self._flights.push(flight, entry, again=True)
 
-    def _note_way(self, hop: Hop, timing: HopTiming) -> None:
+    def _note_way(self, hop: Hop, timing: HopTiming, *, is_late: bool) -> None:
         """Whether what the hop before sent on was there in time."""
         edges, before = self.session.swarm.edges, self.done[-1]
-        if self._brought_to or timing.queue_s + timing.compute_s > timing.wire_s:  # or the hop was slow
+        if not is_late or timing.queue_s + timing.compute_s > timing.wire_s:  # or the hop was slow
             edges.work(before.peer_id, hop.peer_id)
         else:
             edges.lose(before.peer_id, hop.peer_id, now_s=self.session.swarm.clock())
@@ -245,10 +256,10 @@ class Step(Work):
         cache.forwards_to = ""
         if message.forward_to is not None and output.is_forwarded:
             cache.forwards_to = message.forward_to.session_id
+            self._flights.brought.add((message.forward_to.session_id, message.forward_to.step_id))
             swarm.stats.forwarded += 1
         elif message.forward_to is not None:
             swarm.edges.miss(hop.peer_id, self.hops[1].peer_id, now_s=swarm.clock())
-        self._brought_to = cache.forwards_to
 
     def _step_back(self) -> bool:
         """Let hops start afresh whose outputs for old tokens are needed again; whether some were done already."""
@@ -263,7 +274,8 @@ class Step(Work):
             earliest = min(earliest, index - 1)
         if earliest == len(self.done):
             return False
-        self.outputs, self._brought_to = self.inputs[self.done[earliest].span.start], ""
+        self.outputs = self.inputs[self.done[earliest].span.start]
+        self._flights.brought.clear()
         self.hops = hops[earliest:]
         del self.done[earliest:]
         return True

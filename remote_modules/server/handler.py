@@ -6,6 +6,7 @@ memory links and virtual time.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping
 
@@ -259,9 +260,12 @@ class Handler:
         reply = self.steps.answered(request, may_open=not self.is_draining)
         if reply is None:
             tensors = decode_tensors(request.tensors, body)
-            if request.awaits_input:
-                tensors = _joined(tensors, await self.inbox.take(request))
-            reply = await self._compute(request, blocks, tensors, connection_id)
+            with self.inbox.turn(request) as before:
+                if request.awaits_input:
+                    tensors = _joined(tensors, await self.inbox.take(request))
+                if before is not None:
+                    await asyncio.wait([before])
+                reply = await self._compute(request, blocks, tensors, connection_id)
             self.inbox.drop(request)
         output, buffers = reply
         is_forwarded = self.forwarding.send(request, output, buffers)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -72,6 +73,7 @@ class Inbox:
         self._checked: OrderedDict[Key, _Input] = OrderedDict()
         self._unchecked: OrderedDict[Key, _Input] = OrderedDict()
         self._waiting: dict[Key, list[_Waiter]] = {}
+        self._turns: dict[str, asyncio.Future[None]] = {}  # of the step that came last, by session
 
     @property
     def num_bytes(self) -> int:
@@ -103,6 +105,18 @@ class Inbox:
         for waiter in waiters:
             waiter.bring(tensors)
         self._keep(key, entry, is_awaited=bool(waiters))
+
+    @contextmanager
+    def turn(self, request: StepRequest) -> Iterator[asyncio.Future[None] | None]:
+        """Steps of one session may be asked for at once: gives the one before, which has to be over first."""
+        before = self._turns.get(request.session_id)
+        mine = self._turns[request.session_id] = asyncio.get_running_loop().create_future()
+        try:
+            yield before
+        finally:
+            mine.set_result(None)
+            if self._turns[request.session_id] is mine:
+                del self._turns[request.session_id]
 
     async def take(self, request: StepRequest) -> Named:
         """The input of a step, once it is here; it stays until `drop`, for a step that is sent again.

@@ -241,3 +241,33 @@ def test_inputs_beyond_the_limit_are_refused_unless_their_step_waits() -> None:
         assert setting.inbox.num_bytes == 2 * NUM_BYTES
 
     run(work, max_bytes=2 * NUM_BYTES)
+
+
+def test_steps_of_a_session_follow_each_other_as_they_were_asked_for() -> None:
+    async def work(setting: Setting) -> None:
+        done: list[int] = []
+
+        async def step(number: int) -> None:
+            with setting.inbox.turn(request(step_id=number)) as before:
+                await setting.inbox.take(request(step_id=number))
+                if before is not None:
+                    await asyncio.wait([before])
+                done.append(number)
+
+        setting.open()
+        steps = [asyncio.ensure_future(step(number)) for number in (0, 1, 2)]
+        await asyncio.sleep(0)
+        for number in (2, 0, 1):
+            setting.put(step_id=number)
+            await asyncio.sleep(0.001)
+        await asyncio.gather(*steps)
+        assert done == [0, 1, 2]
+        steps = [asyncio.ensure_future(step(number)) for number in (3, 4)]
+        await asyncio.sleep(0)
+        setting.put(step_id=4)
+        steps[0].cancel()  # one that ends otherwise holds up nobody
+        await steps[1]
+        assert done[3:] == [4]
+        assert setting.inbox._turns == {}
+
+    run(work)

@@ -99,9 +99,17 @@ class Run:
         await session.close()
 
 
-def run(fault: Fault, *, step: int = 3, delay_s: float = 0.0, pause_s: float = 0.0, spares: bool = False) -> Run:
+def run(
+    fault: Fault,
+    *,
+    step: int = 3,
+    delay_s: float = 0.0,
+    pause_s: float = 0.0,
+    spares: bool = False,
+    config: ClientConfig = DIRECT,
+) -> Run:
     async def whole() -> Run:
-        swarm = await start(SPANS if spares else (), DIRECT)
+        swarm = await start(SPANS if spares else (), config)
         client = swarm.client()
         found = Run(swarm, client)
         if spares:
@@ -210,6 +218,35 @@ def test_peers_of_an_older_protocol_take_their_turns(reference: list[int], monke
     assert found.forwarded == [0] * NUM_TOKENS  # each edge has one end that does not know it
 
 
+# ------------------------------------------------------------------------------------------------- prompts in chunks
+
+CHUNKED = ClientConfig(prefill_chunk_tokens=1)
+NUM_CHUNKS = 4
+
+
+def test_chunks_of_a_prompt_are_at_all_hops_at_once(reference: list[int]) -> None:
+    found = run(lambda swarm: None, config=CHUNKED)
+    assert found.tokens == reference
+    dial_s, turn_s = 0.04, 0.02  # all at once; computing
+    assert found.took_s[0] < dial_s + STEP_S + NUM_CHUNKS * turn_s < dial_s + 2 * STEP_S
+    assert found.forwarded[0] < NUM_EDGES * NUM_CHUNKS  # peers dial each other meanwhile
+    assert found.forwarded[1:] == [NUM_EDGES] * (NUM_TOKENS - 1)
+    assert found.client.stats.failovers == 0
+
+
+@pytest.mark.parametrize("moment_s", [0.07, 0.11])
+@pytest.mark.parametrize("hop", range(len(SPANS)))
+@pytest.mark.parametrize("loss", ["crash", "reset"])
+def test_loss_while_chunks_are_under_way_changes_no_token(
+    reference: list[int], loss: str, hop: int, moment_s: float
+) -> None:
+    config = ClientConfig(prefill_chunk_tokens=1, exact_replay=True)
+    outcome = run_virtual(generate(LOSSES[loss], SPARES["same"], hop, 0, moment_s - hop * HOP_S, config))
+    assert outcome.has_fired
+    assert outcome.tokens == reference
+    assert outcome.longest_step_s <= MAX_STALL_S
+
+
 # ------------------------------------------------------------------------------------------ ways to use a model
 
 WAYS = [
@@ -244,4 +281,17 @@ def test_loss_of_a_peer_changes_nothing(mode: str, family: str, kill: str) -> No
         assert stage.stats.forwarded > 0
         assert_close(found, run_mode(stage.family.local), ROUNDING.get(family, 1e-4))
         del found
+        stage.check_end()
+
+
+@pytest.mark.parametrize(
+    ("mode", "family"),
+    [("beam", "llama"), ("padded-beam", "gemma3n_text"), ("forked", "llama"), ("two-turns", "llama")],
+)
+def test_prompts_in_chunks_are_the_local_ones_but_for_rounding(mode: str, family: str) -> None:
+    with opened(family, direct=True, prefill_chunk_tokens=2) as stage:
+        run_mode = MODES[mode][0]
+        assert_close(run_mode(stage.model), run_mode(stage.family.local), ROUNDING.get(family, 1e-4))
+        assert stage.stats.failovers == 0
+        assert stage.stats.replayed_tokens == 0 or mode == "forked"
         stage.check_end()

@@ -185,9 +185,7 @@ CASES = [(mode, family) for mode, (_, families) in MODES.items() for family in f
 GUESSING = ("assisted", "prompt-lookup", "speculation")
 MIXTURES = ("mixtral", "qwen3_next", "gpt_oss", "glm_moe_dsa")
 SAME_STEPS = [
-    (mode, family)
-    for mode, family in CASES
-    if mode not in GUESSING and not (mode == "beam" and family in MIXTURES)
+    (mode, family) for mode, family in CASES if mode not in GUESSING and not (mode == "beam" and family in MIXTURES)
 ]
 # Its softmax is over the sink, too, and rounds by the number of hidden columns: local caches that record their past
 # for a rollback keep more of them than peers show.
