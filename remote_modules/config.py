@@ -61,6 +61,7 @@ class ClientConfig:
     max_request_timeout_s: float = 30.0  # most, unless it is known to need longer, or nobody else holds the blocks
     hedge: bool = True  # ask a second peer when the first is slower than expected
     min_hedge_s: float = 0.25  # no answer is called slow before
+    keep_warm_s: float = 60.0  # after a step, that silences on far connections are filled: TCP stays ready; 0: not
     refresh_interval_s: float = 5.0  # age at which the view of the swarm is looked up again
     lookup_timeout_s: float = 5.0  # one lookup at one discovery source
     ban_s: float = 0.2  # shortest time that a failed peer is left alone; the longest doubles with each failure in a row
@@ -208,10 +209,7 @@ class TrackerConfig:
         _check_positive("identity_per_s", self.identity_per_s)
 
 
-_MAY_BE_ZERO = (
-    "prefill_chunk_tokens",
-    "retain_activations_s",
-)
+_MAY_BE_ZERO = ("keep_warm_s", "prefill_chunk_tokens", "retain_activations_s")
 _POSITIVE = (
     "num_blocks",
     "bandwidth_mbit",

@@ -188,8 +188,11 @@ class Chain:
         finally:
             stats.waiting_for = ()
 
-    async def connect(self, hop: Hop, lane: str, demand: Demand) -> ClientConnection:
+    async def connect(self, hop: Hop, lane: str, demand: Demand, *, has_cache: bool = False) -> ClientConnection:
         """The connection to the hop's peer; moves off one that failed or is leaving, if anybody else covers its blocks.
+
+        Args:
+            has_cache: whether it holds what the work needs: one that is leaving serves that until it is elsewhere.
 
         Raises:
             PeerError: it cannot be reached, failed moments ago, or is leaving; the retry loop reroutes.
@@ -200,6 +203,8 @@ class Chain:
             text = f"peer '{name}' failed moments ago"
             raise PeerRefused(text, peer_id=hop.peer_id, reason=RefusalReason.BUSY)
         connection = await swarm.connect(hop.peer_id, lane)
+        if has_cache:
+            return connection
         if connection.is_draining and swarm.router.has_route(hop.span, demand, avoid={hop.peer_id}):
             text = f"peer '{name}' is leaving"
             raise PeerRefused(text, peer_id=hop.peer_id, reason=RefusalReason.DRAINING)

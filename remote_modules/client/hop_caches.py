@@ -12,12 +12,12 @@ import torch
 
 from remote_modules.client.call import Named
 from remote_modules.client.history import History
+from remote_modules.client.lanes import close_session
 from remote_modules.client.session_key import SessionKey
 from remote_modules.client.swarm import Swarm
 from remote_modules.model.past import length_of
 from remote_modules.plan.routing import Hop
 from remote_modules.spans import Span
-from remote_modules.wire import messages
 from remote_modules.wire.messages import CacheOp, StepRequest
 
 __all__ = ["HopCaches", "PeerCache"]
@@ -274,7 +274,5 @@ class HopCaches:
 
     def free(self, hop: Hop, cache: PeerCache) -> None:
         """Tell the hop's peer, if it can be told, that the cache is of no more use."""
-        connection = self.swarm.open_connection(hop.peer_id, "step")
-        if connection is not None:
-            for session_id in filter(None, (cache.session_id, cache.replaces)):
-                connection.send(messages.CloseSession(session_id))
+        for session_id in filter(None, (cache.session_id, cache.replaces)):
+            close_session(self.swarm, hop.peer_id, session_id)

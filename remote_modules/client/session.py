@@ -136,6 +136,7 @@ class SessionState:
         await self.copies.begin_step(demand)
         if not caches.hops:
             caches.hops = list(await chain.route(self.blocks, demand))
+            self.swarm.dial_soon(hop.peer_id for hop in caches.hops)
         work = Step(caches, inputs, step, demand)
         try:
             if self.swarm.config.direct:

@@ -18,6 +18,7 @@ from remote_modules.client.call import Named
 from remote_modules.client.chain import Chain, Work
 from remote_modules.client.direct import Flight, Flights, addressed, can_forward, prompt_chunks
 from remote_modules.client.hop_caches import HopCaches, PeerCache
+from remote_modules.client.lanes import close_session, step_lane
 from remote_modules.client.owner_history import StepInputs
 from remote_modules.client.stats import HopTiming
 from remote_modules.client.step_requests import StepRequests
@@ -174,12 +175,10 @@ class Step(Work):
     async def _connect(self, hop: Hop, cache: PeerCache, chain: Chain) -> ClientConnection:
         if (error := self._unlinked.pop(hop, None)) is not None:
             raise error
-        if cache.position:  # a peer that is leaving serves what it has until that is elsewhere (`client.copies`)
-            connection = await chain.swarm.connect(hop.peer_id, "step")
-        else:
-            connection = await chain.connect(hop, "step", self.demand)
+        lane = step_lane(chain.swarm, hop.peer_id, cache.session_id, self._num_bytes(hop))
+        connection = await chain.connect(hop, lane, self.demand, has_cache=cache.position > 0)
         if cache.replaces:
-            connection.send(messages.CloseSession(cache.replaces))
+            close_session(chain.swarm, hop.peer_id, cache.replaces)
             cache.replaces = ""
         return connection
 
@@ -280,6 +279,10 @@ class Step(Work):
         self.hops = hops[earliest:]
         del self.done[earliest:]
         return True
+
+    def _num_bytes(self, hop: Hop) -> int:
+        """What enters the hop, about."""
+        return self.demand.bytes_per_token * self.demand.rows * (self.demand.num_tokens + self._behind(hop))
 
     def _behind(self, hop: Hop) -> int:
         """Old tokens that the hop's peer lacks."""

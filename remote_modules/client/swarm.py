@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from random import Random
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -182,7 +182,7 @@ class Swarm:
         await asyncio.shield(self._start_lookup())
 
     async def connect(self, peer_id: PeerId, lane: str) -> ClientConnection:
-        """The open connection of a lane ("step" or "bulk") to a peer; dials if there is none.
+        """The open connection of a lane ("step", "prefill" or "bulk") to a peer; dials if there is none.
 
         Raises:
             PeerError: the peer cannot be reached.
@@ -191,13 +191,13 @@ class Swarm:
         self._check_open()
         if (connection := self.open_connection(peer_id, lane)) is not None:
             return connection
-        key = (peer_id, lane)
-        task = self._dialling.get(key)
-        if task is None:
-            task = asyncio.get_running_loop().create_task(self._dial(key))
-            self._dialling[key] = task
-            task.add_done_callback(lambda done: self._dialled(key, done))
-        return await asyncio.shield(task)
+        return await asyncio.shield(self._start_dial((peer_id, lane)))
+
+    def dial_soon(self, peer_ids: Iterable[PeerId]) -> None:
+        """Open the connections that steps will need, all at once, without waiting; who needs one sees its failure."""
+        for peer_id in peer_ids:
+            if self.open_connection(peer_id, "step") is None:
+                self._start_dial((peer_id, "step"))
 
     def open_connection(self, peer_id: PeerId, lane: str) -> ClientConnection | None:
         """The connection of a lane if it is open; never dials."""
@@ -356,6 +356,13 @@ class Swarm:
 
     def _is_connected(self, peer_id: PeerId) -> bool:
         return any(key[0] == peer_id and link.is_open for key, link in self._connections.items())
+
+    def _start_dial(self, key: tuple[PeerId, str]) -> asyncio.Task[ClientConnection]:
+        task = self._dialling.get(key)
+        if task is None:
+            task = self._dialling[key] = asyncio.get_running_loop().create_task(self._dial(key))
+            task.add_done_callback(lambda done: self._dialled(key, done))
+        return task
 
     async def _dial(self, key: tuple[PeerId, str]) -> ClientConnection:
         connection = await self._dialer.dial(self.record(key[0]))

@@ -1,6 +1,7 @@
 """The client's side of a connection: a hello that proves the peer, requests and their answers, and a heartbeat.
 
 While answers are awaited, a peer that says nothing is pinged, and given up when it stays silent (`plan.deadlines`).
+While sessions are open, a far peer is pinged in silences, so that the next step finds TCP ready (`net.warmth`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from remote_modules.errors import (
 from remote_modules.identity import verify_hello
 from remote_modules.net.connection import Connection
 from remote_modules.net.loop import new_body
+from remote_modules.net.warmth import TICK_S, Warmth
 from remote_modules.peers import PeerId, short_id
 from remote_modules.plan.deadlines import Beat, Heartbeat
 from remote_modules.wire import messages
@@ -29,7 +31,10 @@ from remote_modules.wire.messages import Output, Refused
 from remote_modules.wire.protocol import MessageReceived, Protocol, Role
 from remote_modules.wire.tensors import decode_tensors
 
-__all__ = ["ClientConnection", "Reply"]
+__all__ = ["LARGE_BYTES", "ClientConnection", "Reply"]
+
+LARGE_BYTES = 64 * 1024  # others would notice that they wait for it
+WARM_NONCE = 1  # of pings that ask for nothing: no round trip is measured by them
 
 Reply: TypeAlias = tuple[Output, dict[str, torch.Tensor]]
 
@@ -43,6 +48,7 @@ class ClientConnection(Connection):
         silence_timeout_s: see `plan.deadlines.Heartbeat`.
         max_body_bytes: largest answer to accept.
         software: what we say we are.
+        keep_warm_s: how long after the last step of a session silences are filled.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class ClientConnection(Connection):
         silence_timeout_s: float,
         max_body_bytes: int,
         software: str,
+        keep_warm_s: float = 0.0,
     ) -> None:
         protocol = Protocol(Role.CLIENT, max_body_bytes=max_body_bytes, new_body=new_body)
         super().__init__(protocol, on_message=self._receive, on_lost=self._lose)
@@ -75,6 +82,9 @@ class ClientConnection(Connection):
         self._next_id = 0
         self._heart = Heartbeat(silence_timeout_s=silence_timeout_s)
         self._ticker: asyncio.TimerHandle | None = None
+        self._num_large = 0  # steps under way
+        self._warmth = Warmth(keep_warm_s)
+        self._warmer: asyncio.TimerHandle | None = None
         self._ping_sent_s: float | None = None
         self._pongs: list[asyncio.Future[None]] = []
 
@@ -102,6 +112,15 @@ class ClientConnection(Connection):
     def knows_adapter_parts(self) -> bool:
         """Whether the peer takes adapters part by part."""
         return self._protocol.their_minor >= messages.ADAPTER_PARTS_SINCE_MINOR
+
+    @property
+    def has_large_under_way(self) -> bool:
+        """Whether a step is under way that others should not wait for."""
+        return self._num_large > 0
+
+    def has_other_sessions(self, session_id: str) -> bool:
+        """Whether sessions other than this one are open here."""
+        return self._warmth.has_others(session_id)
 
     async def handshake(self, timeout_s: float) -> None:
         """Exchange hellos over the transport at hand.
@@ -142,6 +161,7 @@ class ClientConnection(Connection):
         self.send(message, body)
         self._answers[message.request_id] = answer
         self._start_heart()
+        is_large = self._begin_step(message, body) if isinstance(message, messages.StepRequest) else False
         timer = self._loop.call_later(timeout_s, self._expire, answer, message, timeout_s)
         try:
             event = await answer
@@ -149,6 +169,9 @@ class ClientConnection(Connection):
             timer.cancel()
             if self._answers.pop(message.request_id, None) is not None:  # no answer came, and none is awaited any more
                 self._cancel(message.request_id)
+            self._num_large -= is_large
+        if isinstance(message, messages.StepRequest):
+            self._use(message.session_id, len(event.body))
         return self._read_reply(event)
 
     async def ping(self) -> None:
@@ -186,6 +209,12 @@ class ClientConnection(Connection):
             error = PeerTimeout(f"peer '{short_id(self.peer_id)}' did not answer {text}", peer_id=self.peer_id)
             answer.set_exception(error)
 
+    def close_session(self, session_id: str) -> None:
+        """The session is of no more use to us."""
+        self._warmth.forget(session_id)
+        if self.is_open:
+            self.send(messages.CloseSession(session_id))
+
     def release_graph(self, request_id: int) -> None:
         """No backward will come for this forward, whose graph the peer keeps."""
         if self.is_open:
@@ -222,8 +251,8 @@ class ClientConnection(Connection):
                 self._take(reply, event)
             case messages.Ping(nonce):
                 self.send(messages.Pong(nonce))
-            case messages.Pong(_, load):
-                self._hear_pong(load)
+            case messages.Pong(nonce, load):
+                self._hear_pong(nonce, load)
             case messages.Draining():
                 self.is_draining = True
                 if self.on_draining is not None:
@@ -252,8 +281,10 @@ class ClientConnection(Connection):
         if not self._opened.done():
             self._opened.set_result(None)
 
-    def _hear_pong(self, load: int) -> None:
+    def _hear_pong(self, nonce: int, load: int) -> None:
         self.load = load
+        if nonce == WARM_NONCE:
+            return
         if self._ping_sent_s is not None:
             sample_s = self._loop.time() - self._ping_sent_s
             self.rtt_s = sample_s if self.rtt_s is None else min(self.rtt_s, sample_s)
@@ -267,6 +298,9 @@ class ClientConnection(Connection):
         if self._ticker is not None:
             self._ticker.cancel()
             self._ticker = None
+        if self._warmer is not None:
+            self._warmer.cancel()
+            self._warmer = None
         error = reason if isinstance(reason, PeerError) else self._unreachable(reason)
         if not self._opened.done():
             self._opened.set_exception(error)
@@ -286,8 +320,8 @@ class ClientConnection(Connection):
 
     # heartbeat
 
-    def _progress(self) -> None:
-        self._heart.heard(self._loop.time())
+    def _progress(self, now_s: float) -> None:
+        self._heart.heard(now_s)
 
     def _start_heart(self) -> None:
         if len(self._answers) + len(self._pongs) == 1:
@@ -307,3 +341,29 @@ class ClientConnection(Connection):
             self.send(messages.Ping(0))
         if self._answers or self._pongs:
             self._ticker = self._loop.call_later(self._heart.interval_s, self._tick)
+
+    # silences
+
+    def _begin_step(self, message: messages.StepRequest, body: list[Buffer]) -> bool:
+        """Whether it is a large one."""
+        num_bytes = sum(map(len, body))
+        self._use(message.session_id, num_bytes)
+        is_large = num_bytes > LARGE_BYTES
+        self._num_large += is_large
+        return is_large
+
+    def _use(self, session_id: str, num_bytes: int) -> None:
+        self._warmth.use(session_id, num_bytes, self._loop.time())
+        if self._warmer is None and self.is_open and self._is_warm():
+            self._warmer = self._loop.call_later(TICK_S, self._warm)
+
+    def _is_warm(self) -> bool:
+        return self._warmth.is_wanted(self._loop.time(), self.rtt_s)
+
+    def _warm(self) -> None:
+        self._warmer = None
+        if not (self.is_open and self._is_warm()):
+            return
+        if self._warmth.is_silent(self.bytes_sent, self.bytes_received) and not self._outgoing:
+            self.send(messages.Ping(WARM_NONCE))
+        self._warmer = self._loop.call_later(TICK_S, self._warm)

@@ -68,6 +68,7 @@ class Connection(asyncio.BufferedProtocol):
         self._outgoing: deque[memoryview] = deque()
         self._unsent_bytes = 0
         self._max_unsent_bytes = max_unsent_bytes
+        self._now_s: Callable[[], float] = lambda: 0.0  # the loop's clock
         self._heard_s = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
         self._can_write = True
@@ -137,7 +138,8 @@ class Connection(asyncio.BufferedProtocol):
         sock = transport.get_extra_info("socket")
         if sock is not None:
             _set_options(sock)
-        self._heard_s = asyncio.get_running_loop().time()
+        self._now_s = asyncio.get_running_loop().time
+        self._heard_s = self._now_s()
         self._watch(self._heard_s)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -182,8 +184,8 @@ class Connection(asyncio.BufferedProtocol):
         self._pump()
 
     def _hear(self) -> None:
-        self._heard_s = asyncio.get_running_loop().time()
-        self._progress()
+        self._heard_s = self._now_s()
+        self._progress(self._heard_s)
 
     def _watch(self, now_s: float) -> None:
         loop = asyncio.get_running_loop()
@@ -201,7 +203,7 @@ class Connection(asyncio.BufferedProtocol):
             self.send(Ping(0))
         self._watch(now_s)
 
-    def _progress(self) -> None:
+    def _progress(self, now_s: float) -> None:
         """Bytes moved, either way."""
 
     def _has_transport(self) -> bool:

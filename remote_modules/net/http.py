@@ -1,7 +1,8 @@
 """aiohttp on both ends: a peer's one port, and dialling it.
 
 A connection starts as ``GET /api/v1/connect`` with ``Upgrade: remote-modules/1``; after the 101 the transport is
-handed to `net.connection`. The same port answers ``/api/v1/record``, ``/health`` and ``/metrics``.
+handed to `net.connection`. Where a proxy refuses that upgrade, a WebSocket takes its place (`net.websocket`). The same
+port answers ``/api/v1/record``, ``/health`` and ``/metrics``.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from remote_modules.errors import PeerError, PeerTimeout, PeerUnreachable, Remot
 from remote_modules.identity import Certificate
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.net.connection import Connection
+from remote_modules.net.websocket import MESSAGE_LIMIT, WebSocketTransport
 from remote_modules.peers import PeerId, PeerRecord, SignedRecord, short_id
 
 __all__ = ["Dialer", "HttpDialer", "PeerSite"]
 
 CONNECT_PATH = "/api/v1/connect"
+WEBSOCKET_PATH = "/api/v1/websocket"
 UPGRADE = "remote-modules/1"
+PROXY_REFUSALS = (400, 426, 501, 502)  # a peer itself has no reason for them
+MAX_PROXIED = 1024  # addresses that are remembered
 
 
 class Dialer(Protocol):
@@ -57,6 +62,8 @@ class HttpDialer:
         self._config = config
         self._software = software
         self._session: aiohttp.ClientSession | None = None
+        self._proxied: dict[str, None] = {}  # addresses that pass WebSockets only, the last learnt last
+        self._carriers: set[asyncio.Task[None]] = set()  # of bytes of WebSockets
 
     async def dial(self, record: PeerRecord) -> ClientConnection:
         errors: list[str] = []
@@ -80,34 +87,76 @@ class HttpDialer:
     async def _dial(self, record: PeerRecord, address: str) -> ClientConnection:
         if self._session is None:
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
-        pin = record.certificate_sha256
-        scheme = "http" if pin is None else "https"
-        response = await self._session.get(
-            f"{scheme}://{address}{CONNECT_PATH}",
-            headers={"Connection": "Upgrade", "Upgrade": UPGRADE},
-            ssl=True if pin is None else _fingerprint(record),
-            allow_redirects=False,
-            read_until_eof=False,
-            timeout=aiohttp.ClientTimeout(total=None),
-        )
+        if address in self._proxied:
+            try:
+                return await self._dial_websocket(self._session, record, address)
+            except BaseException:
+                self._proxied.pop(address, None)  # next time all is tried anew
+                raise
+        try:
+            return await self._dial_upgrade(self._session, record, address)
+        except _UpgradeRefused as refused:
+            try:
+                connection = await self._dial_websocket(self._session, record, address)
+            except (aiohttp.ClientError, OSError, PeerError) as exc:
+                text = f"{_why(refused)}, and to a WebSocket: {_why(exc)}"
+                raise PeerUnreachable(text, peer_id=record.peer_id) from exc
+        while len(self._proxied) >= MAX_PROXIED:
+            del self._proxied[next(iter(self._proxied))]
+        self._proxied[address] = None
+        return connection
+
+    async def _dial_upgrade(self, session: aiohttp.ClientSession, record: PeerRecord, address: str) -> ClientConnection:
+        try:
+            response = await session.get(
+                _url(record, address, CONNECT_PATH),
+                headers={"Connection": "Upgrade", "Upgrade": UPGRADE},
+                ssl=_verification(record),
+                allow_redirects=False,
+                read_until_eof=False,
+                timeout=aiohttp.ClientTimeout(total=None),
+            )
+        except aiohttp.ServerDisconnectedError as exc:
+            raise _UpgradeRefused("hung up instead of an upgrade", peer_id=record.peer_id) from exc
         http = response.connection
         if response.status != 101 or http is None or http.transport is None:
             response.close()
-            raise PeerUnreachable(f"answered {response.status} instead of an upgrade", peer_id=record.peer_id)
-        connection = ClientConnection(
-            PeerId(record.peer_id),
-            nonce=secrets.token_bytes(32),
-            certificate_sha256=pin or "",
-            silence_timeout_s=self._config.silence_timeout_s,
-            max_body_bytes=self._config.max_request_bytes,
-            software=self._software,
-        )
+            kind = _UpgradeRefused if response.status in PROXY_REFUSALS else PeerUnreachable
+            raise kind(f"answered {response.status} instead of an upgrade", peer_id=record.peer_id)
+        connection = self._new_connection(record)
         _take_over(http.transport, connection)
         # aiohttp closes the transport of a response that is collected: it must live as long as the connection, and
         # end with it
         connection.on_close(lambda _: response.close())
         await connection.handshake(self._config.connect_timeout_s)
         return connection
+
+    async def _dial_websocket(
+        self, session: aiohttp.ClientSession, record: PeerRecord, address: str
+    ) -> ClientConnection:
+        url = _url(record, address, WEBSOCKET_PATH)
+        websocket = await session.ws_connect(url, ssl=_verification(record), max_msg_size=MESSAGE_LIMIT, compress=0)
+        connection = self._new_connection(record)
+        carrier = asyncio.ensure_future(WebSocketTransport(websocket, connection).run())
+        self._carriers.add(carrier)
+        carrier.add_done_callback(self._carriers.discard)
+        await connection.handshake(self._config.connect_timeout_s)
+        return connection
+
+    def _new_connection(self, record: PeerRecord) -> ClientConnection:
+        return ClientConnection(
+            PeerId(record.peer_id),
+            nonce=secrets.token_bytes(32),
+            certificate_sha256=record.certificate_sha256 or "",
+            silence_timeout_s=self._config.silence_timeout_s,
+            max_body_bytes=self._config.max_request_bytes,
+            software=self._software,
+            keep_warm_s=self._config.keep_warm_s,
+        )
+
+
+class _UpgradeRefused(PeerUnreachable):
+    """As a proxy does that passes no upgrade but to WebSocket."""
 
 
 class PeerSite:
@@ -150,6 +199,7 @@ class PeerSite:
         """
         app = web.Application(client_max_size=64 * 1024)
         app.router.add_get(CONNECT_PATH, self._connect)
+        app.router.add_get(WEBSOCKET_PATH, self._connect_websocket)
         app.router.add_get("/api/v1/record", self._show_record)
         app.router.add_get("/health", self._show_health)
         app.router.add_get("/metrics", self._show_metrics)
@@ -196,6 +246,21 @@ class PeerSite:
             connection.abort()
         return response
 
+    async def _connect_websocket(self, request: web.Request) -> web.StreamResponse:
+        websocket = web.WebSocketResponse(max_msg_size=MESSAGE_LIMIT, compress=False)
+        if not websocket.can_prepare(request).ok:
+            return web.Response(status=426, text="upgrade to websocket expected\n", headers={"Upgrade": "websocket"})
+        connection = self._accept()
+        if connection is None:
+            return web.Response(status=503, text="not ready, or too many connections\n")
+        try:
+            await websocket.prepare(request)
+        except BaseException:
+            connection.connection_lost(None)  # else it would count as open for ever
+            raise
+        await WebSocketTransport(websocket, connection).run()
+        return websocket
+
     async def _show_record(self, request: web.Request) -> web.Response:
         signed = self._record()
         if signed is None:
@@ -207,6 +272,14 @@ class PeerSite:
 
     async def _show_metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=self._metrics(), content_type="text/plain")
+
+
+def _url(record: PeerRecord, address: str, path: str) -> str:
+    return f"{'http' if record.certificate_sha256 is None else 'https'}://{address}{path}"
+
+
+def _verification(record: PeerRecord) -> aiohttp.Fingerprint | bool:
+    return True if record.certificate_sha256 is None else _fingerprint(record)
 
 
 def _fingerprint(record: PeerRecord) -> aiohttp.Fingerprint:
@@ -223,6 +296,8 @@ def _why(exc: Exception) -> str:
         text = "its TLS certificate is not the one that its record names"
     elif isinstance(exc, aiohttp.ClientConnectorError):
         text = str(exc.os_error)
+    elif isinstance(exc, aiohttp.WSServerHandshakeError):
+        text = f"answered {exc.status}"
     elif isinstance(exc, aiohttp.ClientResponseError):
         text = exc.message
     return " ".join(text.split()) or type(exc).__name__

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
-from remote_modules.wire.bodies import BodyPool
+from remote_modules.wire.bodies import REUSED_BYTES, BodyPool
 from remote_modules.wire.framing import Body
 
 __all__ = ["LoopThread", "new_body", "shared_loop"]
@@ -22,6 +22,8 @@ _pools = threading.local()
 
 def new_body(num_bytes: int) -> Body:
     """Memory for a body that the event loop of this thread receives; that of all its connections is one pool."""
+    if num_bytes < REUSED_BYTES:
+        return bytearray(num_bytes)
     pool: BodyPool | None = getattr(_pools, "bodies", None)
     if pool is None:
         pool = _pools.bodies = BodyPool()

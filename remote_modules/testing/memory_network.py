@@ -213,6 +213,7 @@ class MemoryDialer:
             silence_timeout_s=self._config.silence_timeout_s,
             max_body_bytes=self._config.max_request_bytes,
             software="simulation",
+            keep_warm_s=self._config.keep_warm_s,
         )
 
     async def aclose(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BodyPool"]
+__all__ = ["REUSED_BYTES", "BodyPool"]
 
 REUSED_BYTES = 1 << 20  # smaller ones come from the allocator's own free lists
 MAX_HELD_BYTES = 256 << 20

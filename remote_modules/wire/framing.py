@@ -24,8 +24,7 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from remote_modules.errors import LocalProtocolError, RemoteProtocolError
 from remote_modules.wire.checksum import crc32
@@ -45,8 +44,7 @@ Buffer = bytes | bytearray | memoryview
 Body = bytearray | memoryview  # may be written to, so that tensors can lie in it
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One frame as it arrived; ``body`` is its own for as long as something refers to it."""
 
     header: bytes
@@ -110,7 +108,8 @@ class FrameReader:
         self._end = 0
         self._header: bytes | None = None  # set while a body is awaited
         self._body: Body = bytearray()
-        self._body_crc = 0
+        self._body_crc = 0  # that it must have
+        self._crc = 0  # of what came of it
         self._filled = 0
         self._frames: deque[Frame] = deque()
 
@@ -138,8 +137,10 @@ class FrameReader:
             RemoteProtocolError: the bytes are no frame, too large, or fail their checksum.
         """
         if self._header is not None:
-            self._filled += num_bytes
-            if self._filled < len(self._body):
+            end = self._filled + num_bytes
+            self._crc = crc32(memoryview(self._body)[self._filled : end], self._crc)  # while it is in the cache
+            self._filled = end
+            if end < len(self._body):
                 return
             self._finish_frame()
         else:
@@ -172,7 +173,9 @@ class FrameReader:
         self._start = header_start + header_bytes
         self._header, self._body, self._body_crc = header, self._new_body(body_bytes), body_crc
         self._filled = min(body_bytes, self._end - self._start)
-        self._body[: self._filled] = self._view[self._start : self._start + self._filled]
+        staged = self._view[self._start : self._start + self._filled]
+        self._body[: self._filled] = staged
+        self._crc = crc32(staged)
         self._start += self._filled
         if self._filled < body_bytes:
             return False
@@ -188,7 +191,7 @@ class FrameReader:
             raise RemoteProtocolError(f"frame of {body_bytes} bytes exceeds limit of {self.max_body_bytes} bytes")
 
     def _finish_frame(self) -> None:
-        if crc32(self._body) != self._body_crc:
+        if self._crc != self._body_crc:
             raise RemoteProtocolError(f"checksum of a frame body of {len(self._body)} bytes does not match its bytes")
         assert self._header is not None
         self._frames.append(Frame(self._header, self._body))

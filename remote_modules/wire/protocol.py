@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from remote_modules.errors import LocalProtocolError, RemoteProtocolError
 from remote_modules.wire import messages
@@ -43,8 +43,7 @@ class State(enum.Enum):
     CLOSED = "closed"
 
 
-@dataclass(frozen=True, slots=True)
-class MessageReceived:
+class MessageReceived(NamedTuple):
     """A message and the raw bytes of its tensors (`wire.tensors.decode_tensors` reads them)."""
 
     message: Message
@@ -66,11 +65,12 @@ _CLIENT_SENDS = (
     messages.Pong,
 )
 _SERVER_SENDS = (messages.Output, messages.Refused, messages.Ping, messages.Pong, messages.Draining)
-_ALLOWED: dict[tuple[Role, State], tuple[type, ...]] = {
-    (Role.CLIENT, State.START): (messages.ClientHello,),
-    (Role.CLIENT, State.OPEN): _CLIENT_SENDS,
-    (Role.SERVER, State.GREETED): (messages.ServerHello, messages.Reject),
-    (Role.SERVER, State.OPEN): _SERVER_SENDS,
+_ALLOWED: dict[Role, dict[State, frozenset[type]]] = {
+    Role.CLIENT: {State.START: frozenset({messages.ClientHello}), State.OPEN: frozenset(_CLIENT_SENDS)},
+    Role.SERVER: {
+        State.GREETED: frozenset({messages.ServerHello, messages.Reject}),
+        State.OPEN: frozenset(_SERVER_SENDS),
+    },
 }
 
 
@@ -142,7 +142,8 @@ class Protocol:
             limit = self.their_max_body_bytes
             raise LocalProtocolError(f"message of {body_bytes} bytes exceeds the other side's limit of {limit} bytes")
         self._outgoing += encode_frame(encode_message(message), body)
-        self._advance(message)
+        if self.state is not State.OPEN:
+            self._advance(message)
 
     def data_to_send(self) -> list[Buffer]:
         """Buffers to put on the wire now, in order; each is returned once."""
@@ -153,13 +154,17 @@ class Protocol:
         while (frame := self._reader.next_frame()) is not None:
             message = decode_message(frame.header)
             self._check_allowed(self.their_role, message, RemoteProtocolError)
-            if isinstance(message, messages.ServerHello):
-                self._check_version(message.major, message.minor)
-            if isinstance(message, messages.ClientHello | messages.ServerHello):
-                self.their_max_body_bytes = message.max_body_bytes
-                self.their_minor = message.minor
-            self._advance(message)
+            if self.state is not State.OPEN:
+                self._greet(message)
+                self._advance(message)
             self._events.append(MessageReceived(message, frame.body))
+
+    def _greet(self, message: Message) -> None:
+        if isinstance(message, messages.ServerHello):
+            self._check_version(message.major, message.minor)
+        if isinstance(message, messages.ClientHello | messages.ServerHello):
+            self.their_max_body_bytes = message.max_body_bytes
+            self.their_minor = message.minor
 
     def _advance(self, message: Message) -> None:
         if isinstance(message, messages.ClientHello):
@@ -167,11 +172,12 @@ class Protocol:
         elif isinstance(message, messages.ServerHello):
             self.state = State.OPEN
             self._reader.max_body_bytes = self.max_body_bytes
-        elif isinstance(message, messages.Reject):
+        else:
+            assert isinstance(message, messages.Reject)
             self.state = State.CLOSED
 
     def _check_allowed(self, sender: Role, message: Message, error: type[Exception]) -> None:
-        if not isinstance(message, _ALLOWED.get((sender, self.state), ())):
+        if type(message) not in _ALLOWED[sender].get(self.state, ()):
             name = type(message).__name__
             raise error(f"{name} may not be sent by the {sender.value} in state '{self.state.value}'")
 

@@ -206,7 +206,11 @@ def client_hello(*, max_body_bytes: int = MAX_BODY_BYTES) -> messages.ClientHell
 
 
 def client_connection(
-    peer_id: PeerId = SERVER.peer_id, *, silence_timeout_s: float = 60.0, certificate_sha256: str = ""
+    peer_id: PeerId = SERVER.peer_id,
+    *,
+    silence_timeout_s: float = 60.0,
+    certificate_sha256: str = "",
+    keep_warm_s: float = 0.0,
 ) -> ClientConnection:
     return ClientConnection(
         peer_id,
@@ -215,6 +219,7 @@ def client_connection(
         silence_timeout_s=silence_timeout_s,
         max_body_bytes=MAX_BODY_BYTES,
         software="test client",
+        keep_warm_s=keep_warm_s,
     )
 
 

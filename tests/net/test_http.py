@@ -314,7 +314,11 @@ NOT_THE_ONE = "its TLS certificate is not the one that its record names"
 NO_PIN = "its record names no SHA-256 of a certificate"
 PINS: dict[str, tuple[Certificate | None, str | None, str]] = {
     "other-certificate": (CERTIFICATE, OTHER_CERTIFICATE.sha256, NOT_THE_ONE),
-    "tls-peer-dialled-without-pin": (CERTIFICATE, None, "Server disconnected"),
+    "tls-peer-dialled-without-pin": (
+        CERTIFICATE,
+        None,
+        "hung up instead of an upgrade, and to a WebSocket: Server disconnected",
+    ),
     "plain-peer-dialled-with-pin": (None, CERTIFICATE.sha256, "[SSL"),
     "pin-that-is-no-hex": (CERTIFICATE, "z" * 64, NO_PIN),
     "pin-of-the-wrong-length": (CERTIFICATE, "00", NO_PIN),
