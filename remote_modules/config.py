@@ -73,7 +73,9 @@ class ClientConfig:
     history_memory_bytes: int = 4 * 1024**3  # what sessions keep to rebuild lost KV caches; beyond it goes to disk
     history_dtype: str = "compute"  # as it came, or "int8": a quarter of float32, and replays that are a little off
     history_folder: Path | None = None  # for the file beyond history_memory_bytes; None: the system's choice
-    wire: str = "compute"  # hidden states and gradients as they are, or "int8": a quarter of float32, a little off
+    wire: str = (
+        "compute"  # hidden states and gradients as they are; "int8": half of 16 bits; "int4": prefill, forward too
+    )
     max_request_bytes: int = 256 * 1024 * 1024  # tensors of one request
     microbatch_tokens: int = 1024  # rows x tokens of one request of a training pass; larger batches are cut by rows
     max_microbatches_in_flight: int = 48  # of all passes; fewer where fewer keep all hops busy
@@ -94,7 +96,7 @@ class ClientConfig:
                     _check_positive(one.name, value)
         _check_choice("keep_histories", self.keep_histories, ("each_hop", "first"))
         _check_choice("history_dtype", self.history_dtype, ("compute", "int8"))
-        _check_choice("wire", self.wire, ("compute", "int8"))
+        _check_choice("wire", self.wire, ("compute", "int8", "int4"))
         if self.max_ban_s < self.ban_s:
             raise ValueError(f"max_ban_s must be at least ban_s, got {self.max_ban_s} and {self.ban_s}")
         if self.max_request_timeout_s < self.min_request_timeout_s:

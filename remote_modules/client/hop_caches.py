@@ -35,7 +35,7 @@ class PeerCache:
         replaces: a session there that is of no more use.
     """
 
-    session_id: str = field(default_factory=lambda: secrets.token_hex(16))
+    session_id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     position: int = 0
     step_id: int = 0
     version: int = 0

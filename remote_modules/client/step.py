@@ -164,17 +164,20 @@ class Step(Work):
             cache = self.session.caches.setdefault(hop.span, PeerCache())
         call = self._step.call
         self.session.swarm.stats.replayed_tokens += behind
+        is_exact = self._stack.replays_steps or chain.swarm.config.exact_replay or self._is_short(behind)
         chunks = self._step.chunks(
             behind,
             max(1, chain.swarm.config.max_replay_tokens // max(1, call.rows)),
-            is_exact=self._stack.replays_steps or chain.swarm.config.exact_replay or self._is_short(behind),
+            is_exact=is_exact,
             is_apart=bool(call.record),
         )
         old: list[Named] = []
         new: list[Named] = []
         for start, end in chunks:
             wanted = end - start if keep_all else max(0, min(end - start, end - self._position))
-            outputs = await self._send(hop, cache, chain, connection, (start, end), wanted)
+            outputs = await self._send(
+                hop, cache, chain, connection, (start, end), wanted, is_merged=behind > 0 and not is_exact
+            )
             num_old = max(0, wanted - max(0, end - max(start, self._position)))
             if num_old:
                 old.append(self._cut(outputs, 0, num_old))
@@ -222,6 +225,8 @@ class Step(Work):
         connection: ClientConnection,
         tokens: tuple[int, int],
         num_outputs: int,
+        *,
+        is_merged: bool,
     ) -> Named:
         ops, indices = cache.ops()
         past, start = {}, cache.next_position
@@ -259,7 +264,7 @@ class Step(Work):
         )
         kind = "decode" if num_tokens == 1 else "prefill"
         try:
-            replies = await chain.requests.send(hop, kind, message, tensors, connection, adapter)
+            replies = await chain.requests.send(hop, kind, message, tensors, connection, adapter, is_merged=is_merged)
             recorded = {name: replies.pop(name) for name in list(replies) if name.startswith("record.")}
             recorded = chain.answers.check_recorded(hop, recorded, meta)
             output = chain.answers.check_outputs(hop, replies, entry, meta, num_outputs)

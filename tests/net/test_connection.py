@@ -152,7 +152,7 @@ def reset(server: PlainEnd, hello: messages.ClientHello) -> None:
         (forged_signature, ": signature of the hello does not fit its key"),
         (borrowed_signature, ": signature of the hello does not fit its key"),
         (old_signature, ": signature of the hello does not fit its key"),
-        (other_version, ": peer speaks protocol 2.0, we speak 1.4; update the older side"),
+        (other_version, ": peer speaks protocol 2.0, we speak 1.5; update the older side"),
         (rejection, ": connection rejected: too old"),
         (hang_up, ""),
         (reset, ": connection reset by peer"),

@@ -984,7 +984,7 @@ def test_other_version_is_rejected_naming_both(engine: Engine, major: int) -> No
     async def main(peer: Peer) -> None:
         end = peer.connect_silent()
         end.send(msgspec.structs.replace(client_hello(), major=major, minor=7))
-        text = f"peer speaks protocol {major}.7, we speak 1.4; update the older side"
+        text = f"peer speaks protocol {major}.7, we speak 1.5; update the older side"
         assert await end.message(messages.Reject) == messages.Reject(text)
         await asyncio.wait_for(end.closed.wait(), 1.0)
         assert peer.handler.num_connections == 0

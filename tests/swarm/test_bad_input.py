@@ -685,7 +685,7 @@ def test_stream_that_ends_inside_a_frame_is_forgotten(swarm: LocalSwarm, others:
 def test_another_major_version_is_rejected_naming_both(swarm: LocalSwarm, others: Undisturbed) -> None:
     with others(), upgraded(swarm.peers[1].address) as sock:
         sock.sendall(frame(messages.ClientHello(9, 4, b"n" * 32, 2**20, "from the future")))
-        assert b"peer speaks protocol 9.4, we speak 1.4; update the older side" in read_to_the_end(sock)
+        assert b"peer speaks protocol 9.4, we speak 1.5; update the older side" in read_to_the_end(sock)
 
 
 def test_peer_of_another_identity_is_not_believed(

@@ -276,7 +276,7 @@ def test_stream_that_ends_inside_a_frame_is_an_error_once() -> None:
 
 def test_other_major_version_of_the_server_is_refused_naming_both() -> None:
     pair = ConnectionPair.in_state(State.GREETED)
-    with pytest.raises(RemoteProtocolError, match=r"peer speaks protocol 2\.7, we speak 1\.4; update the older side"):
+    with pytest.raises(RemoteProtocolError, match=r"peer speaks protocol 2\.7, we speak 1\.5; update the older side"):
         pair.inject(Role.SERVER, frame_of(msgspec.structs.replace(SERVER_HELLO, major=2, minor=7)))
     client = pair.ends[Role.CLIENT]
     assert client.state is State.CLOSED
@@ -288,7 +288,7 @@ def test_other_major_version_of_the_client_can_be_rejected_naming_both() -> None
     (event,) = pair.pass_on(Role.CLIENT, msgspec.structs.replace(CLIENT_HELLO, major=0, minor=9))
     assert isinstance(event.message, messages.ClientHello)
     text = check_version(event.message.major, event.message.minor)
-    assert text == "peer speaks protocol 0.9, we speak 1.4; update the older side"
+    assert text == "peer speaks protocol 0.9, we speak 1.5; update the older side"
     assert pair.pass_on(Role.SERVER, messages.Reject(text))[0].message == messages.Reject(text)
     assert pair.state is State.CLOSED
 
