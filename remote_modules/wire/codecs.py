@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from remote_modules.wire import mxint8, outliers
+from remote_modules.wire import forms, mxint8, outliers
 
 __all__ = [
     "CODECS",
@@ -42,7 +42,7 @@ class _Codec:
     decode: Callable[[torch.Tensor, tuple[int, ...], torch.dtype], torch.Tensor]
 
 
-def _with_outliers(form: outliers.Form) -> _Codec:
+def _with_outliers(form: forms.Form) -> _Codec:
     return _Codec(
         outliers.MAX_VALUES,
         partial(outliers.num_bytes, form),
@@ -53,8 +53,8 @@ def _with_outliers(form: outliers.Form) -> _Codec:
 
 CODECS = {
     "int8": _Codec(2**53, mxint8.num_bytes, mxint8.encode, mxint8.decode),
-    "int8o": _with_outliers(outliers.INT8),
-    "int4o": _with_outliers(outliers.INT4),
+    "int8o": _with_outliers(forms.INT8),
+    "int4o": _with_outliers(forms.INT4),
 }
 THIN_CODECS = ("int8o", "int4o")  # who knows these reads a last tensor without padding
 

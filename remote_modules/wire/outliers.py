@@ -1,63 +1,31 @@
-"""The codecs ``int8o`` and ``int4o``: blockwise integers, and a few outliers of each vector apart.
+"""The codecs ``int8o`` and ``int4o``: blocks of values as `wire.forms` codes them, and a few outliers of each vector apart.
 
-A vector's outliers travel as bfloat16 with their indices. Of the other values each block shares a step, of which they are
-whole multiples: an eighth of an octave apart from the next, one byte, counted down from the vector's largest step. To
-code again what was decoded gives the same bytes: the largest multiple of a block says which step it had (the bounds leave
-room for the rounding of bfloat16), and an outlier that would not be larger than all other values is made so.
+A vector's outliers travel as bfloat16 with their indices. Each block of other values has a step, one byte, counted down
+from the vector's largest one. To code again what was decoded gives the same bytes: forms see to that for steps and
+codes, and an outlier that would not be larger than all other values is made so.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from remote_modules.errors import RemoteProtocolError
+from remote_modules.wire.forms import LEAST_STEP, STEPS_PER_OCTAVE, Array, Form
 
-__all__ = ["INT4", "INT8", "MAX_VALUES", "Form", "decode", "encode", "num_bytes", "num_outliers"]
-
-Array = NDArray[Any]
+__all__ = ["LIMIT", "MAX_VALUES", "decode", "encode", "num_bytes", "num_outliers"]
 
 MAX_VALUES = 65_536  # of a vector: indices have 16 bits
 MIN_OUTLIERS, MAX_OUTLIERS, VALUES_PER_OUTLIER = 4, 16, 512
-STEPS_PER_OCTAVE = 8
-LEAST_STEP = {torch.float32: -800, torch.bfloat16: -800, torch.float16: -176}  # 2**-100 and 2**-22
-LARGEST_STEP = 960  # 2**120
-MOST_BELOW = 255  # steps of a vector are at most so many eighths below its largest one
 LIMIT = {torch.float32: 2.0**120, torch.bfloat16: 2.0**120, torch.float16: 57_344.0}  # coded values are below
 CHUNK = 2**17  # values at a time: what is worked on stays in the processor's cache
 
-_FRACTIONS = np.exp2(np.arange(STEPS_PER_OCTAVE) / STEPS_PER_OCTAVE).astype(np.float32)
 _LIMITS = {dtype: int(np.float32(limit).view(np.int32)) for dtype, limit in LIMIT.items()}  # as bits
 _LEAST_FLOAT16 = np.float32(2.0**-24)
 _TINY = np.float32(2.0**-120)  # its step is below all others
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How large the parts of a codec are.
-
-    Attributes:
-        block: values that share a step.
-        largest: code, which is symmetric around zero.
-        most_steps: of a block's largest value; rounds to ``largest`` and still does so in bfloat16, an eighth of an
-            octave below to more than half of the codes.
-        codes_per_byte: 1 or 2.
-    """
-
-    block: int
-    largest: int
-    most_steps: float
-    codes_per_byte: int
-
-
-INT8 = Form(block=64, largest=126, most_steps=127.06, codes_per_byte=1)
-INT4 = Form(block=32, largest=7, most_steps=7.2, codes_per_byte=2)
 
 
 def num_outliers(length: int) -> int:
@@ -73,7 +41,7 @@ def num_bytes(form: Form, shape: tuple[int, ...]) -> int:
 def _widths(form: Form, length: int) -> tuple[int, int, int, int, int]:
     """Bytes of a vector: its codes, largest step, steps, outliers, their indices."""
     count = num_outliers(length)
-    return -(-length // form.codes_per_byte), 2, -(-length // form.block), 2 * count, 2 * count
+    return form.width(length), 2, -(-length // form.block), 2 * count, 2 * count
 
 
 # -------------------------------------------------------------------------------- encode
@@ -106,21 +74,16 @@ def _encode(form: Form, vectors: torch.Tensor) -> list[Array] | None:
     values[rows, indices] = 0.0
     blocks = values.reshape(num_rows, -1, form.block)
     largest = torch.from_numpy(blocks).abs().amax(-1).numpy()
-    steps = np.maximum(_step_of(form, largest), LEAST_STEP[vectors.dtype])
-    bases = steps.max(-1, keepdims=True)
-    steps = np.maximum(steps, bases - MOST_BELOW)
-    scales = _scale_of(steps)
-    inverses = 1 / scales
-    blocks *= inverses[..., None]
-    np.rint(blocks, out=blocks)
-    np.clip(blocks, -form.largest, form.largest, out=blocks)
-    ordinary = (np.minimum(np.rint(largest * inverses), form.largest) * scales).max(-1, keepdims=True)
-    codes = values.astype(np.int8).view(np.uint8)[:, :length]
+    own = _step_of(form, largest)
+    least = form.least_float16 if vectors.dtype is torch.float16 else LEAST_STEP
+    bases = np.maximum(own.max(-1, keepdims=True), least)
+    steps = np.maximum(own, np.maximum(bases - form.most_below, least))
+    codes, marks, decoded = form.quantize(blocks, steps, largest, own == steps)
     return [
-        _pack(codes) if form.codes_per_byte == 2 else np.ascontiguousarray(codes),
+        form.pack(codes[:, :length]),
         bases.astype("<i2"),
-        (bases - steps).astype(np.uint8),
-        _raised(outliers, ordinary, vectors.dtype).astype("<u2"),
+        (bases - steps + marks).astype(np.uint8),
+        _raised(outliers, decoded.max(-1, keepdims=True), vectors.dtype).astype("<u2"),
         indices.astype("<u2"),
     ]
 
@@ -161,11 +124,6 @@ def _bounds(most_steps: float) -> tuple[int, Array]:
     return octaves + 1, bounds.astype(np.float32)
 
 
-def _scale_of(steps: Array) -> Array:
-    scales: Array = np.ldexp(_FRACTIONS[steps & (STEPS_PER_OCTAVE - 1)], steps >> 3)
-    return scales
-
-
 def _raised(outliers: Array, ordinary: Array, dtype: torch.dtype) -> Array:
     """``outliers``, given as bits of float32, as bits of bfloat16; larger than ``ordinary``, the largest other value."""
     if dtype is torch.float16:
@@ -193,14 +151,6 @@ def _above(bits: Array) -> Array:
     return above
 
 
-def _pack(codes: Array) -> Array:
-    """Two of four bits in each byte, the first in the lower half."""
-    if codes.shape[1] % 2:
-        codes = np.pad(codes, ((0, 0), (0, 1)))
-    packed: Array = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
-    return packed
-
-
 # -------------------------------------------------------------------------------- decode
 
 
@@ -220,27 +170,14 @@ def decode(form: Form, data: torch.Tensor, shape: tuple[int, ...], dtype: torch.
     codes, bases, below, outliers, indices = parts
     if int(indices.max()) >= length:
         raise RemoteProtocolError(f"outlier has index {int(indices.max())}, in a vector of {length} values")
-    steps = np.clip(bases.astype(np.int32) - below, LEAST_STEP[torch.float32], LARGEST_STEP)
     outliers = (outliers.astype(np.uint32) << 16).view(np.float32)
     decoded = torch.empty((num_rows, length), dtype=dtype)
     most = torch.finfo(dtype).max
     count = max(1, CHUNK // length)
     for start in range(0, num_rows, count):
         part = slice(start, start + count)
-        values = _values(form, codes[part], length) * _scale_of(steps[part])[..., None]
-        values = values.reshape(len(values), -1)
+        values = np.zeros((len(codes[part]), -(-length // form.block) * form.block), np.float32)
+        form.dequantize(codes[part], below[part], bases[part].astype(np.int32), values)
         values[np.arange(len(values))[:, None], indices[part]] = outliers[part]
         decoded[part] = torch.from_numpy(values)[:, :length].clamp_(-most, most)
     return decoded.reshape(shape)
-
-
-def _values(form: Form, codes: Array, length: int) -> Array:
-    """Codes as floats, in whole blocks ``[R, blocks, block]``."""
-    values = np.zeros((len(codes), -(-length // form.block) * form.block), np.float32)
-    if form.codes_per_byte == 1:
-        values[:, :length] = codes.view(np.int8)
-    else:
-        width = codes.shape[1]
-        values[:, 0 : 2 * width : 2] = (codes << 4).view(np.int8) >> 4
-        values[:, 1 : 2 * width : 2] = codes.view(np.int8) >> 4
-    return values.reshape(len(codes), -1, form.block)
