@@ -75,7 +75,7 @@ families: $(READY)
 
 # Those that need no accelerator, or those that are named: make bench SCENARIOS=device ARGS="--device cuda"
 bench: $(READY)
-	@for name in $(SCENARIOS); do echo "== $$name" >&2; $(BIN)/remote-modules bench $$name $(ARGS) || exit 1; done
+	@status=0; for name in $(SCENARIOS); do echo "== $$name" >&2; $(BIN)/remote-modules bench $$name $(ARGS) || status=1; done; exit $$status
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,13 +1,14 @@
 """Decoding through a peer on an accelerator, against the same span in one process, and against reading its memory once.
 
     python benchmarks/decode_device.py [--device cuda] [--shape 70b|8b] [--rows 1 8 32] [--past 2048] [--rounds 5]
+        [--no-graphs] [--compile 1 8 32]
 
 A span of random blocks, by default ten of the shape of Llama 70B in bf16, is saved to a folder and loaded by a peer
 process; this process has the same span, and is the client: hidden states on the CPU. A step is one token of each row.
 In each round the local span does a number of steps on its own cache, all queued before the device is waited for; then
 as many with the hidden states brought from the CPU and back, which a peer must do, too; then the client does them
 through the peer. The limit is the time to read the weights, and the keys and values, once, at the rate at which the
-device reads a large tensor (the largest value of it is looked for), measured in each round as well.
+device reads a large tensor, measured in each round as well.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "4")
 
 import torch
 from _device_span import add_shape, build, config_of, wait
+from _read_rate import read_rate
 from _report import Bar, print_report, say, table
 from torch import nn
 from transformers import DynamicCache, LlamaConfig
@@ -38,6 +40,7 @@ from remote_modules.testing import LocalSwarm, child_process
 
 START_TIMEOUT_S = 400.0  # of a peer that reads, hashes and measures 17 GB
 PREFILL_TOKENS = 512  # of all rows, in each call that fills the caches
+KV_BYTES = 16 << 30
 READ_BYTES = 4 << 30
 BARS = {("70b", 1): 0.85, ("70b", 8): 0.75, ("70b", 32): 0.75, ("8b", 1): 0.60}  # of the read limit
 OVERHEAD_BAR_S = 0.3e-3  # a step's time above the peer's computing
@@ -64,18 +67,6 @@ class Outcome:
     difference: float = 0.0
 
 
-def read_rate(device: torch.device, num_bytes: int) -> float:
-    """Bytes/s that the device reads."""
-    data = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=device)
-    data.amax()
-    wait(device)
-    began_s = time.perf_counter()
-    for _ in range(5):
-        data.amax()
-    wait(device)
-    return 5 * data.nbytes / (time.perf_counter() - began_s)
-
-
 def bytes_of(local: nn.Module, config: LlamaConfig, rows: int, past: int) -> int:
     """Weights of the blocks, and their keys and values."""
     weights = sum(parameter.nbytes for name, parameter in local.named_parameters() if name.startswith("layers."))
@@ -96,6 +87,9 @@ class Bench:
             mode="process",
             device=options.device,
             max_batch_tokens=max(8192, PREFILL_TOKENS),
+            graphs=options.graphs,
+            compile_rows=tuple(options.compile),
+            kv_budget_bytes=KV_BYTES if options.device == "cuda" else None,
         )
 
     def measure(self) -> list[Outcome]:
@@ -176,6 +170,10 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32], help="sequences in a step")
     parser.add_argument("--past", type=int, default=2048, help="tokens in the caches, where there are several rows")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="of the peer")
+    parser.add_argument(
+        "--compile", type=int, nargs="*", default=[], help="rows for which the peer compiles its blocks"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny blocks, one round, no bars")
     options = parser.parse_args(arguments)
     if options.quick:

@@ -41,7 +41,7 @@ import torch
 from _arms import Arm, ModelArm, RemoteArm, StagesArm, interleave, median_ratio, offloaded, waterfall_of
 from _report import machine, say, table
 from _systems import OtherSystem
-from overhead import NUM_BLOCKS, build_checkpoint
+from overhead import NUM_BLOCKS, build_checkpoint, equal_spans
 from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -77,11 +77,6 @@ PROFILES: dict[str, tuple[float, float] | None] = {  # Mbit/s each way, ms of ro
     "100m100": (100.0, 100.0),
 }
 SCENARIOS = {"decode": Scenario(128, 64, "token_s"), "prefill": Scenario(512, 1, "prefill_s")}
-
-
-def equal_spans(peers: int) -> list[str]:
-    cuts = [round(number * NUM_BLOCKS / peers) for number in range(peers + 1)]
-    return [f"{start}:{end}" for start, end in zip(cuts, cuts[1:], strict=False)]
 
 
 @contextmanager

@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 
+_GRAPH_ROWS = (1, 2, 4, 8, 16, 32, 64)  # as `model.decode_graphs` has them
 _PEER_ID = re.compile(r"[a-z2-7]{6,52}\Z")
 
 
@@ -130,6 +131,8 @@ class ServerConfig:
     dtype: str = "auto"  # "auto" (the checkpoint's), "float32", "bfloat16", "float16"
     quantization: str = "none"  # of the weights: "none", "int8", "nf4"
     quantized_cache: bool = True  # keep quantized blocks on disk for the next start
+    graphs: bool = True  # capture steps of one token as CUDA graphs, where they give the same within rounding
+    compile_rows: tuple[int, ...] = ()  # of graphs whose blocks are compiled at the start: 1, 2, 4, 8, 16, 32, 64
     revision: str | None = None
     cache_dir: str | None = None
     token: str | None = None  # hub token; never logged or announced
@@ -163,6 +166,7 @@ class ServerConfig:
             raise ValueError(f"port must be in 0:65536, got {self.port}")
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _check_choice("quantization", self.quantization, ("none", "int8", "nf4"))
+        _check_rows("compile_rows", self.compile_rows)
         for name in ("announce_addresses", "peers"):
             for address in getattr(self, name):
                 _check_field(name, check_address, address)
@@ -248,6 +252,11 @@ def _check_field(name: str, check: Callable[[str], object], value: str) -> None:
         check(value)
     except ValueError as exc:
         raise ValueError(f"{name}: {exc}") from exc
+
+
+def _check_rows(name: str, rows: tuple[int, ...]) -> None:
+    if not set(rows) <= set(_GRAPH_ROWS):
+        raise ValueError(f"{name} must be of {', '.join(map(str, _GRAPH_ROWS))}, got {rows!r}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

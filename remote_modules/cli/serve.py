@@ -74,6 +74,17 @@ def serve(
             help="Of the weights: 1/2 or 1/4 of bfloat16's memory. Needs pip install 'remote-modules\\[quantization]'.",
         ),
     ] = DEFAULTS.quantization,
+    graphs: Annotated[
+        bool, _of_blocks("--graphs/--no-graphs", help="Capture steps of one token as CUDA graphs, where possible.")
+    ] = DEFAULTS.graphs,
+    compile_rows: Annotated[
+        list[int] | None,
+        _of_blocks(
+            "--compile",
+            metavar="ROWS",
+            help="Compile the blocks for steps of so many rows (1, 2, 4, ... 64) before going online; repeatable.",
+        ),
+    ] = None,
     adapters: Annotated[
         list[str] | None,
         _of_blocks(
@@ -172,6 +183,8 @@ def serve(
         device=device,
         dtype=dtype,
         quantization=quantization,
+        graphs=graphs,
+        compile_rows=tuple(compile_rows or ()),
         adapters=tuple(adapters or ()),
         revision=revision,
         cache_dir=None if cache_dir is None else str(cache_dir),

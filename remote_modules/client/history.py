@@ -57,6 +57,7 @@ class History:
         self._newest: list[_Chunk] = []
         self._selections: list[torch.Tensor] = []
         self._length = 0
+        self._num_newest = 0  # tokens
 
     def __len__(self) -> int:
         return self.start + self._length
@@ -66,13 +67,14 @@ class History:
         if num_tokens:
             self._newest.append(_Chunk(dict(tensors), num_tokens, len(self._selections)))
             self._length += num_tokens
-            if sum(chunk.num_tokens for chunk in self._newest) >= SEAL_TOKENS:
+            self._num_newest += num_tokens
+            if self._num_newest >= SEAL_TOKENS:
                 self._seal()
 
     def _seal(self) -> None:
-        num_tokens = sum(chunk.num_tokens for chunk in self._newest)
+        num_tokens = self._num_newest
         whole = self._join(self._newest, 0, num_tokens)
-        self._newest = []
+        self._newest, self._num_newest = [], 0
         self._merge_selections()
         self._sealed.append(_Chunk(self._store.keep(whole), num_tokens, len(self._selections)))
 
@@ -100,6 +102,7 @@ class History:
                 tensors = {name: slice_tokens(t, self.specs[name], 0, kept) for name, t in last.read().items()}
                 self._newest.append(_Chunk(tensors, kept, last.mark))
                 self._length = length
+        self._num_newest = sum(chunk.num_tokens for chunk in self._newest)
         if self._length == 0:
             self._selections.clear()
 
@@ -129,6 +132,7 @@ class History:
         copied = History(self.specs, self._store, self.start)
         copied._sealed, copied._newest = list(self._sealed), list(self._newest)
         copied._selections, copied._length = list(self._selections), self._length
+        copied._num_newest = self._num_newest
         return copied
 
     def _join(self, chunks: Sequence[_Chunk], start: int, end: int) -> Named:

@@ -41,6 +41,7 @@ class OwnerHistory:
         self.attention_mask: torch.Tensor | None = None  # [B, P], as given by the caller
         self.steps: list[_Step] = []
         self.row_names: tuple[str, ...] = ()  # adapters of the rows now, as in `CallArguments`
+        self._num_masked = 0  # of `steps`, those with masks of their own
         self._store = store
 
     def begin(
@@ -95,12 +96,13 @@ class OwnerHistory:
             self.positions.append({"position_ids": given}, num_tokens)
         self.attention_mask = step.attention_mask
         self.steps.append(_Step(num_tokens, step.masks))
+        self._num_masked += bool(step.masks)
         self.row_names = step.call.row_names
 
     @property
     def has_step_masks(self) -> bool:
         """Whether some step had a mask of its own, so that only the same steps give the same cache."""
-        return any(step.masks for step in self.steps)
+        return self._num_masked > 0
 
     def step_ends(self, *, after: int) -> list[int]:
         """Positions beyond ``after`` at which a step ended."""
@@ -123,6 +125,7 @@ class OwnerHistory:
                 self.steps.append(_Step(kept, {n: _cropped(mask, kept, length) for n, mask in last.masks.items()}))
         if length == 0:
             self.timed, self.positions = History({}, self._store), None
+        self._num_masked = sum(bool(step.masks) for step in self.steps)
         if not self.steps:
             self.row_names = ()
 
@@ -144,6 +147,7 @@ class OwnerHistory:
         copied.attention_mask = self.attention_mask
         copied.row_names = self.row_names
         copied.steps = [_Step(step.num_tokens, dict(step.masks)) for step in self.steps]
+        copied._num_masked = self._num_masked
         return copied
 
 

@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 )
 
 from remote_modules.errors import UnsupportedCallError
+from remote_modules.model.arena import Arena, Region, Rooms
 from remote_modules.model.cache_kinds import DummyLayer, IndexedLayer
 from remote_modules.model.length_layers import LengthLayer, layer_kind, mask_sizes
 from remote_modules.model.rotary import Memory
@@ -45,17 +46,43 @@ class GrowingLayer(DynamicLayer):
     Args:
         sliding_window: of a layer that attends to that many tokens; older ones are kept, unseen, so that any `crop`
             can bring them back.
+        index: of the layer.
+        rooms: where the session's buffers lie, if in an arena; memory of their own is taken once that is full.
     """
 
     is_croppable = True
 
-    def __init__(self, sliding_window: int | None = None) -> None:
+    def __init__(self, sliding_window: int | None = None, index: int = 0, rooms: Rooms | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         if sliding_window is not None:
             self.is_sliding = True
             self.sliding_window = sliding_window
+        self._index = index
+        self._rooms = rooms
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._region: Region | None = None
         self._length = 0
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Those of all tokens; None before the first."""
+        return None if self._buffers is None else self._buffers[0][:, :, : self._length]
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        """Only transformers' own constructor says that there are none."""
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return None if self._buffers is None else self._buffers[1][:, :, : self._length]
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None: ...
+
+    @property
+    def region(self) -> Region | None:
+        """Where the buffers lie in an arena."""
+        return self._region
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -65,7 +92,6 @@ class GrowingLayer(DynamicLayer):
         for buffer, states in zip(buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:end].copy_(states)
         self._length = end
-        self._show()
         keys, values = self.keys, self.values
         assert keys is not None
         assert values is not None
@@ -82,9 +108,16 @@ class GrowingLayer(DynamicLayer):
             buffer[:, :, start : start + states.shape[2]].copy_(states)
 
     def show(self, length: int) -> None:
-        """The first ``length`` tokens, which were written."""
+        """Let the first ``length`` tokens be seen, which were written."""
         self._length = length
-        self._show()
+
+    def make_room(self, needed: int) -> None:
+        """For ``needed`` tokens in all, behind those that it holds, which must be some."""
+        if self._buffers is not None and self._buffers[0].shape[2] >= needed:
+            return
+        assert self.keys is not None
+        assert self.values is not None
+        self._room_for(self.keys, self.values, needed)
 
     def get_seq_length(self) -> int:
         return self._length
@@ -99,11 +132,9 @@ class GrowingLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         self._length = max(0, self._length - abs(tokens_to_remove))
-        self._show()
 
     def reset(self) -> None:
-        self._buffers, self._length = None, 0
-        self.keys = self.values = None
+        self._buffers, self._region, self._length = None, None, 0
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -111,12 +142,12 @@ class GrowingLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self._buffers is not None:
-            indices = indices.to(self._buffers[0].device)
-            self._buffers = (
-                self._buffers[0].index_select(0, indices),
-                self._buffers[1].index_select(0, indices),
-            )
-            self._show()
+            keys, values = self._buffers
+            indices = indices.to(keys.device)
+            chosen = self._new_buffers(keys, values, len(indices), keys.shape[2])
+            for new, old in zip(chosen, (keys, values), strict=True):
+                torch.index_select(old[:, :, : self._length], 0, indices, out=new[:, :, : self._length])
+            self._buffers = chosen
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self._buffers is not None:
@@ -126,7 +157,7 @@ class GrowingLayer(DynamicLayer):
         if self._buffers is not None and self._buffers[0].shape[2] >= needed:
             return self._buffers
         capacity = grown_capacity(0 if self._buffers is None else self._buffers[0].shape[2], needed)
-        grown = (_empty_like(keys, capacity), _empty_like(values, capacity))
+        grown = self._new_buffers(keys, values, len(keys), capacity)
         if self._buffers is not None:
             for new, old in zip(grown, self._buffers, strict=True):
                 new[:, :, : self._length].copy_(old[:, :, : self._length])
@@ -134,14 +165,21 @@ class GrowingLayer(DynamicLayer):
         self.device, self.is_initialized = keys.device, True
         return grown
 
-    def _show(self) -> None:
-        if self._buffers is not None:
-            self.keys = self._buffers[0][:, :, : self._length]
-            self.values = self._buffers[1][:, :, : self._length]
+    def _new_buffers(
+        self, keys: torch.Tensor, values: torch.Tensor, rows: int, capacity: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for ``rows`` like those of ``keys`` and ``values``."""
+        if self._rooms is not None and self._index in self._rooms.arena.layers:
+            region = self._rooms.next_region(self._region, rows * capacity)
+            if region is not None:
+                self._region = region  # the old one may be free from here on: nothing else is queued before the copy
+                return self._rooms.arena.buffers(self._index, region, rows)
+        self._region = None
+        return _empty(keys, rows, capacity), _empty(values, rows, capacity)
 
 
-def _empty_like(states: torch.Tensor, capacity: int) -> torch.Tensor:
-    return states.new_empty((*states.shape[:2], capacity, states.shape[3]))
+def _empty(states: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
+    return states.new_empty((rows, states.shape[1], capacity, states.shape[3]))
 
 
 def is_croppable(cache: Cache) -> bool:
@@ -167,13 +205,15 @@ class SpanCache:
         config: of the whole model.
         stack: which layers belong to which block.
         span: blocks that are really cached.
+        arena: where buffers are to lie.
 
     Attributes:
         rotary: what rotary tables remember of this session; None before its first step.
     """
 
-    def __init__(self, config: PreTrainedConfig, stack: StackSpec, span: Span) -> None:
+    def __init__(self, config: PreTrainedConfig, stack: StackSpec, span: Span, arena: Arena | None = None) -> None:
         self.rotary: Memory | None = None
+        self._arena = arena
         self._config = config
         self._stack = stack
         self._blocks = span
@@ -195,6 +235,11 @@ class SpanCache:
     def layers(self) -> list[Any]:
         """All layers; those of other blocks are lengths."""
         return list(self._cache.layers)
+
+    @property
+    def held(self) -> list[Any]:
+        """Layers that are really cached."""
+        return self._held
 
     @property
     def linear(self) -> list[Any]:
@@ -233,6 +278,11 @@ class SpanCache:
     def advance(self, num_tokens: int) -> None:
         """Note that ``num_tokens`` went through all held blocks."""
         self._length.position += num_tokens
+
+    def rewind(self) -> None:
+        """Forget what layers took in a step that did not come to its end; all must be `GrowingLayer`."""
+        for layer in self._held:
+            layer.crop(layer.get_seq_length() - self._length.position)
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens.
@@ -277,7 +327,8 @@ class SpanCache:
         num_layers = max(self._stack.num_layers or self._stack.num_blocks, len(cache.layers))
         layers: list[Any] = cache.layers + [DynamicLayer() for _ in range(num_layers - len(cache.layers))]
         cache.layer_class_to_replicate = None
-        cache.layers = [self._layer(layer, index in held) for index, layer in enumerate(layers)]
+        rooms = None if self._arena is None else Rooms(self._arena)
+        cache.layers = [self._layer(layer, index, index in held, rooms) for index, layer in enumerate(layers)]
         self._cache = cache
         self._held = [cache.layers[index] for index in held]
         self._linear: list[Any] = getattr(cache, "linear_cache", [])
@@ -285,13 +336,14 @@ class SpanCache:
             cache.linear_cache.extend(None for _ in range(self._stack.num_blocks))
         self._argument: Cache = EncoderDecoderCache(cache, DynamicCache()) if kind is EncoderDecoderCache else cache
 
-    def _layer(self, layer: Any, is_held: bool) -> Any:
+    def _layer(self, layer: Any, index: int, is_held: bool, rooms: Rooms | None) -> Any:
         if isinstance(layer, DummyLayer):
             return layer
         kind, window, num_states = layer_kind(layer)
         if not is_held:
             return kind(self._length, window, num_states)
-        return GrowingLayer(window) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
+        is_growing = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        return GrowingLayer(window, index, rooms) if is_growing else layer
 
     def _change_positions(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Of indexed layers, where the owner keeps them on a layer of another block."""

@@ -119,7 +119,7 @@ class _JoinedLayer(GrowingLayer):
     """Of one call with gradients: nothing is written in place."""
 
     def begin(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.keys, self.values, self._length = keys, values, keys.shape[2]
+        self._buffers, self._length = (keys, values), keys.shape[2]
         self.is_initialized = True
 
     def update(

@@ -3,12 +3,13 @@
 The skeleton is complete: masks, rotary tables, per-layer dispatch and cache indexing are computed by the
 architecture's own code. Blocks before the span pass on what the block before the span returned, so the first block to
 run is called with the true values, and an exception leaves with the output of the last. This is the reference path of
-a peer: exact, for every architecture whose blocks can be run apart from each other.
+a peer: exact, for every architecture whose blocks can be run apart from each other. Steps of one token go without the
+owner where that was found to give the same (`model.decode_plans`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ from remote_modules.errors import UnsupportedCallError, first_line
 from remote_modules.model.adapted import applied
 from remote_modules.model.adapted_item import Batch
 from remote_modules.model.adapters import Adapter
+from remote_modules.model.decode_graphs import DecodeGraphs, configs_of
+from remote_modules.model.decode_plans import BlockCall, DecodePlans, Plan
 from remote_modules.model.kv import SpanCache
 from remote_modules.model.quantization import compute_dtype
 from remote_modules.model.recording import RouterTaps
@@ -77,7 +80,7 @@ class _SpanDone(Exception):  # not an error: carries the result past the rest of
 class _Pass:
     """Which blocks run now, and what enters the first; set for the time of one call."""
 
-    __slots__ = ("end", "entry", "has_begun", "inputs", "recorded", "sides", "start")
+    __slots__ = ("calls", "end", "entry", "has_begun", "inputs", "recorded", "sides", "start")
 
     def __init__(self, sides: tuple[SideInput, ...]) -> None:
         self.start = self.end = 0
@@ -86,6 +89,7 @@ class _Pass:
         self.sides = sides
         self.has_begun = False
         self.recorded: dict[int, Any] | None = None
+        self.calls: list[BlockCall] | None = None
 
 
 class _Blocks(nn.ModuleList):
@@ -118,6 +122,8 @@ class _Slot(nn.Module):
         output = self.block(*args, **kwargs)
         if current.recorded is not None:
             current.recorded[self.index] = output
+        if current.calls is not None:
+            current.calls.append(BlockCall(self.index, args, kwargs, output))
         if self.index == current.end - 1:
             raise _SpanDone(output)
         return output
@@ -147,6 +153,10 @@ class SpanModel:
         stack: from `probe.probe_stack`.
         span: the blocks held.
 
+    Attributes:
+        graphs: captured steps, which run in the place of replays that they are the same as (`server.captures`).
+        attention_configs: those that name the attention of the blocks.
+
     Raises:
         UnsupportedCallError: the span begins or ends where it may not.
     """
@@ -172,6 +182,9 @@ class SpanModel:
             blocks[index] = _Slot(blocks[index], index, self._current)
         setattr(self._owner, stack.list_name, _Blocks(blocks))
         self._rotary = RotaryMemory(self._owner)
+        self._plans = DecodePlans(self._owner, self.blocks, stack)
+        self.attention_configs = configs_of(self._owner)
+        self.graphs: DecodeGraphs | None = None
 
     def new_cache(self) -> SpanCache:
         """An empty cache for the span.
@@ -184,7 +197,8 @@ class SpanModel:
                 f"KV caches of '{self.config.model_type}' models are not carried ({self.stack.no_cache}); use "
                 "use_cache=False"
             )
-        return SpanCache(self.config, self.stack, self.span)
+        arena = None if self.graphs is None else self.graphs.arena
+        return SpanCache(self.config, self.stack, self.span, arena)
 
     def run(
         self, inputs: Named, blocks: Span, arguments: OwnerArguments, cache: SpanCache | None = None
@@ -197,7 +211,8 @@ class SpanModel:
             cache: grows by T.
 
         Returns:
-            What the last block returned, on the model's device in its dtype, and ``record.<kind>.<block>``.
+            What the last block returned, in the model's dtype, on its device or the CPU, and
+            ``record.<kind>.<block>``.
 
         Raises:
             UnsupportedCallError: the owner needs more than it was given, or the adapter does not fit.
@@ -206,10 +221,70 @@ class SpanModel:
         if cache is not None:
             cache.use(blocks)
         self._require_grad(arguments.adapter is None)
+        key = None if cache is None else self._plan_key(blocks, arguments, cache)
+        if cache is None or key is None:
+            result = self._replay(self._all_placed(inputs), blocks, arguments, cache)
+        else:
+            result = {"hidden_states": self._step(key, inputs, blocks, arguments, cache)}
+        if cache is not None:
+            cache.advance(arguments.num_tokens)
+            cache.rotary = self._rotary.read()
+        return result
+
+    def _step(
+        self, key: Hashable, inputs: Named, blocks: Span, arguments: OwnerArguments, cache: SpanCache
+    ) -> torch.Tensor:
+        """One token of each row, by a graph, a plan, or the owner."""
+        if self.graphs is not None and blocks == self.span and not arguments.options:
+            output = self.graphs.step(inputs["hidden_states"], [(cache, arguments.rows)])
+            if output is not None:
+                return output
+        placed = self._all_placed(inputs)
+        replay = lambda calls: self._replay(placed, blocks, arguments, cache, calls)["hidden_states"]  # noqa: E731
+        return self._plans.step(key, placed["hidden_states"], cache, replay)
+
+    def note_plan(self, hidden_states: torch.Tensor, cache: SpanCache) -> Plan:
+        """The calls of all blocks in a step of one row and token, which ``cache`` takes.
+
+        Raises:
+            UnsupportedCallError: they do not follow from the position.
+        """
+        if not self._plans.may_plan(cache):
+            raise UnsupportedCallError("the blocks or their cache are of another kind")
+        arguments = OwnerArguments(rows=1, num_tokens=1)
+        inputs = {"hidden_states": self._placed(hidden_states)}
+        plan = self._plans.note(cache, lambda calls: self._replay(inputs, self.span, arguments, cache, calls))
+        cache.advance(1)
+        return plan
+
+    def _plan_key(self, blocks: Span, arguments: OwnerArguments, cache: SpanCache) -> Hashable:
+        """What steps have in common whose calls differ in the position alone; None for other calls."""
+        mask, position_ids = arguments.attention_mask, arguments.position_ids
+        is_plain = arguments.num_tokens == 1 and not arguments.tensors and not arguments.record
+        if not is_plain or arguments.adapter is not None or arguments.autocast is not None:
+            return None
+        if not self._plans.may_plan(cache) or isinstance(mask, dict):
+            return None
+        if position_ids is not None and any(position != cache.length for position in position_ids.flatten().tolist()):
+            return None
+        if mask is not None and not (mask.dim() == 2 and bool(mask.all())):
+            return None
+        shape = None if position_ids is None else position_ids.shape
+        return (blocks, arguments.rows, shape, mask is None, tuple(arguments.options.items()))
+
+    def _replay(
+        self,
+        inputs: Named,
+        blocks: Span,
+        arguments: OwnerArguments,
+        cache: SpanCache | None,
+        calls: list[BlockCall] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """By the owner's own forward, which leaves when the last block returns; notes the ``calls`` of blocks."""
         current = self._current
         current.start, current.end, current.has_begun = blocks.start, blocks.end, False
-        current.inputs = {name: self._placed(tensor) for name, tensor in inputs.items()}
-        current.entry = self.stack.pack(current.inputs) if blocks.start else None
+        current.inputs, current.calls = inputs, calls
+        current.entry = self.stack.pack(inputs) if blocks.start else None
         current.recorded = {} if "hidden_states" in arguments.record else None
         self._rotary.write(self._rotary.initial if cache is None or cache.rotary is None else cache.rotary)
         taps = self._taps.recording("router_logits" in arguments.record)
@@ -228,10 +303,7 @@ class SpanModel:
             raise UnsupportedCallError(f"{type(self._owner).__name__} did not call block {blocks.end - 1}")
         finally:
             recorded, current.recorded = current.recorded, None
-            current.inputs, current.entry = {}, None
-        if cache is not None:
-            cache.advance(arguments.num_tokens)
-            cache.rotary = self._rotary.read()
+            current.inputs, current.entry, current.calls = {}, None, None
         result = self.stack.unpack(output)
         for index, block_output in (recorded or {}).items():
             result[f"record.hidden_states.{index}"] = self.stack.unpack(block_output)["hidden_states"]
@@ -247,6 +319,9 @@ class SpanModel:
         if self._weights and self._weights[0].requires_grad != requires_grad:
             for weight in self._weights:
                 weight.requires_grad_(requires_grad)
+
+    def _all_placed(self, tensors: Named) -> Named:
+        return {name: self._placed(tensor) for name, tensor in tensors.items()}
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor.to(self.device)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -268,10 +269,24 @@ def takes_argument(owner: nn.Module, name: str) -> bool:
 
 
 def bind_owner_call(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The owner's arguments by name, its ``**kwargs`` unfolded."""
-    signature = inspect.signature(owner.forward)
-    arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            arguments.update(arguments.pop(name, {}))
-    return arguments
+    """The owner's arguments by name, its ``**kwargs`` unfolded. What it does not take, it refuses itself."""
+    if not args:
+        return dict(kwargs)
+    names = _positional_names(owner.forward)
+    if len(args) > len(names):  # too many, or ``*args``
+        return dict(inspect.signature(owner.forward).bind_partial(*args).arguments) | kwargs
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """To look at a signature takes longer than all else that is done with a call of the owner."""
+    function = getattr(forward, "__func__", forward)  # a method is a new object at each access
+    names = _names.get(function)
+    if names is None:
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        names = tuple(name for name, p in inspect.signature(forward).parameters.items() if p.kind in kinds)
+        _names[function] = names
+    return names
+
+
+_names: WeakKeyDictionary[Callable[..., Any], tuple[str, ...]] = WeakKeyDictionary()

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from remote_modules.wire.bodies import BodyPool
 from remote_modules.wire.framing import Body
@@ -59,11 +59,12 @@ class LoopThread:
         if threading.current_thread() is self._thread or not self.loop.is_running():
             coroutine.close()
             raise RuntimeError("the event loop is stopped, or would wait for itself")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        call = _Call(coroutine, self.loop)
         try:
-            return future.result()
+            self.loop.call_soon_threadsafe(call.begin)
+            return call.result()
         except BaseException:
-            future.cancel()
+            self.call_soon(call.cancel)
             raise
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
@@ -94,6 +95,56 @@ class LoopThread:
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
+
+
+class _Call(Generic[T]):
+    """One coroutine that a thread waits for.
+
+    The thread is woken from within the task: a future of `concurrent.futures` costs another round of the loop and a
+    condition variable, for which each token of a generation would wait.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> None:
+        self._coroutine = coroutine
+        self._loop = loop
+        self._task: asyncio.Task[None] | None = None
+        self._answer: list[T] = []
+        self._error: BaseException | None = None
+        self._ended = threading.Lock()
+        self._ended.acquire()
+
+    def begin(self) -> None:
+        self._task = self._loop.create_task(self._run())
+        self._task.add_done_callback(self._note_end)
+
+    def cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def result(self) -> T:
+        """Wait for the end; in the thread."""
+        self._ended.acquire()
+        error, self._error = self._error, None
+        if error is None:
+            return self._answer[0]
+        try:
+            raise error
+        finally:
+            del error  # the traceback refers to this frame
+
+    async def _run(self) -> None:
+        self._answer.append(await self._coroutine)
+        self._ended.release()
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        """Wake the thread if there is no answer."""
+        if task.cancelled():
+            self._coroutine.close()  # it may not have begun
+            self._error = asyncio.CancelledError()
+        else:
+            self._error = task.exception()
+        if self._error is not None:
+            self._ended.release()
 
 
 async def _cancel_all() -> None:

@@ -243,7 +243,9 @@ def _check_positions(position_ids: torch.Tensor, rows: int, num_tokens: int) -> 
         refuse(f"position_ids must be [{rows}, {num_tokens}], got {list(position_ids.shape)}")
     if position_ids.dim() == 3 and not 0 < position_ids.shape[0] <= _MAX_POSITION_KINDS:
         refuse(f"position_ids may be of {_MAX_POSITION_KINDS} kinds, got {list(position_ids.shape)}")
-    if int(position_ids.min()) < 0 or int(position_ids.max()) >= 2**31:
+    few = position_ids.flatten().tolist() if num_tokens == 1 else None
+    low, high = (min(few), max(few)) if few else (int(position_ids.min()), int(position_ids.max()))
+    if low < 0 or high >= 2**31:
         refuse("position_ids must be in 0:2**31")
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from remote_modules.errors import UnsupportedCallError, first_line
 from remote_modules.model.kv import SpanCache
@@ -37,7 +36,6 @@ Named = dict[str, torch.Tensor]
 PROBE_TOKENS = 64
 PROBE_SECONDS = 0.3
 _MAX_PROBE_SIZE = 65536
-_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _MAX_FORMS = 16  # of different spans of sessions
 
 
@@ -61,7 +59,7 @@ class Engine:
     def hidden_size(self) -> int:
         return self.model.hidden_size
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int | None:
         """None: the config does not say."""
         size = getattr(self.model.config.get_text_config(decoder=True), "vocab_size", None)
@@ -268,7 +266,17 @@ def attention_of_any_length(device: torch.device) -> AbstractContextManager[None
 
     On an H200 a step of ten Llama-70B-shaped blocks takes 4 to 6 times as long with it (docs/benchmarks.md).
     """
-    return sdpa_kernel(_KERNELS) if device.type == "cuda" else nullcontext()
+    return _without_cudnn() if device.type == "cuda" and torch.backends.cuda.cudnn_sdp_enabled() else nullcontext()
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """`torch.nn.attention.sdpa_kernel` does the same in 40 us."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def _possible_sizes(model: SpanModel) -> list[int]:

@@ -29,6 +29,7 @@ from remote_modules.server.capacity import (
     free_unused,
     parameter_bytes,
 )
+from remote_modules.server.captures import can_capture, capture_steps
 from remote_modules.server.engine import Engine, Speeds
 from remote_modules.server.preloaded import Preloaded
 from remote_modules.server.sessions import KVCost
@@ -42,18 +43,30 @@ SPARE_FACTOR = 1.5  # workspace of a load
 class LoadedSpan:
     """A span in memory and what was measured of it."""
 
-    def __init__(self, model: SpanModel, digests: dict[int, str], adapters: dict[str, FrozenAdapter]) -> None:
+    def __init__(
+        self, config: ServerConfig, model: SpanModel, digests: dict[int, str], adapters: dict[str, FrozenAdapter]
+    ) -> None:
+        self._config = config
         self.model = model
         self.engine = Engine(model)
         self.digests = tuple(digests.get(block, "") for block in model.span)
         self.adapters = adapters
         self.speeds = Speeds(0.0, 0.0)
         self.kv_costs: dict[int, KVCost] = {}
+        self.kv_budget_bytes = 0
 
     def measure(self) -> None:
         """Check that the architecture runs, and time it."""
         self.kv_costs = self.engine.kv_costs()
         self.speeds = self.engine.measure()
+
+    def prepare(self) -> None:
+        """Make it ready to be served: take memory for KV caches, capture steps where that is possible, measure."""
+        config, model = self._config, self.model
+        self.kv_budget_bytes = config.kv_budget_bytes or free_bytes(model.device) // 2
+        if config.graphs and can_capture(model):
+            capture_steps(model, self.kv_budget_bytes, compiled=config.compile_rows)
+        self.measure()
 
 
 class LoadPlan:
@@ -199,7 +212,7 @@ class LoadPlan:
         # a cached block brings its digest along: its shards are not opened
         digests = block_digests(self._checkpoint, self._stack, span) if cache is None else cache.digests
         runner = SpanModel(model, self._stack, span)
-        return LoadedSpan(runner, digests, self._adapters.of_blocks(runner.blocks))
+        return LoadedSpan(self._config, runner, digests, self._adapters.of_blocks(runner.blocks))
 
     @property
     def dtype(self) -> torch.dtype:

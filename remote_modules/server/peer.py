@@ -36,7 +36,7 @@ from remote_modules.plan.leases import DuplicateIdentityError
 from remote_modules.plan.rebalance import MoveCost, Rule
 from remote_modules.plan.throughput import Layout
 from remote_modules.server.announcer import Announcer
-from remote_modules.server.capacity import free_bytes, free_unused
+from remote_modules.server.capacity import free_unused
 from remote_modules.server.executor import DeviceThread, Priority
 from remote_modules.server.handler import Handler
 from remote_modules.server.limits import HandlerLimits
@@ -117,7 +117,7 @@ class Peer:
         self._progress("loading", 0.1)
         self.loaded = await self._on_device(lambda: self._plan.load(self._span))
         self._progress("measuring", 0.8)
-        await self._on_device(self.loaded.measure)
+        await self._on_device(self.loaded.prepare)
         self._handler = self._new_handler(self.loaded)
         await announcer.set_state(PeerState.ONLINE)
         self._supervise(announcer, self.loaded.model.device)
@@ -270,7 +270,7 @@ class Peer:
             del self.loaded
             await self._on_device(free_unused)
         loaded = await self._on_device(lambda: self._plan.load(span))
-        await self._on_device(loaded.measure)
+        await self._on_device(loaded.prepare)
         self.loaded = loaded
         await self._on_device(free_unused)
         self._handler = self._new_handler(loaded)
@@ -333,8 +333,7 @@ class Peer:
     def _new_handler(self, loaded: LoadedSpan) -> Handler:
         assert self._executor is not None
         config = self.config
-        budget_bytes = config.kv_budget_bytes or free_bytes(loaded.model.device) // 2
-        sessions = SessionTable.configured(config, KVBudget(budget_bytes, loaded.kv_costs))
+        sessions = SessionTable.configured(config, KVBudget(loaded.kv_budget_bytes, loaded.kv_costs))
         return Handler(
             loaded.engine,
             self._executor,

@@ -22,6 +22,7 @@ from remote_modules.wire.messages import Output
 __all__ = ["KVBudget", "KVCost", "Session", "SessionTable"]
 
 _MAX_FREE_TOKENS = 2**31  # of caches that do not grow
+_MAX_SPANS = 1024  # whose costs are kept: 100 bytes each
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class KVBudget:
         self.used_bytes = 0
         self._costs = costs
         self._all = _summed(costs.values())
+        self._by_span: dict[Span, KVCost] = {}
 
     @property
     def free_tokens(self) -> int:
@@ -60,7 +62,11 @@ class KVBudget:
         return min(free_bytes // self._all.token_bytes if self._all.token_bytes else _MAX_FREE_TOKENS, _MAX_FREE_TOKENS)
 
     def needed_bytes(self, span: Span, *, rows: int, capacity: int) -> int:
-        cost = _summed(self._costs[block] for block in span)
+        cost = self._by_span.get(span)
+        if cost is None:
+            cost = _summed(self._costs[block] for block in span)
+            if len(self._by_span) < _MAX_SPANS:
+                self._by_span[span] = cost
         return rows * (cost.row_bytes + capacity * cost.token_bytes)
 
     def resize(self, old_bytes: int, new_bytes: int) -> None:

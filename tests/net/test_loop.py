@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_interrupted_wait_cancels_the_coroutine(thread: LoopThread) -> None:
     assert main_thread is not None
 
     def interrupt() -> None:
-        while not begun.is_set() or sys._current_frames()[main_thread].f_code.co_name != "wait":
+        while not begun.is_set() or sys._current_frames()[main_thread].f_code.co_name != "result":
             time.sleep(0.001)
         signal.pthread_kill(main_thread, signal.SIGINT)
 
@@ -89,6 +90,35 @@ def test_interrupted_wait_cancels_the_coroutine(thread: LoopThread) -> None:
         thread.run(for_ever(begun, ended))
     interrupter.join()
     assert ended.wait(2.0)
+    assert thread.run(name_of_thread()) == "test-loop"
+
+
+def test_stop_ends_the_wait_for_a_coroutine() -> None:
+    thread = LoopThread("test-loop")
+    begun, ended = threading.Event(), threading.Event()
+
+    def stop() -> None:
+        begun.wait(2.0)
+        thread.stop()
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    with pytest.raises(asyncio.CancelledError):
+        thread.run(for_ever(begun, ended))
+    stopper.join()
+    assert ended.is_set()
+
+
+def test_coroutine_cancelled_before_it_began_ends_the_wait(thread: LoopThread) -> None:
+    def cancelled(loop: asyncio.AbstractEventLoop, coroutine: Any, **kwargs: Any) -> asyncio.Task[Any]:
+        task = asyncio.Task(coroutine, loop=loop, **kwargs)
+        task.cancel()
+        return task
+
+    thread.loop.set_task_factory(cancelled)
+    with pytest.raises(asyncio.CancelledError):
+        thread.run(name_of_thread())
+    thread.loop.set_task_factory(None)
     assert thread.run(name_of_thread()) == "test-loop"
 
 
