@@ -1,8 +1,8 @@
 """The built-in model with outlier channels, as large language models have them.
 
-Two channels of the residual stream hold a constant: the embeddings write it, and nothing else writes or reads them. They
-change what the norms divide by, so norms are scaled back and the other weights trained for some steps, with which the
-constants stay: a model that works, with channels some ten times as large as the others at every boundary.
+Two channels of the residual stream hold a constant: the embeddings write it, and nothing else writes or reads them.
+They change what the norms divide by, so norms are scaled back and the other weights trained for some steps, with which
+the constants stay: a model that works, with channels some ten times as large as the others at every boundary.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _norms(model: Any) -> list[Any]:
 
 
 def _touching(model: Any) -> list[tuple[torch.Tensor, int]]:
-    """Weights that write to the residual stream, and those of norms that read it; with the dimension of its channels."""
+    """Weights that write to the residual stream, and norms that read it; with the dimension of its channels."""
     writers = [
         (w, 0) for layer in model.model.layers for w in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight)
     ]

@@ -39,6 +39,7 @@ from remote_modules.wire import codecs
 
 CUTS = {"3 peers": ("0:3", "3:6", "6:8"), "8 peers": tuple(f"{block}:{block + 1}" for block in range(8))}
 WIRES = ("compute", "int8")
+WIDE_CODECS = ("int8o", "int4o")
 SPEED_SHAPE = (2048, 4096)
 MAX_PERPLEXITY_RATIO = 1.01
 MAX_GRADIENT_ERROR = 0.05
@@ -139,15 +140,15 @@ def gradient_errors(ours: Quality, theirs: Quality, name: str) -> list[float]:
     return [relative(chosen(x), chosen(y)) for x, y in zip(ours.gradients, theirs.gradients, strict=True)]
 
 
-def megabytes_per_s(dtype: torch.dtype, rounds: int) -> tuple[float, float]:
+def megabytes_per_s(codec: str, dtype: torch.dtype, rounds: int) -> tuple[float, float]:
     """Encoding and decoding, of plain bytes."""
     tensor = torch.randn(SPEED_SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
-    parts = codecs.encode(tensor)
+    parts = codecs.encode(codec, tensor)
     assert parts is not None
     data = torch.cat(parts)
     works: tuple[Callable[[], object], ...] = (
-        lambda: codecs.encode(tensor),
-        lambda: codecs.decode(data, SPEED_SHAPE, dtype),
+        lambda: codecs.encode(codec, tensor),
+        lambda: codecs.decode(codec, data, SPEED_SHAPE, dtype),
     )
     best = []
     for work in works:
@@ -161,12 +162,13 @@ def megabytes_per_s(dtype: torch.dtype, rounds: int) -> tuple[float, float]:
 
 
 def codec_speeds(rounds: int) -> dict[str, tuple[float, float]]:
-    return {name: megabytes_per_s(getattr(torch, name), rounds) for name in ("float32", "bfloat16")}
+    pairs = [(codec, name) for codec in WIDE_CODECS for name in ("float32", "bfloat16")]
+    return {f"{codec} of {name}": megabytes_per_s(codec, getattr(torch, name), rounds) for codec, name in pairs}
 
 
 def speed_text(speeds: dict[str, tuple[float, float]]) -> str:
     parts = [f"{name} {encode:.0f} encoded, {decode:.0f} decoded" for name, (encode, decode) in speeds.items()]
-    return f"Codec, MB of plain tensor for a second of one core: {'; '.join(parts)}."
+    return f"Codecs, MB of plain tensor for a second of one core: {'; '.join(parts)}."
 
 
 def main() -> int:

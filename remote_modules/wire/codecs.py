@@ -1,8 +1,9 @@
 """Codecs that make tensors smaller, at the cost of some of their bits. `wire.tensors` says where they may be used.
 
 ``int8o`` and ``int4o`` keep outliers apart (`wire.outliers`); ``int8`` is what peers of 1.3 and 1.4 speak
-(`wire.mxint8`). With each, to code again what was decoded gives the same bytes, in every dtype and however the tensor is
-cut along its other dimensions: recomputed, replayed and handed to another peer, a tensor has the same values as at first.
+(`wire.mxint8`). With each, to code again what was decoded gives the same bytes, in every dtype and however the tensor
+is cut along its other dimensions: recomputed, replayed and handed to another peer, a tensor has the same values as at
+first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How blocks of values become codes, and codes values again: as whole multiples of a step, or as levels of four bits.
 
-A block is described by its *step*: eighths of octaves above one. What was decoded must give the same step and codes again,
-in each dtype: the largest value of a block is decoded to where no other step would be chosen, though bfloat16 rounds it.
+A block is described by its *step*: eighths of octaves above one. What was decoded must give the same step and codes
+again, in each dtype: the largest value of a block is decoded to where no other step would be chosen, though bfloat16
+rounds it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The codecs ``int8o`` and ``int4o``: blocks of values as `wire.forms` codes them, and a few outliers of each vector apart.
+"""The codecs ``int8o`` and ``int4o``: blocks of values as in `wire.forms`, and a few outliers of each vector apart.
 
 A vector's outliers travel as bfloat16 with their indices. Each block of other values has a step, one byte, counted down
 from the vector's largest one. To code again what was decoded gives the same bytes: forms see to that for steps and
@@ -89,7 +89,7 @@ def _encode(form: Form, vectors: torch.Tensor) -> list[Array] | None:
 
 
 def _largest(keys: Array, block: int, count: int) -> Array:
-    """Indices of the outliers of each vector ``[R, count]``, rising; among equals those come first whose index is lower.
+    """Indices of the outliers of each vector ``[R, count]``, rising; among equals the lower index comes first.
 
     Args:
         keys: bits of the magnitudes ``[R, N]``, of which the upper half counts and the lower one is free.
@@ -118,14 +118,14 @@ def _step_of(form: Form, largest: Array) -> Array:
 
 @functools.cache
 def _bounds(most_steps: float) -> tuple[int, Array]:
-    """How many octaves the steps are below the largest value, less what its mantissa adds: one for each bound below it."""
+    """How many octaves the steps are below the largest value; its mantissa adds one for each bound below it."""
     mantissa, octaves = math.frexp(most_steps)
-    bounds = mantissa / 2 * np.exp2(np.arange(STEPS_PER_OCTAVE + 1) / STEPS_PER_OCTAVE)
+    bounds = mantissa / 2 * np.exp2(np.arange(2 * STEPS_PER_OCTAVE + 1) / STEPS_PER_OCTAVE)
     return octaves + 1, bounds.astype(np.float32)
 
 
 def _raised(outliers: Array, ordinary: Array, dtype: torch.dtype) -> Array:
-    """``outliers``, given as bits of float32, as bits of bfloat16; larger than ``ordinary``, the largest other value."""
+    """``outliers`` from bits of float32 to those of bfloat16; larger than ``ordinary``, the largest other value."""
     if dtype is torch.float16:
         ordinary = ordinary.astype(np.float16).astype(np.float32)
         above = np.maximum(_above(ordinary.view(np.uint32)), ordinary + _LEAST_FLOAT16)
@@ -133,10 +133,10 @@ def _raised(outliers: Array, ordinary: Array, dtype: torch.dtype) -> Array:
         bits = ordinary.view(np.uint32)
         above = _above(_to_bfloat16(bits) if dtype is torch.bfloat16 else bits)
     above = np.where(ordinary > 0, above, np.float32(0))
-    magnitudes = np.maximum(
-        _to_bfloat16(outliers & 0x7FFFFFFF), above.view(np.uint32)
-    )  # as bits they have the same order
-    return (magnitudes | outliers & 0x80000000) >> 16
+    # as bits they have the same order
+    magnitudes: Array = np.maximum(_to_bfloat16(outliers & 0x7FFFFFFF), above.view(np.uint32))
+    raised: Array = (magnitudes | outliers & 0x80000000) >> 16
+    return raised
 
 
 def _to_bfloat16(bits: Array) -> Array:

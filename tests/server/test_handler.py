@@ -998,7 +998,7 @@ def test_hello_says_who_the_peer_is_and_what_it_takes(engine: Engine, minor: int
         end = peer.connect_silent()
         end.send(msgspec.structs.replace(client_hello(), minor=minor))
         hello = await end.message(messages.ServerHello)
-        assert (hello.major, hello.minor) == (1, 4)
+        assert (hello.major, hello.minor) == (1, 5)
         assert hello.public_key == SERVER.public_key
         assert (hello.instance_id, hello.software) == ("first", "test peer")
         assert hello.max_body_bytes == MAX_BODY_BYTES
