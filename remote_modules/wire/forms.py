@@ -14,11 +14,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["INT4", "INT8", "LEVELS", "STEPS_PER_OCTAVE", "Array", "Form", "Integers", "Levels", "scale_of"]
+__all__ = [
+    "INT4",
+    "INT8",
+    "LEVELS",
+    "STEPS_PER_OCTAVE",
+    "Array",
+    "Form",
+    "Integers",
+    "Levels",
+    "largest_of",
+    "scale_of",
+]
 
 Array = NDArray[Any]
 
 STEPS_PER_OCTAVE = 8
+SHORT_BLOCK = 16
 LEAST_STEP = -800  # 2**-100
 LEVELS = (-128, -105, -85, -67, -50, -33, -17, 0, 13, 26, 40, 54, 68, 84, 100, 118)  # 128ths of a block's largest value
 GRID = 120  # the values from 0 to 1 of which the nearest level is known; so many above fit into a byte
@@ -30,6 +42,17 @@ def scale_of(steps: Array) -> Array:
     """Their values."""
     scales: Array = np.ldexp(_FRACTIONS[steps & (STEPS_PER_OCTAVE - 1)], steps >> 3)
     return scales
+
+
+def largest_of(blocks: Array) -> Array:
+    """Of each block ``[R, blocks, block]``."""
+    tensor = torch.from_numpy(blocks)
+    if blocks.shape[-1] > SHORT_BLOCK:
+        found: Array = tensor.amax(-1).numpy()
+        return found
+    while half := tensor.shape[-1] // 2:  # short rows are quicker in halves; blocks are powers of two
+        tensor = torch.maximum(tensor[..., :half], tensor[..., half:])
+    return tensor[..., 0].numpy()
 
 
 class Form(Protocol):
@@ -122,22 +145,22 @@ class Levels:
 
     def quantize(self, blocks: Array, steps: Array, largest: Array, is_own: Array) -> tuple[Array, Array, Array]:
         scales = scale_of(steps)
-        is_positive = is_own & (torch.from_numpy(blocks).amax(-1).numpy() >= largest)
+        is_positive = is_own & (largest_of(blocks) >= largest)
         blocks *= (np.where(is_positive, np.float32(-GRID), np.float32(GRID)) / scales)[..., None]
         np.rint(blocks, out=blocks)
-        codes = _NEAREST_LEVEL[blocks.reshape(len(blocks), -1).astype(np.int8).view(np.uint8)]
+        multiples = blocks.astype(np.int8).tobytes().translate(_NEAREST_LEVEL)  # the quickest table
+        codes = np.frombuffer(multiples, np.uint8).reshape(len(blocks), -1)
         return codes, is_positive * np.int32(128), np.where(largest > 0, scales, np.float32(0))
 
     def pack(self, codes: Array) -> Array:
         if codes.shape[1] % 2:
             codes = np.pad(codes, ((0, 0), (0, 1)))
-        packed: Array = codes[:, ::2] | codes[:, 1::2] << 4
+        pairs = np.ascontiguousarray(codes).view("<u2")
+        packed: Array = (pairs | pairs >> 4).astype(np.uint8)
         return packed
 
     def dequantize(self, packed: Array, below: Array, bases: Array, values: Array) -> None:
-        end = 2 * packed.shape[1]
-        values[:, 0:end:2] = _VALUES[packed & 15]
-        values[:, 1:end:2] = _VALUES[packed >> 4]
+        values[:, : 2 * packed.shape[1]] = _PAIRS.take(packed).view(np.float32)
         blocks = values.reshape(len(values), -1, self.block)
         blocks *= (scale_of(_clipped(bases - (below & 127))) * np.where(below & 128, np.float32(-1), np.float32(1)))[
             ..., None
@@ -149,7 +172,8 @@ INT4 = Levels(block=16)
 
 _VALUES = np.array(LEVELS, np.float32) / 128
 _GRID_VALUES = np.concatenate([np.arange(128), np.arange(-128, 0)]) / GRID  # by the byte of two's complement
-_NEAREST_LEVEL = np.abs(_GRID_VALUES[:, None] - _VALUES.astype(np.float64)).argmin(-1).astype(np.uint8)
+_NEAREST_LEVEL = np.abs(_GRID_VALUES[:, None] - _VALUES.astype(np.float64)).argmin(-1).astype(np.uint8).tobytes()
+_PAIRS = np.stack([np.tile(_VALUES, 16), np.repeat(_VALUES, 16)], -1).view(np.complex64)[:, 0]  # by two codes in a byte
 
 
 def _clipped(steps: Array) -> Array:

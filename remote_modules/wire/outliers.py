@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from remote_modules.errors import RemoteProtocolError
-from remote_modules.wire.forms import LEAST_STEP, STEPS_PER_OCTAVE, Array, Form
+from remote_modules.wire.forms import LEAST_STEP, STEPS_PER_OCTAVE, Array, Form, largest_of
 
 __all__ = ["LIMIT", "MAX_VALUES", "decode", "encode", "num_bytes", "num_outliers"]
 
 MAX_VALUES = 65_536  # of a vector: indices have 16 bits
 MIN_OUTLIERS, MAX_OUTLIERS, VALUES_PER_OUTLIER = 4, 16, 512
 LIMIT = {torch.float32: 2.0**120, torch.bfloat16: 2.0**120, torch.float16: 57_344.0}  # coded values are below
+WIDE_BLOCK = 64
 CHUNK = 2**17  # values at a time: what is worked on stays in the processor's cache
 
 _LIMITS = {dtype: int(np.float32(limit).view(np.int32)) for dtype, limit in LIMIT.items()}  # as bits
@@ -68,12 +69,13 @@ def _encode(form: Form, vectors: torch.Tensor) -> list[Array] | None:
     keys = values.view(np.int32) & 0x7FFF0000
     if int(keys.max()) >= _LIMITS[vectors.dtype]:
         return None
-    indices = _largest(keys, form.block, num_outliers(length))
+    block = form.block if keys.shape[1] % WIDE_BLOCK else WIDE_BLOCK  # the longer, the sooner looked through
+    indices = _largest(keys, block, num_outliers(length))
     rows = np.arange(num_rows)[:, None]
     outliers = values[rows, indices].view(np.uint32)
     values[rows, indices] = 0.0
     blocks = values.reshape(num_rows, -1, form.block)
-    largest = torch.from_numpy(blocks).abs().amax(-1).numpy()
+    largest = largest_of(np.abs(blocks))
     own = _step_of(form, largest)
     least = form.least_float16 if vectors.dtype is torch.float16 else LEAST_STEP
     bases = np.maximum(own.max(-1, keepdims=True), least)
@@ -97,7 +99,7 @@ def _largest(keys: Array, block: int, count: int) -> Array:
     keys = keys | np.arange(0xFFFF, 0xFFFF - keys.shape[1], -1, dtype=np.int32)
     if keys.shape[1] > count * block:  # they lie in the blocks with the largest values
         blocks = keys.reshape(len(keys), -1, block)
-        of_blocks = torch.from_numpy(blocks).amax(-1).numpy()
+        of_blocks = largest_of(blocks)
         chosen = _indices(of_blocks, count) // block
         keys = blocks[np.arange(len(keys))[:, None], chosen].reshape(len(keys), -1)
     return np.sort(_indices(keys, count), axis=-1)
@@ -111,17 +113,21 @@ def _indices(keys: Array, count: int) -> Array:
 def _step_of(form: Form, largest: Array) -> Array:
     """The least step, in eighths of octaves above one, of which ``largest`` is at most ``form.most_steps``."""
     mantissas, exponents = np.frexp(np.maximum(largest, _TINY))
-    octaves, bounds = _bounds(form.most_steps)
-    steps: Array = STEPS_PER_OCTAVE * (exponents - octaves) + np.searchsorted(bounds, mantissas)
+    least, bounds = _bounds(form.most_steps)
+    steps: Array = STEPS_PER_OCTAVE * exponents + least
+    for bound in bounds:  # quicker than a search
+        steps += mantissas > bound
     return steps
 
 
 @functools.cache
 def _bounds(most_steps: float) -> tuple[int, Array]:
-    """How many octaves the steps are below the largest value; its mantissa adds one for each bound below it."""
+    """The step where the exponent is zero; the mantissa adds one for each bound below it."""
     mantissa, octaves = math.frexp(most_steps)
-    bounds = mantissa / 2 * np.exp2(np.arange(2 * STEPS_PER_OCTAVE + 1) / STEPS_PER_OCTAVE)
-    return octaves + 1, bounds.astype(np.float32)
+    bounds = mantissa * np.exp2(np.arange(-STEPS_PER_OCTAVE, STEPS_PER_OCTAVE) / STEPS_PER_OCTAVE)
+    first = int((bounds < 0.5).sum())  # mantissas are above these
+    least = first - STEPS_PER_OCTAVE * (octaves + 1)
+    return least, bounds.astype(np.float32)[first : first + STEPS_PER_OCTAVE]
 
 
 def _raised(outliers: Array, ordinary: Array, dtype: torch.dtype) -> Array:
