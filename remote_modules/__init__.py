@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from remote_modules.client.inference_session import InferenceSession
     from remote_modules.client.loader import load
     from remote_modules.client.sequential import RemoteSequential
+    from remote_modules.client.speculation import Speculation
     from remote_modules.client.stats import ClientStats
     from remote_modules.config import ClientConfig, ServerConfig, TrackerConfig
     from remote_modules.errors import (
@@ -46,6 +47,7 @@ __all__ = [
     "Server",
     "ServerConfig",
     "SessionError",
+    "Speculation",
     "Tracker",
     "TrackerConfig",
     "UnsupportedCallError",
@@ -62,6 +64,7 @@ _HOMES = {
     "RemoteSequential": "client.sequential",
     "Server": "server.server",
     "ServerConfig": "config",
+    "Speculation": "client.speculation",
     "Tracker": "server.tracker",
     "TrackerConfig": "config",
     "load": "client.loader",

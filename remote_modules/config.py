@@ -77,6 +77,8 @@ class ClientConfig:
     wire: str = (
         "compute"  # hidden states and gradients as they are; "int8": half of 16 bits; "int4": prefill, forward too
     )
+    direct: bool = True  # peers send their outputs on to each other beside the client: N+1 one-way delays, not 2N
+    prefill_chunk_tokens: int = 0  # longer prompts go through direct hops in such chunks, all hops at once; 0: whole
     max_request_bytes: int = 256 * 1024 * 1024  # tensors of one request
     microbatch_tokens: int = 1024  # rows x tokens of one request of a training pass; larger batches are cut by rows
     max_microbatches_in_flight: int = 48  # of all passes; fewer where fewer keep all hops busy
@@ -206,7 +208,10 @@ class TrackerConfig:
         _check_positive("identity_per_s", self.identity_per_s)
 
 
-_MAY_BE_ZERO = ("retain_activations_s",)
+_MAY_BE_ZERO = (
+    "prefill_chunk_tokens",
+    "retain_activations_s",
+)
 _POSITIVE = (
     "num_blocks",
     "bandwidth_mbit",

@@ -28,10 +28,11 @@ from cryptography.hazmat.primitives.serialization import (
 from remote_modules.errors import RemoteProtocolError
 from remote_modules.peers import MAX_RECORD_BYTES, PeerId, PeerRecord, SignedRecord, decode_record, short_id
 
-__all__ = ["Certificate", "Identity", "peer_id_of", "verify_hello", "verify_record"]
+__all__ = ["Certificate", "Identity", "peer_id_of", "verify_hello", "verify_push", "verify_record"]
 
 _RECORD_CONTEXT = b"rm-record-v3"
 _HELLO_CONTEXT = b"rm-hello-v1"
+_PUSH_CONTEXT = b"rm-push-v1"
 _record_encoder = msgspec.msgpack.Encoder()
 
 
@@ -96,6 +97,10 @@ class Identity:
         """Prove this key to whoever sent ``nonce`` over a channel with that certificate ("" without TLS)."""
         return self.key.sign(_hello_text(nonce, certificate_sha256))
 
+    def sign_push(self, *, sender: str, receiver: str, session_id: str) -> bytes:
+        """Let ``sender`` bring inputs of this client's session at ``receiver``."""
+        return self.key.sign(_push_text(sender, receiver, session_id))
+
     def certificate(self, *, now: datetime.datetime) -> Certificate:
         """A certificate for this key, valid for ten years from a day before ``now`` (UTC)."""
         name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, self.peer_id)])
@@ -159,6 +164,20 @@ def verify_hello(*, public_key: bytes, signature: bytes, nonce: bytes, certifica
     """
     _verify(public_key, signature, _hello_text(nonce, certificate_sha256), what="hello")
     return peer_id_of(public_key)
+
+
+def verify_push(*, public_key: bytes, grant: bytes, sender: str, receiver: str, session_id: str) -> None:
+    """Whether the client of the session, which has ``public_key``, lets ``sender`` bring inputs of it.
+
+    Raises:
+        RemoteProtocolError: it does not.
+    """
+    _verify(public_key, grant, _push_text(sender, receiver, session_id), what="grant")
+
+
+def _push_text(*names: str) -> bytes:
+    parts = [name.encode("utf-8") for name in names]
+    return _PUSH_CONTEXT + b"".join(len(part).to_bytes(2, "big") + part for part in parts)
 
 
 def _hello_text(nonce: bytes, certificate_sha256: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -132,3 +133,16 @@ if sys.version_info >= (3, 11):  # ipykernel needs that
         assert len(re.findall(r"^step \d+: loss [\d.]+$", printed, re.MULTILINE)) == 4
         assert re.search(r"^failovers [1-9]", printed, re.MULTILINE)
         assert "saved and local agree: True" in printed
+
+
+def test_train_draft_model_writes_a_draft_that_knows_some_of_its_teacher(tmp_path: Path) -> None:
+    corpus, draft = tmp_path / "corpus.txt", tmp_path / "draft"
+    text = "The file is closed when the last reader is gone, and {0} is returned to the caller. " * 3
+    corpus.write_text("\n".join(json.dumps(["test", text.format(number)]) for number in range(120)), encoding="utf-8")
+    options = ("--steps", "12", "--context", "32", "--batch", "4", "--corpus", str(corpus))
+    found = re.search(
+        r"the same first choice ([\d.]+), overlap ([\d.]+)", run("train_draft_model.py", str(draft), *options)
+    )
+    assert found is not None
+    assert min(float(found[1]), float(found[2])) > 0.3
+    assert {"config.json", "tokenizer.json", "README.md"} <= {path.name for path in draft.iterdir()}

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "remote_modules"
 
 PUBLIC = {
-    *("RemoteSequential", "load", "InferenceSession", "ClientConfig", "ClientStats", "DeepPrompts"),
+    *("RemoteSequential", "load", "InferenceSession", "ClientConfig", "ClientStats", "DeepPrompts", "Speculation"),
     *("Server", "ServerConfig", "Tracker", "TrackerConfig", "RemoteModulesCallback", "RemoteModulesTrainerCallback"),
     *("RemoteModulesError", "NoRouteError", "PeerError", "ProtocolError", "SessionError", "UnsupportedCallError"),
 }

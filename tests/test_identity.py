@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from remote_modules.errors import RemoteProtocolError
-from remote_modules.identity import Identity, peer_id_of, verify_hello, verify_record
+from remote_modules.identity import Identity, peer_id_of, verify_hello, verify_push, verify_record
 from remote_modules.peers import MAX_RECORD_BYTES, PeerRecord, PeerState, SignedRecord
 
 ALICE = Identity.from_seed(b"a" * 32)
@@ -236,3 +236,17 @@ def test_certificate_and_key_are_accepted_by_ssl(tmp_path: Path) -> None:
     path = tmp_path / "both.pem"
     path.write_bytes(made.key_pem + made.certificate_pem)
     ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path)
+
+
+def test_grant_of_a_push_holds_for_what_it_names_alone() -> None:
+    client = Identity.from_seed(b"c" * 32)
+    names = {"sender": "one", "receiver": "two", "session_id": "s" * 32}
+    grant = client.sign_push(**names)
+    verify_push(public_key=client.public_key, grant=grant, **names)
+    others: list[dict[str, str]] = [{"sender": ""}, {"receiver": "one"}, {"session_id": "t" * 32}]
+    for changed in (*others, {"sender": "onet", "receiver": "wo"}):  # the same letters, cut elsewhere
+        with pytest.raises(RemoteProtocolError, match="signature of the grant does not fit its key"):
+            verify_push(public_key=client.public_key, grant=grant, **(names | changed))
+    for public_key in (Identity.from_seed(b"d" * 32).public_key, b""):
+        with pytest.raises(RemoteProtocolError, match="signature of the grant does not fit its key"):
+            verify_push(public_key=public_key, grant=grant, **names)

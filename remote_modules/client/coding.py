@@ -16,7 +16,7 @@ from remote_modules.net.client_connection import ClientConnection
 from remote_modules.wire.codecs import can_encode, rounded
 from remote_modules.wire.codecs import num_bytes as coded_bytes
 from remote_modules.wire.framing import Buffer
-from remote_modules.wire.messages import BackwardRequest, Output, Request, StepRequest
+from remote_modules.wire.messages import BackwardRequest, Output, Request, StepRequest, TensorMeta
 from remote_modules.wire.tensors import encode_tensors
 
 __all__ = ["Coding"]
@@ -57,6 +57,14 @@ class Coding:
             reply_codec = self._reply_codec(message, is_merged=is_merged)
             call = msgspec.structs.replace(call, reply_codec=reply_codec)
         return msgspec.structs.replace(message, tensors=metas, call=call), body
+
+    def encode_inputs(
+        self, message: StepRequest, tensors: Named, connection: ClientConnection
+    ) -> tuple[tuple[TensorMeta, ...], list[Buffer]]:
+        """What enters a hop that awaits it for ``message``, as the hop before would send it."""
+        coded = self._codecs(message, tensors, is_merged=False)
+        is_thin = connection.knows_thin_wire
+        return encode_tensors(tensors, coded if is_thin else None, pad_end=not is_thin)
 
     def settle(self, message: Request, output: Output, replies: Named, *, is_merged: bool = False) -> Named:
         """What was answered, as if all of it had come in the codec that `encode` asks for."""

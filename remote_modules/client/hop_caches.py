@@ -12,12 +12,13 @@ import torch
 
 from remote_modules.client.call import Named
 from remote_modules.client.history import History
+from remote_modules.client.session_key import SessionKey
 from remote_modules.client.swarm import Swarm
 from remote_modules.model.past import length_of
 from remote_modules.plan.routing import Hop
 from remote_modules.spans import Span
 from remote_modules.wire import messages
-from remote_modules.wire.messages import CacheOp
+from remote_modules.wire.messages import CacheOp, StepRequest
 
 __all__ = ["HopCaches", "PeerCache"]
 
@@ -33,6 +34,8 @@ class PeerCache:
         pending: selections, and lengths to crop to, that the peer has not been told.
         is_copy: whether it was copied, and did no step since: the peer has no attention mask of it.
         replaces: a session there that is of no more use.
+        knows_key: whether the peer has the session's `key`.
+        forwards_to: session of the next hop to which the peer sent outputs directly.
     """
 
     session_id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
@@ -42,6 +45,8 @@ class PeerCache:
     pending: list[torch.Tensor | int] = field(default_factory=list)
     is_copy: bool = False
     replaces: str = ""
+    knows_key: bool = False
+    forwards_to: str = ""
 
     @property
     def next_position(self) -> int:
@@ -62,6 +67,14 @@ class PeerCache:
                 tensors[name] = op
                 ops.append(CacheOp("select", tensor=name))
         return tuple(ops), tensors
+
+    def after(self, request: StepRequest) -> PeerCache:
+        """As it will be once the peer has done ``request``, which need not have reached it."""
+        return PeerCache(
+            self.session_id,
+            position=request.position + request.call.num_tokens,
+            step_id=self.step_id + 1,
+        )
 
     def twin(self) -> PeerCache:
         """A cache that is to become equal to this one, by a copy."""
@@ -115,12 +128,20 @@ class HopCaches:
         self.buddies: dict[Span, Copy] = {}
         self.targets: list[Copy] = []
         self.mutex = threading.Lock()
+        self._key: SessionKey | None = None
         self.histories: dict[int, History] = {blocks.start: self.new_history()}
 
     @property
     def position(self) -> int:
         """Tokens in the session; derived from the history."""
         return len(self.first_history)
+
+    @property
+    def key(self) -> SessionKey:
+        """Says who may bring inputs to the session's peers."""
+        if self._key is None:
+            self._key = SessionKey()
+        return self._key
 
     @property
     def first_history(self) -> History:
@@ -235,17 +256,18 @@ class HopCaches:
         if cache is not None:
             self.free(old, cache)
 
-    def promote(self, span: Span) -> Copy | None:
-        """The buddy of the hop that had ``span``, if it can take over; it is a buddy no more."""
+    def promote(self, failed: Hop) -> Copy | None:
+        """The buddy of a hop, if it can take over; it is a buddy no more."""
         with self.mutex:
-            copy = self.buddies.pop(span, None)
+            copy = self.buddies.pop(failed.span, None)
         if copy is None:
             return None
         copy.stop()
         if copy.cache.next_position > self.position:  # copied in the middle of the step that is made again now
             copy.cache.pending.append(self.position)
         goes_back = copy.cache.next_position < copy.cache.position
-        if copy.cache.next_position == 0 or (goes_back and not self.swarm.stack.is_croppable):
+        is_elsewhere = copy.hop.peer_id != failed.peer_id  # else the hop moved to where its buddy was
+        if not is_elsewhere or copy.cache.next_position == 0 or (goes_back and not self.swarm.stack.is_croppable):
             self.free(copy.hop, copy.cache)
             return None
         return copy

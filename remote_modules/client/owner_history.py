@@ -95,7 +95,11 @@ class OwnerHistory:
         if self.positions is not None and given is not None:
             self.positions.append({"position_ids": given}, num_tokens)
         self.attention_mask = step.attention_mask
-        self.steps.append(_Step(num_tokens, step.masks))
+        if step.cuts:
+            ends = (step.position, *step.cuts)
+            self.steps += [_Step(end - start, {}) for start, end in itertools.pairwise(ends)]
+        else:
+            self.steps.append(_Step(num_tokens, step.masks))
         self._num_masked += bool(step.masks)
         self.row_names = step.call.row_names
 
@@ -180,7 +184,11 @@ def _counted(start: int, num_tokens: int, like: torch.Tensor) -> torch.Tensor:
 
 @dataclass(slots=True)
 class StepInputs:
-    """One step under way: what it brings, on top of what went before."""
+    """One step under way: what it brings, on top of what went before.
+
+    Attributes:
+        cuts: ends of the chunks in which peers are given the new tokens; empty: in one.
+    """
 
     old: OwnerHistory
     position: int
@@ -189,6 +197,7 @@ class StepInputs:
     specs: dict[str, TensorSpec]
     attention_mask: torch.Tensor | None
     masks: Named = field(default_factory=dict)
+    cuts: tuple[int, ...] = ()
 
     def position_ids(self) -> torch.Tensor:
         """Of the new tokens, in a session where positions are given."""
@@ -209,9 +218,9 @@ class StepInputs:
         """
         start, end = self.position - behind, self.position + self.call.num_tokens
         if behind == 0:
-            return [(start, end)]
-        if is_exact or self.masks or self.old.has_step_masks:
-            ends = [*self.old.step_ends(after=start), end]
+            ends = list(self.cuts) or [end]
+        elif is_exact or self.masks or self.old.has_step_masks:
+            ends = [*self.old.step_ends(after=start), *(self.cuts or [end])]
         elif is_apart:
             ends = [*_ends(start, self.position, max_tokens), end]
         else:
@@ -232,18 +241,22 @@ class StepInputs:
         return tensors
 
     def _range(self, start: int, end: int) -> Named:
-        if start >= self.position or not self.timed:
-            return self.timed
+        if not self.timed:
+            return {}
+        new_start, new_end = max(0, start - self.position), end - self.position
+        new = self.timed
+        if (new_start, new_end) != (0, self.call.num_tokens):
+            new = {n: slice_tokens(t, self.specs[n], new_start, max(0, new_end)).contiguous() for n, t in new.items()}
+        if start >= self.position:
+            return new
         old = self.old.timed.slice(start, min(end, self.position))
         if end <= self.position:
             return old
-        new_end = end - self.position
-        new = {name: slice_tokens(tensor, self.specs[name], 0, new_end) for name, tensor in self.timed.items()}
         return {name: concat([old[name], new[name]], self.specs[name]) for name in new}
 
     def _positions(self, start: int, end: int) -> torch.Tensor:
         if start >= self.position:
-            return self.position_ids()
+            return self.position_ids()[..., start - self.position : end - self.position].contiguous()
         if self.old.positions is not None:
             old = self.old.positions.slice(start, min(end, self.position))["position_ids"]
         else:

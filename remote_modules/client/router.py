@@ -261,6 +261,22 @@ class Router:
         )
         self.measurements.observe(hop.peer_id, sample, rtt_s=rtt_s, now_s=self._clock())
 
+    def observe_direct(self, hop: Hop, kind: str, work: float, output: Output, *, took_s: float) -> None:
+        """Learn from an answer whose input another peer brought: how long it took says nothing of round trips."""
+        self.estimator.observe(hop.peer_id, kind, work=work, took_s=took_s)
+        sample = Sample(
+            kind=kind,
+            work=work,
+            num_bytes=0,
+            total_s=max(took_s, output.queue_s + output.compute_s),
+            queue_s=output.queue_s,
+            compute_s=output.compute_s,
+            load=output.load,
+            free_kv_tokens=output.free_kv_tokens,
+            is_alone=False,
+        )
+        self.measurements.observe(hop.peer_id, sample, rtt_s=None, now_s=self._clock())
+
     def claim(self, hops: Iterable[Hop]) -> None:
         """The hops get work now; see `plan.breakers.Breakers.claim`."""
         for hop in hops:

@@ -138,10 +138,14 @@ class SessionState:
             caches.hops = list(await chain.route(self.blocks, demand))
         work = Step(caches, inputs, step, demand)
         try:
+            if self.swarm.config.direct:
+                await work.launch(chain)
             await chain.drive(work)
         except BaseException:
             caches.drop_peers()  # some hops did the step and some did not: all start afresh from the history
             raise
+        finally:
+            work.ground()
         caches.hops = work.done
         self._owner.commit(step)
         caches.commit(work.inputs, work.histories, num_tokens)

@@ -17,7 +17,11 @@ WATERFALL_STEPS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HopTiming:
-    """Where one request's time went, in seconds; ``wire_s`` is what neither queue nor compute explains."""
+    """Where one request's time went, in seconds; ``wire_s`` is what neither queue nor compute explains.
+
+    Attributes:
+        total_s: until the answer; of a request that was sent ahead (`client.direct`), since its hop's turn.
+    """
 
     hop: Hop
     num_tokens: int
@@ -49,6 +53,7 @@ class ClientStats:
         forks: KV caches that were copied for a fork.
         kept_backwards: backwards of hops that used what the peer had kept of the forward.
         recomputed_backwards: those whose forward the peer did again.
+        forwarded: times that a hop sent its outputs on to the next one directly (`ClientConfig.direct`).
         stall_seconds: time between failures and the answer that ended them, summed.
         bytes_sent, bytes_received: on all connections.
         adapters_sent: requests that brought tensors of adapters.
@@ -68,6 +73,7 @@ class ClientStats:
     forks: int
     kept_backwards: int
     recomputed_backwards: int
+    forwarded: int
     stall_seconds: float
     hedges: int
     hedges_won: int
@@ -100,6 +106,7 @@ class StatsRecorder:
     forks: int = 0
     kept_backwards: int = 0
     recomputed_backwards: int = 0
+    forwarded: int = 0
     stall_s: float = 0.0
     hedges: int = 0
     hedges_won: int = 0
@@ -130,6 +137,7 @@ class StatsRecorder:
             forks=self.forks,
             kept_backwards=self.kept_backwards,
             recomputed_backwards=self.recomputed_backwards,
+            forwarded=self.forwarded,
             stall_seconds=self.stall_s,
             hedges=self.hedges,
             hedges_won=self.hedges_won,

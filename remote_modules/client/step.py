@@ -8,16 +8,21 @@ afresh, and its outputs are that history.
 
 from __future__ import annotations
 
+import asyncio
 import copy
+from functools import partial
 
-import msgspec
 import torch
 
 from remote_modules.client.call import Named
 from remote_modules.client.chain import Chain, Work
+from remote_modules.client.direct import Flight, Flights, addressed, can_forward, prompt_chunks
 from remote_modules.client.hop_caches import HopCaches, PeerCache
 from remote_modules.client.owner_history import StepInputs
-from remote_modules.model.past import length_of, select_layers
+from remote_modules.client.stats import HopTiming
+from remote_modules.client.step_requests import StepRequests
+from remote_modules.errors import PeerError
+from remote_modules.model.past import length_of
 from remote_modules.model.tensors import concat, slice_tokens
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.plan.routing import Demand, Hop
@@ -56,23 +61,55 @@ class Step(Work):
         self._start = length_of(session.past)
         self._step = step
         self._stack = session.swarm.stack
+        self._requests = StepRequests(session, step)
+        self._flights = Flights(session)
+        self._unlinked: dict[Hop, PeerError] = {}  # those whose peers could not be reached
+
+    async def launch(self, chain: Chain) -> None:
+        """Send all hops their requests now, if some can send their outputs on to the next (`client.direct`)."""
+        hops = self.hops
+        if len(hops) < 2 or self._step.call.record or any(self._behind(hop) for hop in hops):
+            return
+        links = await self._links(chain)
+        if not can_forward(self.session, hops, links):
+            return
+        ranges = prompt_chunks(self.session, hops, self._step)
+        for index, (hop, link) in enumerate(zip(hops, links, strict=True)):
+            if link is None:
+                continue
+            cache, adapter = self.session.caches[hop.span], self._step.call.adapter_of(hop.span)
+            for part, tokens in enumerate(ranges):
+                entry = {} if index else self._entry(hop, *tokens)
+                message, tensors = self._requests.build(link.new_request_id(), hop, cache, tokens, None, entry)
+                cache = cache.after(message)
+                message = addressed(self.session, hops, links, index, message, part)
+                flight = chain.requests.launch(hop, message, tensors, link, adapter)
+                self._flights.add(flight)
+                if index + 1 < len(hops):
+                    self._flights.link(flight, hops[index + 1])
+            if index == 0:
+                await asyncio.sleep(0)  # it leaves while we make the others
+
+    def ground(self) -> None:
+        """Nobody waits any more for what was sent ahead."""
+        self._flights.ground()
 
     async def do_hop(self, hop: Hop, chain: Chain) -> None:
         if self._step_back():
             return
         cache = self.session.caches.setdefault(hop.span, PeerCache())
-        if cache.position:  # a peer that is leaving serves what it has until that is elsewhere (`client.copies`)
-            connection = await chain.swarm.connect(hop.peer_id, "step")
-        else:
-            connection = await chain.connect(hop, "step", self.demand)
-        if cache.replaces:
-            connection.send(messages.CloseSession(cache.replaces))
-            cache.replaces = ""
+        flights = self._flights.take(cache.session_id)
         start, end = hop.span.start, hop.span.end
         if self._position == self._start and self.session.keeps_history(start):
             self.histories.setdefault(start, self.session.new_history())
         is_next_without = len(self.hops) > 1 and self._lacks_history(self.hops[1])
-        old, new = await self._feed(hop, cache, chain, connection, keep_all=is_next_without)
+        if not flights:
+            connection = await self._connect(hop, cache, chain)
+            old, new = await self._feed(hop, cache, chain, connection, keep_all=is_next_without)
+            self._flights.brought.clear()
+        else:
+            assert not is_next_without, "where the next hop needs old outputs, `_step_back` has freed this one"
+            old, new = {}, await self._land_all(flights, hop, cache, chain)
         self.inputs[start] = self.outputs
         if is_next_without:
             self.histories[end] = self.session.new_history()
@@ -82,7 +119,7 @@ class Step(Work):
 
     async def replace_hop(self, hop: Hop, hops: tuple[Hop, ...], chain: Chain) -> None:
         self._free(hop)
-        buddy = self.session.promote(hop.span)
+        buddy = self.session.promote(hop)
         if buddy is not None:
             hops = (buddy.hop,)
             self.session.caches[hop.span] = buddy.cache
@@ -91,7 +128,7 @@ class Step(Work):
         self.session.hops = [*self.done, *self.hops]
 
     def forget_hop(self, hop: Hop) -> None:
-        self.session.caches.pop(hop.span, None)
+        self._forget(hop)
 
     def rival(self, hop: Hop) -> Step | None:
         if hop.span.start not in self.histories or (len(self.hops) > 1 and self._lacks_history(self.hops[1])):
@@ -101,6 +138,7 @@ class Step(Work):
         rival.session.hops, rival.session.caches = [hop], {}
         rival.hops, rival.done = [hop], []
         rival.inputs, rival.histories, rival.recorded = {}, dict(self.histories), {}
+        rival._flights, rival._unlinked = Flights(rival.session), {}
         return rival
 
     def adopt(self, hop: Hop, rival: Work) -> None:
@@ -111,6 +149,7 @@ class Step(Work):
         self.histories.update(rival.histories)
         self.recorded.update(rival.recorded)
         self.outputs = rival.outputs
+        self._flights.brought.clear()
         self.hops.pop(0)
         self.done += rival.done
         self.session.hops = [*self.done, *self.hops]
@@ -122,9 +161,106 @@ class Step(Work):
         return self._position - self._start
 
     def _free(self, hop: Hop) -> None:
-        cache = self.session.caches.pop(hop.span, None)
+        cache = self._forget(hop)
         if cache is not None:
             self.session.free(hop, cache)
+
+    def _forget(self, hop: Hop) -> PeerCache | None:
+        cache = self.session.caches.pop(hop.span, None)
+        if cache is not None:
+            self._flights.drop(cache.session_id)
+        return cache
+
+    async def _connect(self, hop: Hop, cache: PeerCache, chain: Chain) -> ClientConnection:
+        if (error := self._unlinked.pop(hop, None)) is not None:
+            raise error
+        if cache.position:  # a peer that is leaving serves what it has until that is elsewhere (`client.copies`)
+            connection = await chain.swarm.connect(hop.peer_id, "step")
+        else:
+            connection = await chain.connect(hop, "step", self.demand)
+        if cache.replaces:
+            connection.send(messages.CloseSession(cache.replaces))
+            cache.replaces = ""
+        return connection
+
+    async def _links(self, chain: Chain) -> list[ClientConnection | None]:
+        """To all hops; where some have to be dialled, that is done at once."""
+        if all(chain.swarm.open_connection(hop.peer_id, "step") for hop in self.hops):
+            return [await self._link(hop, chain) for hop in self.hops]
+        return await asyncio.gather(*(self._link(hop, chain) for hop in self.hops))
+
+    async def _link(self, hop: Hop, chain: Chain) -> ClientConnection | None:
+        """A connection over which a request can be sent ahead; None where that has to wait for its turn."""
+        cache = self.session.caches.setdefault(hop.span, PeerCache())
+        try:
+            connection = await self._connect(hop, cache, chain)
+        except PeerError as exc:
+            self._unlinked[hop] = exc  # raised when its turn comes
+            return None
+        is_coded = chain.swarm.coding.wire != "compute"  # what one that knows no codecs puts out has to be rounded here
+        return connection if connection.knows_direct and (connection.knows_thin_wire or not is_coded) else None
+
+    async def _land_all(self, flights: list[Flight], hop: Hop, cache: PeerCache, chain: Chain) -> Named:
+        """The outputs of a hop whose requests were sent ahead."""
+        parts = []
+        try:
+            for flight in flights:
+                start, entry = flight.message.position, self.outputs
+                if len(flights) > 1:
+                    entry = self._entry(hop, start, start + flight.message.call.num_tokens)
+                parts.append(await self._land(flight, hop, cache, chain, entry))
+        except BaseException:
+            for flight in flights:
+                flight.abandon()
+            self._free(hop)  # whether the peer did the step is not known: a new session, by replay
+            if flights[len(parts)].output is not None:  # it gave nonsense, and sent that on
+                for later in self.hops[1:]:
+                    if (known := self.session.caches.get(later.span)) and known.session_id in self._flights:
+                        self._free(later)
+            raise
+        return self._joined(parts)
+
+    async def _land(self, flight: Flight, hop: Hop, cache: PeerCache, chain: Chain, entry: Named) -> Named:
+        message, swarm, brought = flight.message, chain.swarm, self._flights.brought
+        is_brought = message.awaits_input and flight.key in brought
+        push = partial(self._push_again, flight, entry) if is_brought else None
+        if message.awaits_input and not is_brought:
+            self._flights.push(flight, entry)
+        adapter = self._step.call.adapter_of(hop.span)
+        num_bytes = swarm.coding.num_bytes(entry, message.call.num_tokens) if message.awaits_input else 0
+        kind = "decode" if message.call.num_tokens == 1 else "prefill"
+        offered = adapter.name if adapter is not None and adapter.content is None else ""
+        replies = await chain.requests.land(flight, kind, push=push, num_bytes=num_bytes, offered=offered)
+        outputs = self._taken(hop, cache, chain, message, replies, entry)
+        if is_brought:
+            self._note_way(hop, chain.requests.timings[-1], is_late=flight.key not in brought)
+        self._note_edge(hop, cache, flight)
+        return outputs
+
+    def _push_again(self, flight: Flight, entry: Named) -> None:
+        """The input of a hop may have been lost on its way from the one before."""
+        self._flights.brought.discard(flight.key)
+        self._flights.push(flight, entry, again=True)
+
+    def _note_way(self, hop: Hop, timing: HopTiming, *, is_late: bool) -> None:
+        """Whether what the hop before sent on was there in time."""
+        edges, before = self.session.swarm.edges, self.done[-1]
+        if not is_late or timing.queue_s + timing.compute_s > timing.wire_s:  # or the hop was slow
+            edges.work(before.peer_id, hop.peer_id)
+        else:
+            edges.lose(before.peer_id, hop.peer_id, now_s=self.session.swarm.clock())
+
+    def _note_edge(self, hop: Hop, cache: PeerCache, flight: Flight) -> None:
+        swarm, message, output = self.session.swarm, flight.message, flight.output
+        assert output is not None
+        cache.knows_key = cache.knows_key or bool(message.client_key)
+        cache.forwards_to = ""
+        if message.forward_to is not None and output.is_forwarded:
+            cache.forwards_to = message.forward_to.session_id
+            self._flights.brought.add((message.forward_to.session_id, message.forward_to.step_id))
+            swarm.stats.forwarded += 1
+        elif message.forward_to is not None:
+            swarm.edges.miss(hop.peer_id, self.hops[1].peer_id, now_s=swarm.clock())
 
     def _step_back(self) -> bool:
         """Let hops start afresh whose outputs for old tokens are needed again; whether some were done already."""
@@ -140,6 +276,7 @@ class Step(Work):
         if earliest == len(self.done):
             return False
         self.outputs = self.inputs[self.done[earliest].span.start]
+        self._flights.brought.clear()
         self.hops = hops[earliest:]
         del self.done[earliest:]
         return True
@@ -228,62 +365,30 @@ class Step(Work):
         *,
         is_merged: bool,
     ) -> Named:
-        ops, indices = cache.ops()
-        past, start = {}, cache.next_position
-        if cache.position == 0:
-            past, start = select_layers(self.session.past, self._stack.layers_of(hop.span)), self._start
-        assert start == tokens[0], "the peer is where we think it is"
-        end = tokens[1]
-        num_tokens = end - start
-        entry = self._entry(hop, start, end)
-        shared = self._step.tensors(start, end, self._stack.side_specs(hop.span))
-        tensors = {**entry, **indices, **shared, **past}
-        mask, is_whole = self._mask(start, end, bool(ops) or cache.position == 0 or cache.is_copy)
-        if mask is not None and not any(name.startswith("attention_mask") for name in shared):
-            tensors["attention_mask"] = mask
-        call = self._step.call
-        adapter = call.adapter_of(hop.span)
-        meta = call.meta(num_tokens)
-        if end <= self._position:
-            meta = msgspec.structs.replace(meta, record=())
-        message = messages.StepRequest(
-            connection.new_request_id(),
-            cache.session_id,
-            cache.step_id,
-            hop.span.start,
-            hop.span.end,
-            start,
-            ops,
-            (),
-            0.0,
-            call=meta,
-            mask_is_whole=is_whole,
-            create=cache.step_id == 0,
-            num_outputs=None if num_outputs == num_tokens else num_outputs,
-            version=cache.version if cache.is_copy else None,
-        )
+        entry = self._entry(hop, *tokens)
+        num_tokens = tokens[1] - tokens[0]
+        wanted = None if num_outputs == num_tokens else num_outputs
+        message, tensors = self._requests.build(connection.new_request_id(), hop, cache, tokens, wanted, entry)
         kind = "decode" if num_tokens == 1 else "prefill"
+        adapter = self._step.call.adapter_of(hop.span)
         try:
             replies = await chain.requests.send(hop, kind, message, tensors, connection, adapter, is_merged=is_merged)
-            recorded = {name: replies.pop(name) for name in list(replies) if name.startswith("record.")}
-            recorded = chain.answers.check_recorded(hop, recorded, meta)
-            output = chain.answers.check_outputs(hop, replies, entry, meta, num_outputs)
+            return self._taken(hop, cache, chain, message, replies, entry)
         except BaseException:
             self.forget_hop(hop)  # whether the peer did the step is not known: a new session, by replay
             self.session.free(hop, cache)
             raise
+
+    def _taken(
+        self, hop: Hop, cache: PeerCache, chain: Chain, message: messages.StepRequest, replies: Named, entry: Named
+    ) -> Named:
+        """The outputs of a request that the peer has done, once they can be true."""
+        call = message.call
+        recorded = {name: replies.pop(name) for name in list(replies) if name.startswith("record.")}
+        recorded = chain.answers.check_recorded(hop, recorded, call)
+        output = chain.answers.check_outputs(hop, replies, entry, call, message.num_outputs)
         self.recorded.update(recorded)
-        cache.position, cache.step_id, cache.is_copy = end, cache.step_id + 1, False
-        cache.version += len(ops)
+        cache.position, cache.step_id, cache.is_copy = message.position + call.num_tokens, cache.step_id + 1, False
+        cache.version += len(message.ops)
         cache.pending.clear()
         return output
-
-    def _mask(self, start: int, end: int, is_whole: bool) -> tuple[torch.Tensor | None, bool]:
-        """The mask columns to send for tokens start..end: the new ones when the peer has the others already."""
-        mask = self._step.attention_mask
-        if mask is None:
-            return None, False
-        old = self._step.old.attention_mask
-        if not is_whole and start == self._position and old is not None and torch.equal(old, mask[:, :start]):
-            return mask[:, start:end].contiguous(), False
-        return mask[:, :end].contiguous(), True

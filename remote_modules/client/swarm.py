@@ -23,6 +23,7 @@ from remote_modules.net.client_connection import ClientConnection
 from remote_modules.net.http import Dialer
 from remote_modules.peers import PeerId, PeerRecord, short_id
 from remote_modules.plan.compatibility import is_allowed, matching
+from remote_modules.plan.edges import Edges
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.spans import Span
 
@@ -75,6 +76,7 @@ class Swarm:
         self.clock = clock
         self.rng = rng
         self.stats = stats
+        self.edges = Edges()
         self.stack = stack
         self.hidden_size = hidden_size
         self.num_blocks = stack.num_blocks

@@ -60,6 +60,8 @@ class ClientConnection(Connection):
         self.peer_id = peer_id
         self.is_draining = False
         self.on_draining: Callable[[], object] | None = None
+        self.on_refused: Callable[[int], object] | None = None  # gets ids that no request of ours has
+        self.record: messages.RecordProof | None = None  # of the peer, for others; not verified
         self.load = 0
         self.max_batch_tokens = 0  # that the peer takes in a request; 0 while unknown
         self.rtt_s: float | None = None
@@ -90,6 +92,11 @@ class ClientConnection(Connection):
     def knows_thin_wire(self) -> bool:
         """Whether the peer reads codecs with outliers, a last tensor without padding, and positions left out."""
         return self._protocol.their_minor >= messages.THIN_WIRE_SINCE_MINOR
+
+    @property
+    def knows_direct(self) -> bool:
+        """Whether the peer takes inputs of steps by `Push`, and sends outputs on."""
+        return self._protocol.their_minor >= messages.DIRECT_SINCE_MINOR
 
     @property
     def knows_adapter_parts(self) -> bool:
@@ -211,12 +218,8 @@ class ClientConnection(Connection):
                 self._check_hello(hello)
             case messages.Reject(text):
                 raise RemoteProtocolError(f"connection rejected: {text}")
-            case Output(request_id) | Refused(request_id):
-                answer = self._answers.pop(request_id, None)
-                if answer is not None and not answer.done():  # else cancelled or timed out: late, ignored
-                    answer.set_result(event)
-                elif isinstance(event.message, Output) and event.message.is_kept:
-                    self.release_graph(request_id)
+            case (Output() | Refused()) as reply:
+                self._take(reply, event)
             case messages.Ping(nonce):
                 self.send(messages.Pong(nonce))
             case messages.Pong(_, load):
@@ -225,6 +228,15 @@ class ClientConnection(Connection):
                 self.is_draining = True
                 if self.on_draining is not None:
                     self.on_draining()
+
+    def _take(self, reply: Output | Refused, event: MessageReceived) -> None:
+        answer = self._answers.pop(reply.request_id, None)
+        if answer is not None and not answer.done():  # else cancelled or timed out: late, ignored
+            answer.set_result(event)
+        elif isinstance(reply, Output) and reply.is_kept:
+            self.release_graph(reply.request_id)
+        elif isinstance(reply, Refused) and self.on_refused is not None:
+            self.on_refused(reply.request_id)
 
     def _check_hello(self, hello: messages.ServerHello) -> None:
         proven = verify_hello(
@@ -236,6 +248,7 @@ class ClientConnection(Connection):
         if proven != self.peer_id:
             raise RemoteProtocolError(f"expected peer '{short_id(self.peer_id)}', found '{short_id(proven)}'")
         self.max_batch_tokens = hello.max_batch_tokens
+        self.record = hello.record
         if not self._opened.done():
             self._opened.set_result(None)
 

@@ -88,6 +88,17 @@ class Connection(asyncio.BufferedProtocol):
         return self._protocol.their_max_body_bytes
 
     @property
+    def remote_host(self) -> str:
+        """IP address of the other side; "" if unknown."""
+        name = self._transport.get_extra_info("peername") if self._transport is not None else None
+        return str(name[0]) if isinstance(name, tuple) else ""
+
+    @property
+    def unsent_bytes(self) -> int:
+        """That wait for the other side to read."""
+        return self._unsent_bytes
+
+    @property
     def has_unsent(self) -> bool:
         """Whether something that was sent has not left yet."""
         return bool(self._outgoing) or (self._transport is not None and self._transport.get_write_buffer_size() > 0)

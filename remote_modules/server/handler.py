@@ -6,6 +6,7 @@ memory links and virtual time.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping
 
@@ -24,6 +25,7 @@ from remote_modules.model.past import length_of
 from remote_modules.net.connection import Connection
 from remote_modules.net.http import Dialer
 from remote_modules.net.loop import new_body
+from remote_modules.peers import SignedRecord
 from remote_modules.server.activations import Activations
 from remote_modules.server.adapter_store import AdapterStore, Offload
 from remote_modules.server.arguments import owner_arguments
@@ -38,7 +40,9 @@ from remote_modules.server.checks import (
 from remote_modules.server.copies import Copies
 from remote_modules.server.engine import Engine
 from remote_modules.server.executor import Executor, Priority, Timed
+from remote_modules.server.forwarding import Forwarding
 from remote_modules.server.graphs import is_out_of_memory
+from remote_modules.server.inbox import Inbox
 from remote_modules.server.limits import HandlerLimits
 from remote_modules.server.served import Served
 from remote_modules.server.sessions import SessionTable
@@ -77,7 +81,8 @@ class Handler:
         identity, instance_id: what the hello says.
         certificate_sha256: of the TLS certificate in use, or "".
         clock: monotonic seconds.
-        dialer: reaches the peers whose sessions are copied.
+        dialer: reaches the peers whose sessions are copied, and those that outputs go on to.
+        record: what the peer announces, for others that shall dial it; None while it announces nothing.
         offload: see `AdapterStore`.
         preloaded: adapters that are kept for good, by name.
     """
@@ -97,6 +102,7 @@ class Handler:
         certificate_sha256: str = "",
         software: str = "",
         dialer: Dialer | None = None,
+        record: Callable[[], SignedRecord | None] = lambda: None,
         offload: Offload | None = None,
         preloaded: Mapping[str, Adapter] | None = None,
     ) -> None:
@@ -129,6 +135,19 @@ class Handler:
             max_body_bytes=limits.max_body_bytes,
             clock=clock,
         )
+        names = engine.model.stack.carried
+        self.inbox = Inbox(
+            sessions, peer_id=identity.peer_id, names=names, max_bytes=limits.max_body_bytes, clock=clock
+        )
+        self.forwarding = Forwarding(
+            sessions,
+            dialer=dialer,
+            peer_id=identity.peer_id,
+            needs_certificate=bool(certificate_sha256),
+            names=names,
+            clock=clock,
+        )
+        self._record = record
         self._served: dict[int, Served] = {}
         self._next_connection = 0
 
@@ -161,6 +180,7 @@ class Handler:
         """Drop every connection and session."""
         for served in list(self._served.values()):
             served.connection.abort()
+        self.forwarding.close()
         self.drop_state()
 
     def drop_state(self) -> None:
@@ -171,6 +191,8 @@ class Handler:
     def expire_sessions(self) -> None:
         """Drop sessions, adapters and kept graphs that nobody used for long."""
         self.activations.expire(self._clock())
+        self.inbox.expire()
+        self.forwarding.expire()
         for session_id in self.sessions.expire(self._clock()):
             logger.info("session expired session=%s", session_id[:6])
         self.adapters.expire()
@@ -189,6 +211,7 @@ class Handler:
             self._limits.max_body_bytes,
             self._software,
             self._limits.max_batch_tokens,
+            _proof_of(self._record()),
         )
 
     def new_protocol(self) -> Protocol:
@@ -226,8 +249,34 @@ class Handler:
         if isinstance(request, BackwardRequest) and request.kept is not None:
             grads = check_kept_gradients(decode_tensors(request.tensors, body))
             return self._reply(request, await self.training.kept_backward(request, blocks, grads, connection_id))
+        if isinstance(request, StepRequest) and (request.awaits_input or request.forward_to is not None):
+            return await self._direct_step(request, blocks, body, connection_id)
+        return await self._compute(request, blocks, decode_tensors(request.tensors, body), connection_id)
+
+    async def _direct_step(self, request: StepRequest, blocks: Span, body: Body, connection_id: int) -> Reply:
+        """A step whose input comes from somebody else, or whose outputs go on, or both."""
+        served = self._served.get(connection_id)
+        self.forwarding.prepare(request, "" if served is None else served.connection.remote_host)
+        reply = self.steps.answered(request, may_open=not self.is_draining)
+        if reply is None:
+            tensors = decode_tensors(request.tensors, body)
+            with self.inbox.turn(request) as before:
+                if request.awaits_input:
+                    tensors = _joined(tensors, await self.inbox.take(request))
+                if before is not None:
+                    await asyncio.wait([before])
+                reply = await self._compute(request, blocks, tensors, connection_id)
+            self.inbox.drop(request)
+        output, buffers = reply
+        is_forwarded = self.forwarding.send(request, output, buffers)
+        return msgspec.structs.replace(output, is_forwarded=is_forwarded), buffers
+
+    async def _compute(
+        self, request: messages.Request, blocks: Span, named: Mapping[str, torch.Tensor], connection_id: int
+    ) -> Reply:
+        model = self.engine.model
         tensors = check_tensors(
-            decode_tensors(request.tensors, body),
+            named,
             request,
             model.stack,
             blocks,
@@ -303,3 +352,13 @@ class Handler:
             cache,
         )
         return output, body
+
+
+def _joined(tensors: dict[str, torch.Tensor], pushed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if twice := sorted(tensors.keys() & pushed.keys()):
+        refuse(f"tensor {twice[0]!r} came with a step that awaits its input")
+    return {**tensors, **pushed}
+
+
+def _proof_of(signed: SignedRecord | None) -> messages.RecordProof | None:
+    return None if signed is None else messages.RecordProof(signed.payload, signed.public_key, signed.signature)

@@ -345,6 +345,7 @@ class Peer:
             certificate_sha256=self._certificate.sha256 if self._certificate else "",
             software=f"remote-modules {package_version()}",
             dialer=self._dialer,
+            record=self._signed,
             offload=asyncio.to_thread,
             preloaded=loaded.adapters,
         )

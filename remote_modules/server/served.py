@@ -10,6 +10,7 @@ from remote_modules.errors import LocalProtocolError, PeerRefused, ProtocolError
 from remote_modules.net.connection import Connection
 from remote_modules.server.activations import Activations
 from remote_modules.server.executor import Executor
+from remote_modules.server.inbox import Inbox
 from remote_modules.server.sessions import SessionTable
 from remote_modules.wire import messages
 from remote_modules.wire.framing import Body, Buffer
@@ -30,6 +31,7 @@ class Answering(Interface):
     executor: Executor
     sessions: SessionTable
     activations: Activations
+    inbox: Inbox
     is_draining: bool
 
     def hello(self, hello: messages.ClientHello) -> messages.ServerHello | messages.Reject: ...
@@ -76,10 +78,18 @@ class Served:
                 self._handler.sessions.close(session_id)
             case messages.ReleaseGraph(request_id):
                 self._handler.activations.drop(self.connection_id, request_id)
+            case messages.Push() as push:
+                self._take(push, event.body)
             case messages.Ping(nonce):
                 self.connection.send(messages.Pong(nonce, self._handler.executor.load))
             case request if isinstance(request, AnyRequest):
                 self._begin(request, event.body)
+
+    def _take(self, push: messages.Push, body: Body) -> None:
+        try:
+            self._handler.inbox.put(push, body)
+        except PeerRefused as exc:
+            self.connection.send(Refused(push.request_id, exc.reason, str(exc)[:1000]))
 
     def _greet(self, hello: messages.ClientHello) -> None:
         self._hello_timer.cancel()

@@ -105,6 +105,7 @@ class Session:
         last_step_id, last_reply: answered again when the client repeats the step.
         lock: held while a step runs.
         connection_id: the connection that used it last; None once that is lost.
+        client_key: which signs who may bring inputs; empty until the client tells it.
     """
 
     session_id: str
@@ -119,6 +120,7 @@ class Session:
     last_step_id: int = -1
     last_reply: tuple[Output, list[Buffer]] | None = None
     connection_id: int | None = None
+    client_key: bytes = b""
     is_closed: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 

@@ -57,6 +57,18 @@ class Steps:
         self._reply = reply
         self._clock = clock
 
+    def answered(self, request: StepRequest, *, may_open: bool) -> Reply | None:
+        """The answer of a step that was done before. One that cannot be done need not await its input.
+
+        Raises:
+            PeerRefused: it has no session, and can open none.
+        """
+        session = self._sessions.get(request.session_id)
+        if session is None:
+            _check_opening(request, may_open=may_open)
+            return None
+        return _repeated(request, session)
+
     async def do(
         self,
         request: StepRequest,
@@ -77,9 +89,9 @@ class Steps:
             if session.is_closed:
                 refuse("the session was closed meanwhile", RefusalReason.SESSION_LOST)
             session.used_s, session.connection_id = self._clock(), connection_id
-            if session.last_step_id == request.step_id and session.last_reply is not None:
-                output, body = session.last_reply
-                return msgspec.structs.replace(output, request_id=request.request_id), body
+            session.client_key = session.client_key or request.client_key
+            if (reply := _repeated(request, session)) is not None:
+                return reply
             try:
                 return await self.new_step(request, session, blocks, tensors, adapter)
             except PeerRefused:
@@ -90,10 +102,7 @@ class Steps:
     def _session(self, request: StepRequest, blocks: Span, *, may_open: bool) -> Session:
         session = self._sessions.get(request.session_id)
         if session is None:
-            if not request.create:
-                refuse("unknown session", RefusalReason.SESSION_LOST)
-            if not may_open:
-                refuse("this peer is leaving", RefusalReason.DRAINING)
+            _check_opening(request, may_open=may_open)
             try:
                 cache = self._engine.new_cache()
             except UnsupportedCallError as exc:
@@ -164,3 +173,17 @@ class Steps:
         reply = self._reply(request, timed)
         session.last_step_id, session.last_reply = request.step_id, reply
         return reply
+
+
+def _check_opening(request: StepRequest, *, may_open: bool) -> None:
+    if not request.create:
+        refuse("unknown session", RefusalReason.SESSION_LOST)
+    if not may_open:
+        refuse("this peer is leaving", RefusalReason.DRAINING)
+
+
+def _repeated(request: StepRequest, session: Session) -> Reply | None:
+    if session.last_step_id != request.step_id or session.last_reply is None:
+        return None
+    output, body = session.last_reply
+    return msgspec.structs.replace(output, request_id=request.request_id), body

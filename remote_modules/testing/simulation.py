@@ -134,6 +134,7 @@ class SimulatedPeer:
             ),
             clock=swarm.clock,
             dialer=MemoryDialer(swarm.network, swarm.config, self.host.address),
+            record=lambda: self._announcer.signed if self._announcer is not None else None,
         )
         assert isinstance(handler.steps, _WatchedSteps)
         handler.steps.on_violation = swarm.note_violation
@@ -212,6 +213,7 @@ class SimulatedPeer:
         self.is_frozen = False
         self._loop.resume(self.host.address)
         self.device.stop()
+        handler.forwarding.close()
         handler.sessions.close_all()
         if self._announcer is not None:
             self._announcer.abandon()

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from remote_modules.errors import LocalProtocolError, RefusalReason, RemoteProtocolError
-from remote_modules.wire.control_messages import Cancel, CloseSession, Draining, Ping, Pong, ReleaseGraph
+from remote_modules.wire.control_messages import Cancel, CloseSession, Draining, Ping, Pong, Push, ReleaseGraph
 from remote_modules.wire.parts import (
     AdapterParts,
     Base,
@@ -24,10 +24,13 @@ from remote_modules.wire.parts import (
     CallMeta,
     CopySource,
     Count,
+    Destination,
     Id,
+    Key,
     Name,
     Nonce,
     Option,
+    RecordProof,
     Seconds,
     SessionId,
     TensorMeta,
@@ -47,6 +50,7 @@ __all__ = [
     "CloseSession",
     "CopyRequest",
     "CopySource",
+    "Destination",
     "Draining",
     "ForwardRequest",
     "Message",
@@ -54,7 +58,9 @@ __all__ = [
     "Output",
     "Ping",
     "Pong",
+    "Push",
     "ReadRequest",
+    "RecordProof",
     "Refused",
     "Reject",
     "ReleaseGraph",
@@ -74,6 +80,7 @@ ADAPTER_PARTS_SINCE_MINOR = 3  # who speaks an older one gets an adapter whole, 
 MORE_METHODS_SINCE_MINOR = 3  # nor any adapter but LoRA and IA3
 ADAPTER_ROWS_SINCE_MINOR = 4  # who speaks an older one has one adapter for all rows
 THIN_WIRE_SINCE_MINOR = 5  # nor codecs with outliers, a last tensor without padding, `CallMeta.position_rows`
+DIRECT_SINCE_MINOR = 5  # nor `Push`
 
 
 class ClientHello(Base, frozen=True, tag="client_hello"):
@@ -104,6 +111,7 @@ class ServerHello(Base, frozen=True, tag="server_hello"):
         max_body_bytes: largest body that this side takes.
         software: name and version, for logs.
         max_batch_tokens: rows x tokens that a request may hold; 0 if unknown.
+        record: the peer's record, for those that other peers shall dial; None if it announces none.
     """
 
     major: Count
@@ -114,6 +122,7 @@ class ServerHello(Base, frozen=True, tag="server_hello"):
     max_body_bytes: Count
     software: Name = ""
     max_batch_tokens: Count = 0
+    record: RecordProof | None = None
 
 
 class Reject(Base, frozen=True, tag="reject"):
@@ -142,6 +151,9 @@ class StepRequest(Base, frozen=True, tag="step"):
         create: whether an unknown session is to be opened.
         num_outputs: answer only the last so many tokens; None for all.
         version: cache operations that the session must have seen before ``ops``, else ``session_lost``; None for any.
+        awaits_input: whether ``hidden_states`` and states come by a `Push` instead.
+        forward_to: where the outputs go beside the client.
+        client_key: the client's Ed25519 key for this session, which signs grants; empty where the session has it.
     """
 
     request_id: Id
@@ -158,6 +170,9 @@ class StepRequest(Base, frozen=True, tag="step"):
     create: bool = False
     num_outputs: Count | None = None
     version: Count | None = None
+    awaits_input: bool = False
+    forward_to: Destination | None = None
+    client_key: Key = b""
 
 
 class ForwardRequest(Base, frozen=True, tag="forward"):
@@ -282,6 +297,7 @@ class Output(Base, frozen=True, tag="output"):
         free_kv_tokens: as in the peer's record, now.
         cache: of the session, for a copy and a read; ``tensors`` of a read are those that `ReadRequest` names.
         is_kept: whether the peer keeps the graph of this forward; it may drop it at any time.
+        is_forwarded: whether ``tensors`` were sent on to where ``forward_to`` of the step says.
     """
 
     request_id: Id
@@ -292,6 +308,7 @@ class Output(Base, frozen=True, tag="output"):
     free_kv_tokens: Count = 0
     cache: CacheMeta | None = None
     is_kept: bool = False
+    is_forwarded: bool = False
 
 
 class Refused(Base, frozen=True, tag="refused"):
@@ -326,6 +343,7 @@ Message: TypeAlias = (
     | Cancel
     | CloseSession
     | ReleaseGraph
+    | Push
     | Ping
     | Pong
     | Draining

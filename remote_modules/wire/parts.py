@@ -19,14 +19,18 @@ __all__ = [
     "CallMeta",
     "CopySource",
     "Count",
+    "Destination",
     "Dims",
+    "Grant",
     "Id",
+    "Key",
     "AdapterRows",
     "MAX_ADAPTER_PARTS",
     "MAX_ADAPTER_ROWS",
     "MAX_CACHE_OPS",
     "MAX_DIMENSIONS",
     "MAX_OPTIONS",
+    "MAX_RECORD_BYTES",
     "MAX_TENSORS",
     "Name",
     "Nonce",
@@ -34,6 +38,7 @@ __all__ = [
     "OptionValue",
     "Options",
     "RecordKind",
+    "RecordProof",
     "Records",
     "Seconds",
     "SessionId",
@@ -48,6 +53,7 @@ MAX_DIMENSIONS = 8
 MAX_CACHE_OPS = 1024
 MAX_ADAPTER_PARTS = 2048  # 36 KiB of a header
 MAX_ADAPTER_ROWS = 8192
+MAX_RECORD_BYTES = 16384  # as in `peers`
 
 Name = Annotated[str, Meta(max_length=128)]
 SessionId = Annotated[str, Meta(min_length=16, max_length=64)]
@@ -65,6 +71,8 @@ AdapterParts = Annotated[
 ]
 AdapterRows = Annotated[bytes, Meta(max_length=MAX_ADAPTER_ROWS)]
 Addresses = Annotated[tuple[Text, ...], Meta(max_length=4)]
+Key = Annotated[bytes, Meta(max_length=32)]
+Grant = Annotated[bytes, Meta(max_length=64)]
 
 
 class Base(msgspec.Struct, frozen=True, array_like=True):
@@ -170,3 +178,26 @@ class CacheMeta(Base, frozen=True):
     rows: Count
     version: Count
     num_bytes: Count = 0
+
+
+class RecordProof(Base, frozen=True):
+    """A peer's record with its proof: the fields of a `SignedRecord`."""
+
+    payload: Annotated[bytes, Meta(max_length=MAX_RECORD_BYTES)]
+    public_key: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
+
+
+class Destination(Base, frozen=True):
+    """Where the outputs of a step go, beside the client: into a step of another peer that awaits its input.
+
+    Attributes:
+        session_id, step_id: of that step.
+        grant: the client's permission to send there, see `Push`; comes with ``record``.
+        record: of the peer to dial; None where an earlier step of this session told it for the same ``session_id``.
+    """
+
+    session_id: SessionId
+    step_id: Id
+    grant: Grant = b""
+    record: RecordProof | None = None

@@ -5,7 +5,7 @@
     CLIENT                              SERVER
     start   -- ClientHello -->          greeted
     greeted <-- ServerHello --          open        (or Reject, then closed)
-    open    -- Step, Forward, Backward, Copy, Read, Adapter, Cancel, CloseSession, ReleaseGraph, Ping, Pong -->
+    open    -- Step, Forward, Backward, Copy, Read, Adapter, Cancel, CloseSession, ReleaseGraph, Push, Ping, Pong -->
     open    <-- Output, Refused, Ping, Pong, Draining --
     any     -- end of stream -->        closed
 
@@ -61,6 +61,7 @@ _CLIENT_SENDS = (
     messages.Cancel,
     messages.CloseSession,
     messages.ReleaseGraph,
+    messages.Push,
     messages.Ping,
     messages.Pong,
 )

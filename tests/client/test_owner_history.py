@@ -191,6 +191,24 @@ def test_request_brings_tensors_of_the_owner_for_its_tokens_and_constants_whole(
     assert tensors["owner.table"] is constant
 
 
+def test_request_for_some_of_the_new_tokens_brings_what_is_theirs() -> None:
+    old, new = sides_of(1, 2, seed=1), sides_of(1, 5, seed=7)
+    owner = extended(OwnerHistory(STORE), 2, torch.tensor([[0, 1]]), sides=old, specs=SIDES)
+    step = begun(owner, 5, torch.tensor([[4, 5, 6, 7, 8]]), sides=new, specs=SIDES)
+    tensors = step.tensors(3, 6, SIDES)
+    assert tensors["position_ids"].tolist() == [[5, 6, 7]]
+    assert torch.equal(tensors["side.a"], new["side.a"][:, 1:4])
+
+
+def test_prompt_in_chunks_is_kept_as_its_chunks() -> None:
+    step = begun(OwnerHistory(STORE), 5)
+    step.cuts = (2, 4, 5)
+    assert step.chunks(0, 512, is_exact=False, is_apart=False) == [(0, 2), (2, 4), (4, 5)]
+    owner = OwnerHistory(STORE)
+    owner.commit(step)
+    assert owner.step_ends(after=0) == [2, 4, 5]
+
+
 def test_request_across_old_and_new_tokens_brings_positions_of_both() -> None:
     owner = extended(OwnerHistory(STORE), 2, torch.tensor([[5, 6]]))
     assert begun(owner, 2, torch.tensor([[8, 9]])).tensors(1, 3, ())["position_ids"].tolist() == [[6, 8]]

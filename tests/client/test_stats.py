@@ -32,6 +32,7 @@ def test_new_recorder_shows_zeros() -> None:
         forks=0,
         kept_backwards=0,
         recomputed_backwards=0,
+        forwarded=0,
         stall_seconds=0.0,
         hedges=0,
         hedges_won=0,

@@ -16,6 +16,7 @@ from remote_modules.client.history import History
 from remote_modules.client.hop_caches import HopCaches
 from remote_modules.client.session import SessionState
 from remote_modules.client.step import Step
+from remote_modules.client.step_requests import StepRequests
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.peers import PeerId, PeerRecord
 from remote_modules.plan import leases
@@ -54,15 +55,15 @@ def reorder_not_in_history(patch: Patch) -> None:
 
 def mask_not_reordered(patch: Patch) -> None:
     """Rows move, and the peer goes on with the padding that it knows."""
-    mask_of = Step._mask
+    mask_of = StepRequests._mask
 
-    def broken(self: Step, start: int, end: int, is_whole: bool) -> tuple[torch.Tensor | None, bool]:
-        mask = self._step.attention_mask
-        if mask is not None and 0 < start == self._position:
+    def broken(self: StepRequests, start: int, end: int, is_whole: bool) -> tuple[torch.Tensor | None, bool]:
+        mask = self.step.attention_mask
+        if mask is not None and 0 < start == self.step.position:
             return mask[:, start:end].contiguous(), False
         return mask_of(self, start, end, is_whole)
 
-    patch.setattr(Step, "_mask", broken)
+    patch.setattr(StepRequests, "_mask", broken)
 
 
 def crop_off_by_one(patch: Patch) -> None:

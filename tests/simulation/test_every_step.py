@@ -12,6 +12,7 @@ import torch
 from remote_modules.client.passes import backward, forward
 from remote_modules.client.session import SessionState
 from remote_modules.client.swarm import Swarm
+from remote_modules.config import ClientConfig
 from remote_modules.testing.simulation import SimulatedPeer, SimulatedSwarm
 from remote_modules.testing.virtual_time import run_virtual
 
@@ -42,16 +43,17 @@ class Outcome:
     longest_step_s: float
     failovers: int
     has_fired: bool
+    forwarded: int
 
 
 def model() -> TinyModel:
     return tiny_model(8, tuple(sorted({*SPANS, *(span for spans in SPARES.values() for span in spans)})))
 
 
-async def start(spares: tuple[str, ...]) -> SimulatedSwarm:
+async def start(spares: tuple[str, ...], config: ClientConfig | None = None) -> SimulatedSwarm:
     """Only ``SPANS`` are up; the spares join when `join_spares` is called, so that routes begin on the first three."""
     holdings = [model().holdings[span] for span in (*SPANS, *spares)]
-    swarm = SimulatedSwarm(5, holdings)
+    swarm = SimulatedSwarm(5, holdings, config=config)
     for peer in swarm.peers[: len(SPANS)]:
         await peer.start()
     return swarm
@@ -86,8 +88,15 @@ def is_noticed(loss: str, moment: str) -> bool:
     return moment == "while_it_computes" or (moment == "before" and loss != "reset")
 
 
-async def generate(loss: Loss | None, spares: tuple[str, ...], hop: int, step: int, moment_s: float) -> Outcome:
-    swarm = await start(spares)
+async def generate(
+    loss: Loss | None,
+    spares: tuple[str, ...],
+    hop: int,
+    step: int,
+    moment_s: float,
+    config: ClientConfig | None = None,
+) -> Outcome:
+    swarm = await start(spares, config)
     client = swarm.client()
     session = SessionState(client, blocks_of(model()), lambda callback: callback())
     tokens = torch.tensor([[5, 9, 2, 33]])
@@ -108,7 +117,7 @@ async def generate(loss: Loss | None, spares: tuple[str, ...], hop: int, step: i
         generated.append(int(tokens))
     await client.aclose()
     swarm.stop()
-    return Outcome(generated, longest_s, client.stats.failovers, bool(fired))
+    return Outcome(generated, longest_s, client.stats.failovers, bool(fired), client.stats.forwarded)
 
 
 @pytest.fixture(scope="module")

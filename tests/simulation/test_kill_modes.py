@@ -7,16 +7,18 @@ close as the local model's own for such portions. Fed in the very same steps, sc
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from remote_modules.client.session import SessionState
+from remote_modules.client.speculation import Speculation
 from remote_modules.client.swarm import Swarm
 from remote_modules.model.stack import cache_argument
 from remote_modules.plan.routing import Demand, Hop
+from remote_modules.plan.speculation import PLAIN, Choice, Offer, SpeculationPolicy
 from remote_modules.spans import Span
 from remote_modules.testing.simulation import SimulatedPeer
 
@@ -106,6 +108,24 @@ def assisted(model: Any) -> Result:
     return result_of(generated(model, tokens_of(1, 6), assistant_model=draft))
 
 
+class InTurn(SpeculationPolicy):
+    """Three tokens of each source that has some, whatever passes take."""
+
+    def choose(self, offers: Sequence[Offer]) -> Choice:
+        self.round = getattr(self, "round", 0) + 1
+        offer = offers[self.round % len(offers)] if offers else None
+        return PLAIN if offer is None else Choice(offer.source, min(3, offer.length))
+
+    def note(self, choice: Choice, accepted: int, pass_s: float, guess_s: float = 0.0) -> None:
+        assert accepted <= choice.length
+
+
+def speculation(model: Any) -> Result:
+    ours = Speculation(family_of("llama", seed=1).local)
+    ours.policy = InTurn()
+    return result_of(generated(model, tokens_of(1, 4).repeat(1, 4), custom_generate=ours))
+
+
 def two_turns(model: Any) -> Result:
     first = generated(model, tokens_of(1, 6), max_new_tokens=3, min_new_tokens=3)
     tokens = torch.cat([first.sequences, tokens_of(1, 4, seed=1)], dim=1)
@@ -153,6 +173,7 @@ MODES: dict[str, tuple[Mode, tuple[str, ...]]] = {
     "chunked-prefill": (chunked_prefill, ("llama", "qwen3_next")),
     "prompt-lookup": (prompt_lookup, ("llama", "gemma3_text")),
     "assisted": (assisted, ("llama", "gpt_oss")),
+    "speculation": (speculation, ("llama",)),
     "two-turns": (two_turns, ("llama", "qwen3_next", "gemma3_text", "mamba2")),
     "forked": (forked, ("llama", "mixtral", "qwen3_next")),
     "own-masks": (own_masks, ("bert", "llama")),
@@ -161,11 +182,10 @@ CASES = [(mode, family) for mode, (_, families) in MODES.items() for family in f
 
 # A step cannot be made again once a rollback took tokens, or a beam rows, that it computed together with the others:
 # matrix products round by their shape, and an expert's batch is made of all rows.
+GUESSING = ("assisted", "prompt-lookup", "speculation")
 MIXTURES = ("mixtral", "qwen3_next", "gpt_oss", "glm_moe_dsa")
 SAME_STEPS = [
-    (mode, family)
-    for mode, family in CASES
-    if mode not in ("assisted", "prompt-lookup") and not (mode == "beam" and family in MIXTURES)
+    (mode, family) for mode, family in CASES if mode not in GUESSING and not (mode == "beam" and family in MIXTURES)
 ]
 # Its softmax is over the sink, too, and rounds by the number of hidden columns: local caches that record their past
 # for a rollback keep more of them than peers show.
@@ -215,7 +235,7 @@ def test_loss_of_a_peer_changes_nothing(mode: str, family: str, kill: str, rollb
             found = run(stage.model)
         check_loss(stage, KILLS[kill])
         assert_close(found, expected, ROUNDING.get(family, 1e-4))
-        assert bool(rollbacks) == (mode in ("assisted", "prompt-lookup"))
+        assert bool(rollbacks) == (mode in GUESSING)
         del found
         stage.check_end()
 

@@ -1,4 +1,4 @@
-"""`benchmarks/churn.py` and `benchmarks/continents.py` on few hosts, and the arithmetic of both."""
+"""`benchmarks/churn.py`, `continents.py`, `path.py` on few hosts, and their arithmetic."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ def churn() -> Any:
 @pytest.fixture(scope="module")
 def continents() -> Any:
     return load_benchmark("continents")
+
+
+@pytest.fixture(scope="module")
+def path() -> Any:
+    transformers_logging.disable_progress_bar()
+    return load_benchmark("path")
 
 
 def record(peer_id: str, start: int, end: int, state: PeerState = PeerState.ONLINE) -> PeerRecord:
@@ -118,3 +124,17 @@ def test_random_route_covers_each_block_once(continents: Any) -> None:
     assert len(routes) > 2
     for route in routes:
         assert [block for hop in route for block in hop.span] == list(range(6))
+
+
+def test_limit_of_a_token_is_blocks_delays_and_transfers(path: Any) -> None:
+    profile = path.Profile(100, 5)
+    assert profile.transfer_s == pytest.approx(8192 * 2 * 8 / 100e6)  # of Llama-70B's hidden state
+    assert path.limit_s(profile, 3, 0.0025) == pytest.approx(0.030 + 4 * (0.0025 + profile.transfer_s))
+    assert path.limit_s(path.Profile(0, 100), 12, 0.050) == pytest.approx(0.030 + 13 * 0.050)
+
+
+def test_direct_hops_take_less_than_those_that_answer_the_client(path: Any) -> None:
+    (result,) = path.run(2, [path.Profile(0, 100)], tokens=4, rounds=1)  # counts that outputs went directly
+    assert result["times_star"] > 1.0
+    assert result["share_of_delays"] > 1.0
+    assert [bar.is_met for bar in path.bars_of([{**result, "peers": 4, "times_star": 1.6}])] == [True]

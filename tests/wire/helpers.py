@@ -21,7 +21,8 @@ MESSAGE_TYPES: tuple[type[Message], ...] = get_args(Message)
 REQUESTS = get_args(messages.AnyRequest)
 
 CLIENT_HELLO = messages.ClientHello(1, 1, b"n" * 32, MAX_BODY_BYTES, "client 1")
-SERVER_HELLO = messages.ServerHello(1, 1, b"k" * 32, b"s" * 64, "run-1", MAX_BODY_BYTES, "server 1")
+RECORD = messages.RecordProof(b"record", b"k" * 32, b"s" * 64)
+SERVER_HELLO = messages.ServerHello(1, 1, b"k" * 32, b"s" * 64, "run-1", MAX_BODY_BYTES, "server 1", 8, RECORD)
 HIDDEN = (TensorMeta("hidden_states", "float32", (1, 2, 4)),)
 OPTIONS = (Option("is_causal", True), Option("window", 5), Option("scale", 0.5), Option("kind", "full"))
 CALL = CallMeta(
@@ -29,23 +30,25 @@ CALL = CallMeta(
 )
 INDICES = (TensorMeta("rows", "int64", (2,)),)
 SOURCE = messages.CopySource("p" * 52, ("127.0.0.1:31330",), "c" * 64)
+TARGET = messages.Destination("t" * 16, 3, b"g" * 64, RECORD)
 OPS = (CacheOp("crop", 3), CacheOp("select", 0, "rows"), CacheOp("reset"))
 
 EXAMPLES: tuple[Message, ...] = (
     CLIENT_HELLO,
     SERVER_HELLO,
     messages.Reject("too many connections"),
-    messages.StepRequest(1, "s" * 16, 2, 0, 4, 3, OPS, HIDDEN, 1.5, CALL, True, True, 1, 2),
+    messages.StepRequest(1, "s" * 16, 2, 0, 4, 3, OPS, HIDDEN, 1.5, CALL, True, True, 1, 2, True, TARGET, b"c" * 32),
     messages.ForwardRequest(2, 0, 4, HIDDEN, 1.5, CALL, 60.0),
     messages.BackwardRequest(3, 0, 4, HIDDEN, 1.5, CALL, 2),
     messages.CopyRequest(4, "s" * 16, 0, 4, 1, OPS, INDICES, 1.5, "t" * 16, SOURCE, True, 9),
     messages.ReadRequest(5, "s" * 16, 0, 4, 3, 9, 1, 1.5),
     messages.AdapterRequest(6, (TensorMeta("adapter.0", "float32", (2, 4)),), 1.5, (b"p" * 16,)),
-    messages.Output(1, HIDDEN, 0.25, 0.5, 2, 4096, messages.CacheMeta(9, 2, 1, 640), True),
+    messages.Output(1, HIDDEN, 0.25, 0.5, 2, 4096, messages.CacheMeta(9, 2, 1, 640), True, True),
     messages.Refused(1, RefusalReason.BUSY, "queue is full", 0.5),
     messages.Cancel(1),
     messages.CloseSession("s" * 16),
     messages.ReleaseGraph(2),
+    messages.Push(8, "t" * 16, 3, "p" * 52, b"g" * 64, HIDDEN, 1.5),
     messages.Ping(7),
     messages.Pong(7, 2),
     messages.Draining(),

@@ -11,7 +11,7 @@ from remote_modules.errors import LocalProtocolError, RefusalReason, RemoteProto
 from remote_modules.wire import messages
 from remote_modules.wire.messages import Message, decode_message, encode_message
 
-from .helpers import CALL, EXAMPLES, HIDDEN, MESSAGE_TYPES, OPTIONS, SOURCE, items_of, name_of
+from .helpers import CALL, EXAMPLES, HIDDEN, MESSAGE_TYPES, OPTIONS, RECORD, SOURCE, TARGET, items_of, name_of
 
 pack = msgspec.msgpack.encode
 
@@ -70,6 +70,19 @@ BOUNDS: dict[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]] = {
     "AdapterRows": ("bytes", (b"", b"\x01" * 8192), (b"\x01" * 8193,)),
     "Addresses": ("list", ([], ["a:1"] * 4), (["a:1"] * 5, [1], [["a:1"]])),
     "CopySource": ("list", (["p", []], ["p", ["a:1"], None]), ([], ["p"], [1, []], ["p", "a:1"], ["p", [], 1])),
+    "Annotated[bytes, Meta(max_length=MAX_RECORD_BYTES)]": ("bytes", (b"", b"r" * 16384), (b"r" * 16385,)),
+    "Key": ("bytes", (b"", b"k" * 32), (b"k" * 33,)),
+    "Grant": ("bytes", (b"", b"g" * 64), (b"g" * 65,)),
+    "RecordProof": (
+        "list",
+        ([b"", b"k" * 32, b"s" * 64],),
+        ([], [b"", b"k" * 32], [b"", b"k" * 31, b"s" * 64], [1, 2, 3]),
+    ),
+    "Destination": (
+        "list",
+        (["t" * 16, 0], ["t" * 16, 3, b"g" * 64, None]),
+        ([], ["t" * 16], ["t" * 15, 0], ["t" * 16, -1], ["t" * 16, 0, b"", []]),
+    ),
     "CacheMeta": ("list", ([0, 0, 0], [9, 2, 1, 640]), ([], [1, 2], [-1, 0, 0], [0, 0, 0, -1])),
     "CacheOps": ("list", ([], [["crop"]] * 1024), ([["crop"]] * 1025, [1], [[]], [["crop", "1"]])),
 }
@@ -106,6 +119,14 @@ def with_option(option: list[Any]) -> list[Any]:
 
 def with_source(source: list[Any]) -> list[Any]:
     return ["copy", 4, "s" * 16, 0, 4, 1, [], [], 1.5, "t" * 16, source]
+
+
+def with_target(target: list[Any]) -> list[Any]:
+    return ["step", 1, "s" * 16, 2, 0, 4, 3, [], [], 1.5, [], False, False, None, None, False, target]
+
+
+def with_record(record: list[Any]) -> list[Any]:
+    return with_target(["t" * 16, 3, b"g" * 64, record])
 
 
 def with_cache(cache: list[Any]) -> list[Any]:
@@ -174,6 +195,15 @@ def test_option_fields_out_of_type_or_bounds_are_refused() -> None:
 def test_source_fields_out_of_type_or_bounds_are_refused() -> None:
     for index, annotation, _ in fields_of(messages.CopySource):
         check_field(msgspec.msgpack.decode(pack(SOURCE)), index, annotation, wrap=with_source)
+
+
+def test_target_fields_out_of_type_or_bounds_are_refused() -> None:
+    for struct, example, wrap in (
+        (messages.Destination, TARGET, with_target),
+        (messages.RecordProof, RECORD, with_record),
+    ):
+        for index, annotation, _ in fields_of(struct):
+            check_field(msgspec.msgpack.decode(pack(example)), index, annotation, wrap=wrap)
 
 
 def test_cache_fields_out_of_type_or_bounds_are_refused() -> None:

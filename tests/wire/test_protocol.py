@@ -43,6 +43,7 @@ OPEN_CLIENT = (
     "Cancel",
     "CloseSession",
     "ReleaseGraph",
+    "Push",
     "Ping",
     "Pong",
 )
@@ -295,8 +296,8 @@ def test_other_major_version_of_the_client_can_be_rejected_naming_both() -> None
 
 def test_later_minor_version_is_accepted() -> None:
     pair = ConnectionPair.in_state(State.GREETED)
-    pair.pass_on(Role.SERVER, msgspec.structs.replace(SERVER_HELLO, minor=5))
-    assert [pair.ends[role].their_minor for role in Role] == [5, 1]
+    pair.pass_on(Role.SERVER, msgspec.structs.replace(SERVER_HELLO, minor=6))
+    assert [pair.ends[role].their_minor for role in Role] == [6, 1]
     assert pair.state is State.OPEN
     assert check_version(1, 5) is None
 

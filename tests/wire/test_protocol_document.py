@@ -32,6 +32,8 @@ STRUCTS: tuple[type[msgspec.Struct], ...] = (
     messages.CallMeta,
     messages.CopySource,
     messages.CacheMeta,
+    messages.RecordProof,
+    messages.Destination,
     PeerRecord,
     SignedRecord,
 )
@@ -126,7 +128,7 @@ def test_fields_match_the_struct(struct: type[msgspec.Struct]) -> None:
 def test_types_match_their_bounds() -> None:
     rows = table("3. Messages and tensors", "type")
     calls = (messages.TensorMeta, messages.CacheOp, messages.Option, messages.CallMeta)
-    inner = (*calls, messages.CopySource, messages.CacheMeta)
+    inner = (*calls, messages.CopySource, messages.CacheMeta, messages.Destination)
     used = {str(annotation) for struct in (*MESSAGE_TYPES, *inner) for annotation in struct.__annotations__.values()}
     names = {name for name in used if name.isidentifier()} - {"bool", "RefusalReason", "CacheOpKind", "CallMeta"}
     assert {row[0] for row in rows} == names
