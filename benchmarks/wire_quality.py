@@ -1,6 +1,6 @@
-"""The int8 wire: perplexity, gradients, training and bytes against plain tensors, and the speed of the codec.
+"""The coded wires: perplexity, gradients, training and bytes against plain tensors, and the speed of the codecs.
 
-    python benchmarks/wire_quality.py [--quick] [--steps 60] [--only-codec]
+    python benchmarks/wire_quality.py [--quick] [--steps 60] [--only-codec | --only-outliers]
 
 The built-in model in float32 on three peers (0:3, 3:6, 6:8) and on eight (a block each: nine times through the codec),
 in this process without sockets; text is this project's documentation, which the model was not trained on.
@@ -9,6 +9,8 @@ in this process without sockets; text is this project's documentation, which the
 * gradients: of a LoRA adapter and of the embeddings, relative to those over plain tensors, worst and mean of batches.
 * training: the loss on the last fifth of the text after LoRA steps on the rest.
 * bytes: of all that a client sends and receives in a pass without adapter, headers included, for each token.
+* outliers: perplexity of the model with outlier channels (`_outlier_model`); bytes of a token's frames and the error of
+  ordinary channels, of tensors (`_wire_bytes`).
 * codec: megabytes of the plain tensor encoded and decoded in a second of processor time, best of several rounds.
 
 Prints one line of JSON; markdown and progress go to stderr. Takes about 2 minutes on a quiet core.
@@ -23,13 +25,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from _lora import Task, adapted, relative, token_ids, train
+from _outlier_model import channel_ratio, save_outlier_model
 from _report import Bar, print_report, say, table
+from _wire_bytes import ordinary_error, token_share
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from remote_modules.config import ClientConfig
@@ -39,6 +46,9 @@ from remote_modules.wire import codecs
 
 CUTS = {"3 peers": ("0:3", "3:6", "6:8"), "8 peers": tuple(f"{block}:{block + 1}" for block in range(8))}
 WIRES = ("compute", "int8")
+WIDE_CODECS = ("int8o", "int4o")
+HIDDEN_SIZES = (1024, 2048, 4096, 5120, 8192)
+MOST_CHANGE = {"int8": 0.005, "int4": 0.01}
 SPEED_SHAPE = (2048, 4096)
 MAX_PERPLEXITY_RATIO = 1.01
 MAX_GRADIENT_ERROR = 0.05
@@ -120,6 +130,19 @@ class Runs:
         assert embedded.grad is not None
         return {"embeddings": embedded.grad, **of_adapter}
 
+    def outlier_perplexity(self, folder: Path, spans: Sequence[str], wire: str) -> float:
+        with InlineSwarm(folder, spans, config=ClientConfig(wire=wire)) as swarm, torch.no_grad():
+            model = swarm.load()
+            losses = [float(_loss(model, window)) for window in self._windows()]
+        return math.exp(sum(losses) / len(losses))
+
+    def channel_ratios(self, folder: Path) -> list[float]:
+        """At each boundary between blocks."""
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            states = model(self._windows()[0], output_hidden_states=True, use_cache=False).hidden_states
+        return [channel_ratio(state) for state in states[1:-1]]
+
 
 def _loss(model: Any, batch: torch.Tensor) -> Any:
     return model(input_ids=batch, labels=batch, use_cache=False).loss
@@ -139,15 +162,15 @@ def gradient_errors(ours: Quality, theirs: Quality, name: str) -> list[float]:
     return [relative(chosen(x), chosen(y)) for x, y in zip(ours.gradients, theirs.gradients, strict=True)]
 
 
-def megabytes_per_s(dtype: torch.dtype, rounds: int) -> tuple[float, float]:
+def megabytes_per_s(codec: str, dtype: torch.dtype, rounds: int) -> tuple[float, float]:
     """Encoding and decoding, of plain bytes."""
     tensor = torch.randn(SPEED_SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
-    parts = codecs.encode(tensor)
+    parts = codecs.encode(codec, tensor)
     assert parts is not None
     data = torch.cat(parts)
     works: tuple[Callable[[], object], ...] = (
-        lambda: codecs.encode(tensor),
-        lambda: codecs.decode(data, SPEED_SHAPE, dtype),
+        lambda: codecs.encode(codec, tensor),
+        lambda: codecs.decode(codec, data, SPEED_SHAPE, dtype),
     )
     best = []
     for work in works:
@@ -161,19 +184,21 @@ def megabytes_per_s(dtype: torch.dtype, rounds: int) -> tuple[float, float]:
 
 
 def codec_speeds(rounds: int) -> dict[str, tuple[float, float]]:
-    return {name: megabytes_per_s(getattr(torch, name), rounds) for name in ("float32", "bfloat16")}
+    pairs = [(codec, name) for codec in WIDE_CODECS for name in ("float32", "bfloat16")]
+    return {f"{codec} of {name}": megabytes_per_s(codec, getattr(torch, name), rounds) for codec, name in pairs}
 
 
 def speed_text(speeds: dict[str, tuple[float, float]]) -> str:
     parts = [f"{name} {encode:.0f} encoded, {decode:.0f} decoded" for name, (encode, decode) in speeds.items()]
-    return f"Codec, MB of plain tensor for a second of one core: {'; '.join(parts)}."
+    return f"Codecs, MB of plain tensor for a second of one core: {'; '.join(parts)}."
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="what the int8 wire costs and saves")
+    parser = argparse.ArgumentParser(description="what coded wires cost and save")
     parser.add_argument("--quick", action="store_true", help="fewer windows and batches, 5 steps")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--only-codec", action="store_true", help="its speed alone")
+    parser.add_argument("--only-outliers", action="store_true", help="outlier channels, bytes of one token")
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
@@ -181,8 +206,42 @@ def main() -> int:
     if options.only_codec:
         speeds = codec_speeds(30)
         return print_report({"codec_mb_per_s": speeds}, [], speed_text(speeds))
+    if options.only_outliers:
+        return outlier_report(Runs(windows=4 if options.quick else 16, batches=0), options.steps or 60)
     steps = options.steps or (5 if options.quick else 60)
     return report(Runs(windows=2 if options.quick else 16, batches=2 if options.quick else 8), steps, options.quick)
+
+
+def outlier_report(runs: Runs, steps: int) -> int:
+    rows: list[tuple[str, ...]] = []
+    bars: list[Bar] = []
+    result: dict[str, Any] = {"windows": runs.windows, "steps": steps}
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        say(f"the model with outlier channels: {steps} steps")
+        save_outlier_model(folder, runs.train_ids, steps)
+        result["channel_ratios"] = runs.channel_ratios(folder)
+        for cut, spans in CUTS.items():
+            found = {wire: runs.outlier_perplexity(folder, spans, wire) for wire in ("compute", *MOST_CHANGE)}
+            result[cut] = found
+            changes = {wire: found[wire] / found["compute"] - 1 for wire in MOST_CHANGE}
+            rows += [(cut, w, f"{p:.3f}", f"{100 * changes.get(w, 0.0):+.2f} %") for w, p in found.items()]
+            bars += [Bar(f"{cut}: change of perplexity, {w}", changes[w], "<=", MOST_CHANGE[w]) for w in changes]
+    shares = {codec: {size: token_share(size, codec) for size in HIDDEN_SIZES} for codec in WIDE_CODECS}
+    errors = {codec: ordinary_error(codec) for codec in WIDE_CODECS}
+    bars += [
+        Bar(f"bytes of a token of {HIDDEN_SIZES[-1]}, int8o", shares["int8o"][HIDDEN_SIZES[-1]], "<=", 0.52),
+        Bar("error of ordinary channels, int8o", errors["int8o"], "<=", 0.01),
+    ]
+    least = next((size for size in range(64, 65_536, 64) if token_share(size, "int8o") <= 0.52), None)
+    result |= {"token_shares": shares, "ordinary_errors": errors, "least_size": least}
+    of_tokens = [(codec, *(f"{share:.4f}" for share in found.values())) for codec, found in shares.items()]
+    text = (
+        f"{table(('cut', 'wire', 'perplexity', 'change'), rows)}\n\n"
+        f"{table(('codec', *map(str, HIDDEN_SIZES)), of_tokens)}\n\n"
+        f"Least hidden size with 0.52: {least}. Errors of ordinary channels: {errors}."
+    )
+    return print_report(result, bars, text)
 
 
 def report(runs: Runs, steps: int, is_quick: bool) -> int:

@@ -38,7 +38,7 @@ EXEMPT = {"__init__", "__main__"}
 IMPURE = {"asyncio", "socket", "threading", "time", "random", "secrets", "selectors", "ssl", "subprocess", "datetime"}
 USERS_OF: dict[str, set[str]] = {
     "torch": {
-        *("wire.tensors", "wire.codecs", "net.client_connection"),
+        *("wire.tensors", "wire.codecs", "wire.forms", "wire.mxint8", "wire.outliers", "net.client_connection"),
         *("model", "client", "training.swarm_metrics", "server", "cli"),
     },
     "transformers": {"model", "client", "cli", "testing", "training.trainer"},

@@ -1,4 +1,4 @@
-"""How a client's tensors travel: as they are, or in a codec (`wire.codecs`).
+"""How a client's tensors travel: as they are, or in codecs (`wire.codecs`).
 
 Every value that peers see, and every one that they answered, has gone through the codec, also where the peer is too old
 for it and the bytes are plain: the numbers of a run do not depend on who serves it.
@@ -16,52 +16,105 @@ from remote_modules.net.client_connection import ClientConnection
 from remote_modules.wire.codecs import can_encode, rounded
 from remote_modules.wire.codecs import num_bytes as coded_bytes
 from remote_modules.wire.framing import Buffer
-from remote_modules.wire.messages import Output, Request, TensorMeta
+from remote_modules.wire.messages import BackwardRequest, Output, Request, StepRequest, TensorMeta
 from remote_modules.wire.tensors import encode_tensors
 
 __all__ = ["Coding"]
 
+FINE, COARSE = "int8o", "int4o"
+LEAST_COARSE_TOKENS = 16  # of a step in 4 bits: fewer are decoding, and what it guesses ahead
+
 
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """The codec of one client.
+    """What one client does with the tensors of its requests.
 
     Args:
-        codec: its name, or "" for none.
-        names: of the tensors that go by it: `StackSpec.coded`.
+        wire: `ClientConfig.wire`.
+        names: of the tensors that may lose bits: `StackSpec.coded`.
     """
 
-    codec: str
+    wire: str
     names: frozenset[str]
 
-    def encode(self, message: Request, tensors: Named, connection: ClientConnection) -> tuple[Request, list[Buffer]]:
-        """The message that lists ``tensors`` and asks for an answer in the same codec, and its body."""
-        codec = self.codec if connection.knows_codecs else ""
-        if self.codec and not codec:
-            tensors = {name: rounded(tensor) if name in self.names else tensor for name, tensor in tensors.items()}
-        metas, body = encode_tensors(tensors, codec, self.names)
-        call = msgspec.structs.replace(message.call, reply_codec=codec) if codec else message.call
+    def encode(
+        self, message: Request, tensors: Named, connection: ClientConnection, *, is_merged: bool = False
+    ) -> tuple[Request, list[Buffer]]:
+        """The message that lists ``tensors`` and says how to answer, and its body.
+
+        Args:
+            is_merged: whether a step holds the tokens of several steps.
+        """
+        is_thin = connection.knows_thin_wire
+        coded = self._codecs(message, tensors, is_merged=is_merged)
+        if is_thin:
+            message, tensors = _without_positions(message, tensors)
+        else:
+            tensors = {n: rounded(coded[n], tensor) if n in coded else tensor for n, tensor in tensors.items()}
+        metas, body = encode_tensors(tensors, coded if is_thin else None, pad_end=not is_thin)
+        call = message.call
+        if self.wire != "compute" and is_thin:
+            reply_codec = self._reply_codec(message, is_merged=is_merged)
+            call = msgspec.structs.replace(call, reply_codec=reply_codec)
         return msgspec.structs.replace(message, tensors=metas, call=call), body
 
     def encode_inputs(
-        self, tensors: Named, connection: ClientConnection
+        self, message: StepRequest, tensors: Named, connection: ClientConnection
     ) -> tuple[tuple[TensorMeta, ...], list[Buffer]]:
-        """What enters a hop, as the hop before would send it."""
-        return encode_tensors(tensors, self.codec if connection.knows_codecs else "", self.names)
+        """What enters a hop that awaits it for ``message``, as the hop before would send it."""
+        coded = self._codecs(message, tensors, is_merged=False)
+        is_thin = connection.knows_thin_wire
+        return encode_tensors(tensors, coded if is_thin else None, pad_end=not is_thin)
 
-    def num_bytes(self, tensors: Named) -> int:
-        """What ``tensors`` take on the wire, if their values are finite."""
+    def settle(self, message: Request, output: Output, replies: Named, *, is_merged: bool = False) -> Named:
+        """What was answered, as if all of it had come in the codec that `encode` asks for."""
+        if self.wire == "compute":
+            return replies
+        codec = self._reply_codec(message, is_merged=is_merged)
+        plain = {meta.name for meta in output.tensors if not meta.codec} & self.names
+        return {name: rounded(codec, tensor) if name in plain else tensor for name, tensor in replies.items()}
+
+    def num_bytes(self, tensors: Named, num_tokens: int = LEAST_COARSE_TOKENS) -> int:
+        """What ``tensors`` of so many tokens take on the wire, if their values are finite."""
+        codec = self._codec(num_tokens)
         return sum(
-            coded_bytes(tuple(tensor.shape)) if self._is_coded(name, tensor) else tensor.nbytes
+            coded_bytes(codec, tuple(tensor.shape)) if self._is_coded(codec, name, tensor) else tensor.nbytes
             for name, tensor in tensors.items()
         )
 
-    def _is_coded(self, name: str, tensor: torch.Tensor) -> bool:
-        return bool(self.codec) and name in self.names and can_encode(tensor)
+    def _is_coded(self, codec: str, name: str, tensor: torch.Tensor) -> bool:
+        return self.wire != "compute" and name in self.names and can_encode(codec, tensor)
 
-    def settle(self, output: Output, replies: Named) -> Named:
-        """What was answered, as if all of it had come in the codec."""
-        if not self.codec:
-            return replies
-        plain = {meta.name for meta in output.tensors if not meta.codec} & self.names
-        return {name: rounded(tensor) if name in plain else tensor for name, tensor in replies.items()}
+    def _codecs(self, message: Request, tensors: Named, *, is_merged: bool) -> dict[str, str]:
+        """By the names of what is coded."""
+        if self.wire == "compute":
+            return {}
+        codec = FINE if is_merged else self._codec(_num_tokens(message))
+        return {name: FINE if name.startswith("grad.") else codec for name in tensors if name in self.names}
+
+    def _reply_codec(self, message: Request, *, is_merged: bool) -> str:
+        if is_merged or isinstance(message, BackwardRequest):
+            return FINE
+        num_outputs = message.num_outputs if isinstance(message, StepRequest) else None
+        return self._codec(_num_tokens(message) if num_outputs is None else num_outputs)
+
+    def _codec(self, num_tokens: int) -> str:
+        return COARSE if self.wire == "int4" and num_tokens >= LEAST_COARSE_TOKENS else FINE
+
+
+def _num_tokens(message: Request) -> int:
+    """Of a step; of other requests so many that they travel in 4 bits, however they are cut."""
+    return message.call.num_tokens if isinstance(message, StepRequest) else LEAST_COARSE_TOKENS
+
+
+def _without_positions(message: Request, tensors: Named) -> tuple[Request, Named]:
+    """Positions that follow the KV cache are told by the number of their rows."""
+    positions = tensors.get("position_ids")
+    if positions is None or not isinstance(message, StepRequest) or positions.dim() != 2:
+        return message, tensors
+    following = torch.arange(message.position, message.position + message.call.num_tokens)
+    if positions.dtype != torch.int64 or not torch.equal(positions, following.expand(len(positions), -1)):
+        return message, tensors
+    others = {name: tensor for name, tensor in tensors.items() if name != "position_ids"}
+    call = msgspec.structs.replace(message.call, position_rows=len(positions))
+    return msgspec.structs.replace(message, call=call), others

@@ -38,7 +38,7 @@ class PeerCache:
         forwards_to: session of the next hop to which the peer sent outputs directly.
     """
 
-    session_id: str = field(default_factory=lambda: secrets.token_hex(16))
+    session_id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     position: int = 0
     step_id: int = 0
     version: int = 0

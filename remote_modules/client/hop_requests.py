@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -53,24 +54,28 @@ class HopRequests:
         tensors: Named,
         connection: ClientConnection,
         adapter: HopAdapter | None = None,
+        *,
+        is_merged: bool = False,
     ) -> Named:
         """Send one request of ``hop`` and read its tensors; learns from the time it took.
 
         Args:
             adapter: what the peer lacks of it goes along.
+            is_merged: whether a step holds the tokens of several steps.
 
         Raises:
             PeerError: no usable answer.
             LocalProtocolError: the request is larger than we, or the peer, allow.
         """
         if adapter is None:
-            return await self._request(hop, kind, message, tensors, connection)
+            return await self._request(hop, kind, message, tensors, connection, is_merged=is_merged)
         offered = adapter.name if adapter.content is None else ""
 
         async def send_one(call: CallMeta, brought: Named, *, is_first: bool) -> Named:
             request_id = message.request_id if is_first else connection.new_request_id()
             changed = msgspec.structs.replace(message, call=call, request_id=request_id)
-            return await self._request(hop, kind, changed, {**tensors, **brought}, connection, offered)
+            every = {**tensors, **brought}
+            return await self._request(hop, kind, changed, every, connection, offered, is_merged=is_merged)
 
         return await self._swarm.uploads.send(
             connection, adapter, message.call, send_one, partial(self._bring, connection)
@@ -109,7 +114,7 @@ class HopRequests:
             flight.output, replies = await flight.connection.request(coded, body, timeout_s=limit_s)
         finally:
             swarm.count_bytes(flight.connection)
-        return swarm.coding.settle(flight.output, replies)
+        return swarm.coding.settle(message, flight.output, replies)
 
     async def land(
         self, flight: Flight, kind: str, *, push: Callable[[], object] | None, num_bytes: int, offered: str
@@ -168,18 +173,20 @@ class HopRequests:
         tensors: Named,
         connection: ClientConnection,
         offered: str = "",
+        *,
+        is_merged: bool = False,
     ) -> Named:
         swarm = self._swarm
         num_tokens = message.call.num_tokens
         work = float(message.call.rows * num_tokens * len(hop.span))
-        message, body = self._encoded(message, tensors, connection)
+        message, body = self._encoded(message, tensors, connection, is_merged=is_merged)
         num_bytes = sum(map(len, body))
         hedge, router = self.hedge, swarm.router
         alone_s = router.timeout_s(hop, kind, work, num_bytes, adapter=offered)
         sent = router.send(hop, kind, work, alone_s)
         try:
             timeout_s = min(alone_s + sent.ahead_s, max(0.1, self._deadline_s - swarm.clock()))
-            message = msgspec.structs.replace(message, timeout_s=timeout_s)
+            message = msgspec.structs.replace(message, timeout_s=math.ceil(timeout_s))  # an integer is shorter
             if hedge is not None:
                 patience_s = sent.ahead_s + router.patience_s(hop, kind, work)
                 hedge.request_begins(patience_s, partial(connection.abandon, message.request_id))
@@ -196,10 +203,12 @@ class HopRequests:
                 hedge.request_ends()
             swarm.count_bytes(connection)
         self._note(hop, num_tokens, took_s, output)
-        return swarm.coding.settle(output, replies)
+        return swarm.coding.settle(message, output, replies, is_merged=is_merged)
 
-    def _encoded(self, message: Request, tensors: Named, connection: ClientConnection) -> tuple[Request, list[Buffer]]:
-        message, body = self._swarm.coding.encode(message, tensors, connection)
+    def _encoded(
+        self, message: Request, tensors: Named, connection: ClientConnection, *, is_merged: bool = False
+    ) -> tuple[Request, list[Buffer]]:
+        message, body = self._swarm.coding.encode(message, tensors, connection, is_merged=is_merged)
         num_bytes, limit = sum(map(len, body)), self._swarm.config.max_request_bytes
         if num_bytes > limit:  # the answer, of like size, would be refused here and look like the peer's fault
             text = f"request of {num_bytes} bytes exceeds max_request_bytes={limit}; send fewer tokens"

@@ -131,7 +131,7 @@ class SessionState:
         num_tokens = step.call.num_tokens
         kv_tokens = self.position + num_tokens + KV_TOKENS_AHEAD
         demand = demand_of(
-            self.swarm.coding.num_bytes(inputs), step.call, kv_tokens=kv_tokens, is_decode=num_tokens == 1
+            self.swarm.coding.num_bytes(inputs, num_tokens), step.call, kv_tokens=kv_tokens, is_decode=num_tokens == 1
         )
         await self.copies.begin_step(demand)
         if not caches.hops:

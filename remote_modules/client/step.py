@@ -196,8 +196,8 @@ class Step(Work):
         except PeerError as exc:
             self._unlinked[hop] = exc  # raised when its turn comes
             return None
-        is_coded = bool(chain.swarm.coding.codec)  # what one that knows no codecs puts out has to be rounded here
-        return connection if connection.knows_direct and (connection.knows_codecs or not is_coded) else None
+        is_coded = chain.swarm.coding.wire != "compute"  # what one that knows no codecs puts out has to be rounded here
+        return connection if connection.knows_direct and (connection.knows_thin_wire or not is_coded) else None
 
     async def _land_all(self, flights: list[Flight], hop: Hop, cache: PeerCache, chain: Chain) -> Named:
         """The outputs of a hop whose requests were sent ahead."""
@@ -226,7 +226,7 @@ class Step(Work):
         if message.awaits_input and not is_brought:
             self._flights.push(flight, entry)
         adapter = self._step.call.adapter_of(hop.span)
-        num_bytes = swarm.coding.num_bytes(entry) if message.awaits_input else 0
+        num_bytes = swarm.coding.num_bytes(entry, message.call.num_tokens) if message.awaits_input else 0
         kind = "decode" if message.call.num_tokens == 1 else "prefill"
         offered = adapter.name if adapter is not None and adapter.content is None else ""
         replies = await chain.requests.land(flight, kind, push=push, num_bytes=num_bytes, offered=offered)
@@ -304,17 +304,20 @@ class Step(Work):
             cache = self.session.caches.setdefault(hop.span, PeerCache())
         call = self._step.call
         self.session.swarm.stats.replayed_tokens += behind
+        is_exact = self._stack.replays_steps or chain.swarm.config.exact_replay or self._is_short(behind)
         chunks = self._step.chunks(
             behind,
             max(1, chain.swarm.config.max_replay_tokens // max(1, call.rows)),
-            is_exact=self._stack.replays_steps or chain.swarm.config.exact_replay or self._is_short(behind),
+            is_exact=is_exact,
             is_apart=bool(call.record),
         )
         old: list[Named] = []
         new: list[Named] = []
         for start, end in chunks:
             wanted = end - start if keep_all else max(0, min(end - start, end - self._position))
-            outputs = await self._send(hop, cache, chain, connection, (start, end), wanted)
+            outputs = await self._send(
+                hop, cache, chain, connection, (start, end), wanted, is_merged=behind > 0 and not is_exact
+            )
             num_old = max(0, wanted - max(0, end - max(start, self._position)))
             if num_old:
                 old.append(self._cut(outputs, 0, num_old))
@@ -362,6 +365,8 @@ class Step(Work):
         connection: ClientConnection,
         tokens: tuple[int, int],
         num_outputs: int,
+        *,
+        is_merged: bool,
     ) -> Named:
         entry = self._entry(hop, *tokens)
         num_tokens = tokens[1] - tokens[0]
@@ -370,7 +375,7 @@ class Step(Work):
         kind = "decode" if num_tokens == 1 else "prefill"
         adapter = self._step.call.adapter_of(hop.span)
         try:
-            replies = await chain.requests.send(hop, kind, message, tensors, connection, adapter)
+            replies = await chain.requests.send(hop, kind, message, tensors, connection, adapter, is_merged=is_merged)
             return self._taken(hop, cache, chain, message, replies, entry)
         except BaseException:
             self.forget_hop(hop)  # whether the peer did the step is not known: a new session, by replay

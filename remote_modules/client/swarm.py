@@ -80,7 +80,7 @@ class Swarm:
         self.stack = stack
         self.hidden_size = hidden_size
         self.num_blocks = stack.num_blocks
-        self.coding = Coding("" if config.wire == "compute" else config.wire, stack.coded)
+        self.coding = Coding(config.wire, stack.coded)
         self.router = Router(stack, config, clock=clock, rng=rng, rtt_of=self._rtt_of)
         self.histories = HistoryStore(
             memory_bytes=config.history_memory_bytes, dtype=config.history_dtype, folder=config.history_folder

@@ -99,9 +99,9 @@ class ClientConnection(Connection):
         return self._protocol.their_minor >= messages.COPIES_SINCE_MINOR
 
     @property
-    def knows_codecs(self) -> bool:
-        """Whether the peer reads tensors that are coded."""
-        return self._protocol.their_minor >= messages.CODECS_SINCE_MINOR
+    def knows_thin_wire(self) -> bool:
+        """Whether the peer reads codecs with outliers, a last tensor without padding, and positions left out."""
+        return self._protocol.their_minor >= messages.THIN_WIRE_SINCE_MINOR
 
     @property
     def knows_direct(self) -> bool:

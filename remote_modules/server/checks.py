@@ -103,6 +103,8 @@ def check_tensors(
     missing = [name for name in sides if name not in found.inputs]
     if missing:
         refuse(f"blocks {blocks} need the side inputs {missing[:4]}")
+    if call.position_rows:
+        found.position_ids = _following(found.position_ids, request)
     if found.position_ids is not None:
         _check_positions(found.position_ids, call.rows, call.num_tokens)
     _check_masks(found, call, num_columns)
@@ -245,6 +247,14 @@ def _check_positions(position_ids: torch.Tensor, rows: int, num_tokens: int) -> 
     low, high = (min(few), max(few)) if few else (int(position_ids.min()), int(position_ids.max()))
     if low < 0 or high >= 2**31:
         refuse("position_ids must be in 0:2**31")
+
+
+def _following(position_ids: torch.Tensor | None, request: Request) -> torch.Tensor:
+    """What the client left out, as it counts up from the position."""
+    call = request.call
+    if position_ids is not None or not isinstance(request, StepRequest) or call.position_rows not in (1, call.rows):
+        refuse(f"position_rows must be 1 or {call.rows}, in a step without position_ids; got {call.position_rows}")
+    return torch.arange(request.position, request.position + call.num_tokens).repeat(call.position_rows, 1)
 
 
 def _check_masks(found: RequestTensors, call: CallMeta, num_columns: int) -> None:

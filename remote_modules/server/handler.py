@@ -51,7 +51,7 @@ from remote_modules.server.training import Training
 from remote_modules.server.uploads import Uploads
 from remote_modules.spans import Span
 from remote_modules.wire import messages
-from remote_modules.wire.codecs import CODECS
+from remote_modules.wire.codecs import CODECS, THIN_CODECS
 from remote_modules.wire.framing import Body, Buffer
 from remote_modules.wire.messages import (
     AdapterRequest,
@@ -340,8 +340,8 @@ class Handler:
         self, request: AnyRequest, timed: Timed[dict[str, torch.Tensor]], cache: CacheMeta | None = None
     ) -> Reply:
         wanted = request.call.reply_codec if isinstance(request, messages.Request) else ""
-        codec = wanted if wanted in CODECS else ""
-        metas, body = encode_tensors(timed.value, codec, self.engine.model.stack.coded)
+        coded = dict.fromkeys(self.engine.model.stack.coded, wanted) if wanted in CODECS else None
+        metas, body = encode_tensors(timed.value, coded, pad_end=wanted not in THIN_CODECS)
         output = Output(
             request.request_id,
             metas,

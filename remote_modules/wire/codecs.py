@@ -1,98 +1,99 @@
 """Codecs that make tensors smaller, at the cost of some of their bits. `wire.tensors` says where they may be used.
 
-``int8``: of each vector along the last dimension, every 32 values share a power of two and are whole multiples of it
-from -127 to 127 (MXINT8 of the OCP microscaling formats): 1.03 bytes for a value. A power of two makes it exact to
-code again what was decoded, in every dtype and however the tensor is cut along its other dimensions: recomputed,
-replayed and handed to another peer, a tensor has the same values as at first.
+``int8o`` and ``int4o`` keep outliers apart (`wire.outliers`); ``int8`` is what peers of 1.3 and 1.4 speak
+(`wire.mxint8`). With each, to code again what was decoded gives the same bytes, in every dtype and however the tensor
+is cut along its other dimensions: recomputed, replayed and handed to another peer, a tensor has the same values as at
+first.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch.nn.functional import pad
 
-__all__ = ["BLOCK", "CODECS", "INT8_DTYPES", "can_encode", "decode", "encode", "num_bytes", "rounded"]
+from remote_modules.wire import forms, mxint8, outliers
 
-CODECS = ("int8",)
-INT8_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK = 32  # values that share a power of two
-EXPONENT_BIAS = 127
-NOT_A_NUMBER = 255
-LEAST_EXPONENT = {torch.float32: -127, torch.bfloat16: -127, torch.float16: -24}  # exact in the dtype
-CHUNK = 2**17  # values at a time: what is worked on stays in the processor's cache
+__all__ = [
+    "CODECS",
+    "CODED_DTYPES",
+    "MIN_VALUES",
+    "THIN_CODECS",
+    "can_encode",
+    "decode",
+    "encode",
+    "fits",
+    "num_bytes",
+    "rounded",
+]
 
-_SCALES = torch.ldexp(torch.ones(256, dtype=torch.float64), torch.arange(256) - EXPONENT_BIAS).to(torch.float32)
-_SCALES[NOT_A_NUMBER] = math.nan
-
-
-def num_bytes(shape: tuple[int, ...]) -> int:
-    """What a tensor takes as int8: a byte for each value, and one for each block."""
-    return math.prod(shape) + math.prod(shape[:-1]) * -(-shape[-1] // BLOCK)
-
-
-def can_encode(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` may travel as int8, if its values are finite: by its dtype and shape."""
-    return tensor.dtype in INT8_DTYPES and tensor.dim() > 0 and tensor.shape[-1] >= BLOCK and tensor.numel() > 0
+CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_VALUES = 32  # of a vector along the last dimension
 
 
-def encode(tensor: torch.Tensor) -> list[torch.Tensor] | None:
-    """The bytes of ``tensor`` as int8, in parts.
+@dataclass(frozen=True, slots=True)
+class _Codec:
+    """The functions of one codec, and the longest vectors that it takes."""
 
-    None where it is to travel as it is: another dtype, vectors shorter than a block, or a value that is not finite
-    (whoever scales a loss must see it).
+    max_values: int
+    num_bytes: Callable[[tuple[int, ...]], int]
+    encode: Callable[[torch.Tensor], list[torch.Tensor] | None]
+    decode: Callable[[torch.Tensor, tuple[int, ...], torch.dtype], torch.Tensor]
+
+
+def _with_outliers(form: forms.Form) -> _Codec:
+    return _Codec(
+        outliers.MAX_VALUES,
+        partial(outliers.num_bytes, form),
+        partial(outliers.encode, form),
+        partial(outliers.decode, form),
+    )
+
+
+CODECS = {
+    "int8": _Codec(2**53, mxint8.num_bytes, mxint8.encode, mxint8.decode),
+    "int8o": _with_outliers(forms.INT8),
+    "int4o": _with_outliers(forms.INT4),
+}
+THIN_CODECS = ("int8o", "int4o")  # who knows these reads a last tensor without padding
+
+
+def num_bytes(codec: str, shape: tuple[int, ...]) -> int:
+    """What a tensor that `can_encode` takes."""
+    return CODECS[codec].num_bytes(shape)
+
+
+def can_encode(codec: str, tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` may travel so, if its values are finite: by its dtype and shape."""
+    return tensor.numel() > 0 and fits(codec, tensor.dtype, tuple(tensor.shape))
+
+
+def fits(codec: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether it is for such tensors."""
+    return dtype in CODED_DTYPES and bool(shape) and MIN_VALUES <= shape[-1] <= CODECS[codec].max_values
+
+
+def encode(codec: str, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+    """The bytes of ``tensor``, in parts.
+
+    None where it is to travel as it is: another dtype, vectors too short or too long, or a value that is not finite
+    (whoever scales a loss must see it) or nearly so.
     """
-    if not can_encode(tensor):
-        return None
-    vectors = tensor.detach().to("cpu").reshape(-1, tensor.shape[-1])
-    values = torch.empty(vectors.shape, dtype=torch.int8)
-    exponents = torch.empty(len(vectors), -(-vectors.shape[1] // BLOCK), dtype=torch.uint8)
-    count = max(1, CHUNK // vectors.shape[1])
-    for part in zip(vectors.split(count), values.split(count), exponents.split(count), strict=True):
-        if not _encode_into(*part):
-            return None
-    return [values.view(torch.uint8).reshape(-1), exponents.reshape(-1)]
+    return CODECS[codec].encode(tensor) if can_encode(codec, tensor) else None
 
 
-def _encode_into(vectors: torch.Tensor, values: torch.Tensor, exponents: torch.Tensor) -> bool:
-    """False if a value is not finite."""
-    blocks = _blocks(vectors.to(torch.float32))
-    largest = blocks.abs().amax(-1)
-    if not math.isfinite(largest.max().item()):
-        return False
-    mantissa, exponent = torch.frexp(largest)
-    exponent = exponent - 7 + (mantissa > 127 / 128)  # the least with which the largest is at most 127
-    exponent.clamp_(LEAST_EXPONENT[vectors.dtype], EXPONENT_BIAS)
-    scaled = (blocks * _SCALES[EXPONENT_BIAS - exponent].unsqueeze(-1)).round_()
-    values.copy_(scaled.flatten(-2)[:, : vectors.shape[1]])
-    exponents.copy_(exponent.add_(EXPONENT_BIAS))
-    return True
+def decode(codec: str, data: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor that `encode` made ``data`` of (uint8, of `num_bytes`). Bytes may come from outside.
+
+    Raises:
+        RemoteProtocolError: nothing that `encode` makes.
+    """
+    return CODECS[codec].decode(data, shape, dtype)
 
 
-def decode(data: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The tensor that `encode` made ``data`` of (uint8, of `num_bytes`). Bytes may come from outside."""
-    count = math.prod(shape)
-    values, exponents = data[:count].view(torch.int8).reshape(-1, shape[-1]), data[count:]
-    decoded = torch.empty(values.shape, dtype=dtype)
-    size = max(1, CHUNK // shape[-1])
-    scales = exponents.reshape(len(values), -1).split(size)
-    for part, of_part, found in zip(values.split(size), scales, decoded.split(size), strict=True):
-        blocks = _blocks(part) * _SCALES[of_part.to(torch.int32)].unsqueeze(-1)
-        found.copy_(blocks.flatten(-2)[:, : shape[-1]].clamp_(-torch.finfo(dtype).max, torch.finfo(dtype).max))
-    return decoded.reshape(shape)
-
-
-def rounded(tensor: torch.Tensor) -> torch.Tensor:
+def rounded(codec: str, tensor: torch.Tensor) -> torch.Tensor:
     """What arrives of ``tensor`` at the other side of a wire that codes it."""
-    parts = encode(tensor)
-    return tensor if parts is None else decode(torch.cat(parts), tuple(tensor.shape), tensor.dtype)
-
-
-def _blocks(tensor: torch.Tensor) -> torch.Tensor:
-    """Its last dimension in blocks, the last one filled up with zeros."""
-    missing = -tensor.shape[-1] % BLOCK
-    if missing:
-        tensor = pad(tensor, (0, missing))
-    blocks: torch.Tensor = tensor.unflatten(-1, (-1, BLOCK))
-    return blocks
+    parts = encode(codec, tensor)
+    return tensor if parts is None else decode(codec, torch.cat(parts), tuple(tensor.shape), tensor.dtype)

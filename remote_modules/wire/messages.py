@@ -76,10 +76,10 @@ __all__ = [
 VERSION_MAJOR = 1
 VERSION_MINOR = 5
 COPIES_SINCE_MINOR = 2  # who speaks an older one knows no `CopyRequest` and no `ReadRequest`
-CODECS_SINCE_MINOR = 3  # nor `TensorMeta.codec`
 ADAPTER_PARTS_SINCE_MINOR = 3  # who speaks an older one gets an adapter whole, once for each connection
 MORE_METHODS_SINCE_MINOR = 3  # nor any adapter but LoRA and IA3
 ADAPTER_ROWS_SINCE_MINOR = 4  # who speaks an older one has one adapter for all rows
+THIN_WIRE_SINCE_MINOR = 5  # nor codecs with outliers, a last tensor without padding, `CallMeta.position_rows`
 DIRECT_SINCE_MINOR = 5  # nor `Push`
 
 

@@ -1,14 +1,14 @@
 """Named tensors to raw buffers and back, without copies.
 
 A message lists its tensors as `TensorMeta`; the body of its frame holds their bytes in that order, row-major,
-little-endian, each padded with zeros to a multiple of 64 bytes. Some may be coded (`wire.codecs`); these two modules
-are the only ones of `wire` that know torch.
+little-endian, each but perhaps the last padded with zeros to a multiple of 64 bytes. Some may be coded (`wire.codecs`);
+no other modules of `wire` know torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -39,7 +39,7 @@ _PADDING = bytes(ALIGNMENT_BYTES)
 
 
 def encode_tensors(
-    tensors: Mapping[str, torch.Tensor], codec: str = "", coded: Collection[str] = ()
+    tensors: Mapping[str, torch.Tensor], coded: Mapping[str, str] | None = None, *, pad_end: bool = True
 ) -> tuple[tuple[TensorMeta, ...], list[Buffer]]:
     """Describe ``tensors`` and expose their memory.
 
@@ -47,28 +47,33 @@ def encode_tensors(
     to the CPU.
 
     Args:
-        codec: one of `codecs.CODECS`, or "" for none.
-        coded: names of the tensors for which it is used, where it can be.
+        coded: codecs of `codecs.CODECS` by the names of the tensors for which they are used, where they can be.
+        pad_end: whether the last tensor is padded too, as versions before 1.5 expect it.
 
     Raises:
         LocalProtocolError: a dtype that the protocol does not carry.
     """
     metas = []
     buffers: list[Buffer] = []
+    num_bytes = 0
     for name, tensor in tensors.items():
         dtype = _NAMES.get(tensor.dtype)
         if dtype is None:
             raise LocalProtocolError(f"tensor '{name}' has dtype {tensor.dtype}, expected one of {', '.join(DTYPES)}")
-        parts = codecs.encode(tensor) if codec and name in coded else None
+        codec = "" if coded is None else coded.get(name, "")
+        parts = codecs.encode(codec, tensor) if codec else None
         metas.append(TensorMeta(name, dtype, tuple(tensor.shape), "" if parts is None else codec))
         if tensor.numel() == 0:
             continue
         if parts is None:
             parts = [tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)]
+        if padding := -num_bytes % ALIGNMENT_BYTES:
+            buffers.append(_PADDING[:padding])
         found = [part.numpy().data for part in parts]
         buffers += found
-        if padding := -sum(map(len, found)) % ALIGNMENT_BYTES:
-            buffers.append(_PADDING[:padding])
+        num_bytes += padding + sum(map(len, found))
+    if pad_end and (padding := -num_bytes % ALIGNMENT_BYTES):
+        buffers.append(_PADDING[:padding])
     return tuple(metas), buffers
 
 
@@ -79,7 +84,7 @@ def decode_tensors(metas: Sequence[TensorMeta], body: Body) -> dict[str, torch.T
         RemoteProtocolError: unknown dtype or codec, repeated name, bad shape, or sizes that do not add up to the body.
     """
     layout = []
-    offset = 0
+    offset = end = 0
     names = set()
     for meta in metas:
         dtype = DTYPES.get(meta.dtype)
@@ -93,15 +98,19 @@ def decode_tensors(metas: Sequence[TensorMeta], body: Body) -> dict[str, torch.T
         names.add(meta.name)
         num_bytes = _coded_bytes(meta, dtype) if meta.codec else _plain_bytes(meta, dtype)
         layout.append((meta, dtype, offset, num_bytes))
-        offset += num_bytes + -num_bytes % ALIGNMENT_BYTES
-    if offset != len(body):
+        if num_bytes:
+            end = offset + num_bytes
+            offset = end + -end % ALIGNMENT_BYTES
+    if len(body) not in (offset, end):
         raise RemoteProtocolError(f"tensors claim {offset} bytes, the body has {len(body)} bytes")
     return {meta.name: _read(body, meta, dtype, start, size) for meta, dtype, start, size in layout}
 
 
 def body_bytes(metas: Sequence[TensorMeta]) -> int:
     """Of tensors that `decode_tensors` has taken, without what aligns them."""
-    return sum(codecs.num_bytes(one.shape) if one.codec else _plain_bytes(one, DTYPES[one.dtype]) for one in metas)
+    return sum(
+        codecs.num_bytes(one.codec, one.shape) if one.codec else _plain_bytes(one, DTYPES[one.dtype]) for one in metas
+    )
 
 
 def _plain_bytes(meta: TensorMeta, dtype: torch.dtype) -> int:
@@ -111,16 +120,17 @@ def _plain_bytes(meta: TensorMeta, dtype: torch.dtype) -> int:
 def _coded_bytes(meta: TensorMeta, dtype: torch.dtype) -> int:
     if meta.codec not in codecs.CODECS:
         raise RemoteProtocolError(f"tensor '{meta.name}' claims unknown codec '{meta.codec}'")
-    if dtype not in codecs.INT8_DTYPES or not meta.shape or meta.shape[-1] < codecs.BLOCK:
-        text = f"tensor '{meta.name}' claims {meta.dtype} {list(meta.shape)} in codec '{meta.codec}'"
-        raise RemoteProtocolError(f"{text}, which is for vectors of at least {codecs.BLOCK} floats of 16 or 32 bits")
-    return codecs.num_bytes(meta.shape)
+    if not codecs.fits(meta.codec, dtype, meta.shape):
+        text = f"tensor '{meta.name}' claims {meta.dtype} {list(meta.shape)} in codec '{meta.codec}', which is for"
+        most = codecs.CODECS[meta.codec].max_values
+        raise RemoteProtocolError(f"{text} vectors of {codecs.MIN_VALUES} to {most} floats of 16 or 32 bits")
+    return codecs.num_bytes(meta.codec, meta.shape)
 
 
 def _read(body: Body, meta: TensorMeta, dtype: torch.dtype, start: int, num_bytes: int) -> torch.Tensor:
     if meta.codec and num_bytes:
         data = torch.frombuffer(body, dtype=torch.uint8, count=num_bytes, offset=start)
-        return codecs.decode(data, meta.shape, dtype)
+        return codecs.decode(meta.codec, data, meta.shape, dtype)
     return _view(body, meta.shape, dtype, start, num_bytes)
 
 

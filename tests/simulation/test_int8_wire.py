@@ -1,9 +1,9 @@
-"""Hidden states and gradients as int8 on the wire: lost peers, and peers too old for it, change no bit of a run."""
+"""Hidden states and gradients in codecs on the wire: lost peers, and peers too old for it, change no bit of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import msgspec
@@ -43,12 +43,12 @@ def old(is_old: Callable[[PeerId], bool], monkeypatch: pytest.MonkeyPatch) -> It
     """Some peers speak the version before; whom requests went to."""
     met: list[PeerId] = []
 
-    def knows_codecs(connection: ClientConnection) -> bool:
+    def knows_thin_wire(connection: ClientConnection) -> bool:
         met.append(connection.peer_id)
         return not is_old(connection.peer_id)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ClientConnection, "knows_codecs", property(knows_codecs))
+        patch.setattr(ClientConnection, "knows_thin_wire", property(knows_thin_wire))
         yield met
 
 
@@ -85,10 +85,10 @@ def test_run_is_near_the_plain_one_and_moves_less(mode: str, family: str, seen: 
             results.append(run_of(stage, mode))
             sizes.append(stage.stats.bytes_sent + stage.stats.bytes_received)
     coded = {name for name, codecs in seen.items() if codecs != {""}}
-    assert seen["hidden_states"] == {"int8"}
+    assert seen["hidden_states"] == {"int8o"}
     assert all(name.startswith(MAY_BE_CODED) for name in coded)
     if mode == "training":
-        assert seen["grad.hidden_states"] == {"int8"}
+        assert seen["grad.hidden_states"] == {"int8o"}
     if (mode, family) == ("training", "llama"):  # others of these random models have thresholds that a little crosses
         errors = [float((x - y).norm() / y.norm()) for x, y in zip(results[1], results[0], strict=True)]
         assert 0 < max(errors) < 0.1
@@ -107,6 +107,37 @@ def test_lost_peer_changes_no_bit_of_a_session(mode: str, family: str, kill: str
         assert_equal(found, expected)
         del found
         stage.check_end()
+
+
+@pytest.fixture
+def coarse(seen: dict[str, set[str]], monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """Steps of four tokens are long enough for 4 bits."""
+    monkeypatch.setattr("remote_modules.client.coding.LEAST_COARSE_TOKENS", 4)
+    return seen
+
+
+@pytest.mark.parametrize(("mode", "family"), [("training", "llama"), ("beam", "llama"), ("greedy", "gemma3n_text")])
+def test_lost_peer_changes_no_bit_of_a_run_in_4_bits(mode: str, family: str, coarse: dict[str, set[str]]) -> None:
+    kill = Kill(hop=1, call=1, moment_s=COMPUTING_S) if mode == "training" else KILLS["last-hop-computing"]
+    results = []
+    for is_killed in (False, True):
+        coarse.clear()
+        with opened(family, wire="int4", exact_replay=True) as stage:
+            with stage.killing(kill) if is_killed else nullcontext():
+                results.append(run_of(stage, mode))
+            assert bool(stage.lost) == is_killed
+        found = coarse["hidden_states"] - {""}  # of a replay no outputs are wanted, and nothing is not coded
+        assert found == ({"int4o"} if mode == "training" else {"int4o", "int8o"})
+        assert coarse.get("grad.hidden_states", {"int8o"}) == {"int8o"}
+    assert_equal(results[1], results[0])
+
+
+def test_tokens_of_several_steps_that_are_fed_again_at_once_keep_eight_bits(coarse: dict[str, set[str]]) -> None:
+    with opened("llama", wire="int4") as stage, stage.killing(KILLS["last-hop-computing"]):
+        run_of(stage, "greedy")
+        assert stage.lost
+        assert stage.stats.replayed_tokens
+    assert coarse["hidden_states"] >= {"int4o", "int8o"}
 
 
 @pytest.mark.parametrize("moment_s", [0.0, COMPUTING_S, 2 * HOP_S + COMPUTING_S, 3 * HOP_S + COMPUTING_S])
@@ -134,7 +165,7 @@ def test_peers_without_codecs_give_the_same_bits(
             results.append(run_of(stage, mode))
             assert met
         kinds.append(seen["hidden_states"])
-    assert kinds[:2] == [{"int8"}, {""}]
+    assert kinds[:2] == [{"int8o"}, {""}]
     assert_equal(results[1], results[0])
     assert_equal(results[2], results[0])
 
@@ -153,7 +184,7 @@ def test_adapters_masks_and_recorded_states_are_never_coded(seen: dict[str, set[
     assert all(grad is not None and bool(grad.any()) for grad in grads)
     assert {"adapter.0", "grad.adapter.0", "attention_mask", "record.hidden_states.0"} < set(seen)
     coded = {name: codecs for name, codecs in seen.items() if codecs != {""}}
-    assert coded == {"hidden_states": {"int8"}, "grad.hidden_states": {"int8"}}
+    assert coded == {"hidden_states": {"int8o"}, "grad.hidden_states": {"int8o"}}
 
 
 def test_overflow_in_a_gradient_reaches_the_client(seen: dict[str, set[str]]) -> None:
@@ -163,7 +194,7 @@ def test_overflow_in_a_gradient_reaches_the_client(seen: dict[str, set[str]]) ->
         (stage.model(inputs_embeds=inputs, use_cache=False).logits * torch.inf).sum().backward()
     assert inputs.grad is not None
     assert not bool(torch.isfinite(inputs.grad).all())
-    assert seen["hidden_states"] == {"int8"}
+    assert seen["hidden_states"] == {"int8o"}
     assert seen["grad.hidden_states"] == {""}
 
 
@@ -181,5 +212,5 @@ def test_codec_that_a_peer_does_not_know_is_answered_plainly(
         monkeypatch.setattr("remote_modules.client.coding.msgspec.structs.replace", ask)
         seen.clear()
         found = trained(stage.model)
-    assert seen["hidden_states"] == {"int8", ""}
+    assert seen["hidden_states"] == {"int8o", ""}
     assert_equal(found, expected)
