@@ -19,7 +19,7 @@ from remote_modules.wire.forms import LEAST_STEP, STEPS_PER_OCTAVE, Array, Form,
 __all__ = ["LIMIT", "MAX_VALUES", "decode", "encode", "num_bytes", "num_outliers"]
 
 MAX_VALUES = 65_536  # of a vector: indices have 16 bits
-MIN_OUTLIERS, MAX_OUTLIERS, VALUES_PER_OUTLIER = 4, 14, 512
+MIN_OUTLIERS, MAX_OUTLIERS, VALUES_PER_OUTLIER = 4, 13, 512
 LIMIT = {torch.float32: 2.0**120, torch.bfloat16: 2.0**120, torch.float16: 57_344.0}  # coded values are below
 WIDE_BLOCK = 64
 CHUNK = 2**17  # values at a time: what is worked on stays in the processor's cache

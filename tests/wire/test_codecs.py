@@ -177,8 +177,8 @@ def test_outliers_leave_ordinary_channels_their_bits(codec: str, most: float, dt
 
 
 def test_bytes_of_one_vector_follow_from_its_length() -> None:
-    assert codecs.num_bytes("int8o", (1, 8192)) == 8192 + 2 + 128 + 14 * 4
-    assert codecs.num_bytes("int4o", (1, 8192)) == 4096 + 2 + 512 + 14 * 4
+    assert codecs.num_bytes("int8o", (1, 8192)) == 8192 + 2 + 128 + 13 * 4
+    assert codecs.num_bytes("int4o", (1, 8192)) == 4096 + 2 + 512 + 13 * 4
     assert codecs.num_bytes("int8o", (2, 3, 160)) == 6 * (160 + 2 + 3 + 4 * 4)
     assert codecs.num_bytes("int4o", (33,)) == 17 + 2 + 3 + 4 * 4
     assert outliers.num_outliers(3000) == 5
