@@ -170,7 +170,7 @@ def test_load_takes_a_head_with_int8_weights(swarm: LocalSwarm, checkpoint: Path
 
 
 def test_head_that_the_model_cannot_have_is_refused(swarm: LocalSwarm, checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match="head must be one of int8, got 'int2'"):
+    with pytest.raises(ValueError, match="head must be one of remote, int8, got 'int2'"):
         load(checkpoint, trackers=swarm.trackers, mdns=False, head="int2")
     with pytest.raises(ValueError, match="is for bfloat16 weights on the CPU"):
         load(checkpoint, trackers=swarm.trackers, mdns=False, dtype=torch.float32, head="int8")
@@ -709,7 +709,7 @@ def test_stats_tell_route_bytes_and_waterfall(layers: RemoteSequential, swarm: L
         assert [str(timing.hop.span) for timing in step] == SPANS
         for timing in step:
             assert timing.compute_s > 0
-            assert timing.wire_s > 0
+            assert timing.wire_s >= 0  # a hop whose request was sent ahead may have answered by the time of its turn
             assert timing.queue_s + timing.compute_s + timing.wire_s == pytest.approx(timing.total_s)
     assert str(stats).startswith("steps=3 failovers=0 replayed_tokens=0 route 0:3 ")
 
