@@ -1,16 +1,15 @@
 """Speculative decoding over three peers at a round trip of 100 ms, against plain decoding.
 
-    python benchmarks/speculation.py DRAFT [--quick] [--rounds 5] [--tokens 64]    # root, gcc and ../shared/netlab
-    python examples/train_draft_model.py DRAFT --blocks 0 4 7                      # makes the draft model
+    python benchmarks/speculation.py [--quick] [--rounds 5] [--tokens 64] [--draft FOLDER]  # root, gcc, netlab
 
-The built-in model, greedy, each round with another text; the arms of a round run in random order, and all must give the
-tokens of the local model. Seconds count from the first new token to the last, figures are medians over rounds of plain
-seconds / speculative seconds.
+The built-in model and its draft, greedy, each round with another text; the arms of a round run in random order, and
+all must give the tokens of the local model. Seconds count from the first new token to the last, figures are medians
+over rounds of plain seconds / speculative seconds.
 
 * copy-like: a text that the model has begun to repeat (a greedy one of 256 tokens, and on from there), lookup alone;
 * novel: beginnings of sentences, the draft model alone, and with lookup;
-* misled: the same beginnings with a draft model that was never trained, and lookup: nothing may be lost by it. Once
-  more with links that have no delay, where each guess costs time.
+* misled: the same beginnings with a draft model that was never trained, alone: nothing may be lost by it. Once more
+  with links that have no delay, where each guess costs time.
 
 Prints one line of JSON; markdown and progress go to stderr.
 """
@@ -37,7 +36,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from remote_modules import Speculation, load
-from remote_modules.model.checkpoint import open_checkpoint
+from remote_modules.model.checkpoint import built_in_draft_path, open_checkpoint
 
 MODEL = "pydoc-2m"
 SPANS = ("0:3", "3:6", "6:8")
@@ -128,7 +127,7 @@ def untrained(draft: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig.from_dict(draft.config.to_dict())).eval()
 
 
-def measure(options: argparse.Namespace, rtt_ms: float, kinds: dict[str, tuple[Sequence[Text], list[Arm]]]) -> None:
+def measure(options: argparse.Namespace, rtt_ms: float, kinds: dict[str, tuple[list[Text], list[Arm]]]) -> None:
     hosts = dict.fromkeys(["client", "tracker", *(f"p{number}" for number in range(len(SPANS)))])
     with (
         Netlab(hosts, default=Link(delay_ms=rtt_ms / 2, mbit=MBIT)) as lab,
@@ -148,7 +147,7 @@ def measure(options: argparse.Namespace, rtt_ms: float, kinds: dict[str, tuple[S
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="speculative decoding over slow links")
-    parser.add_argument("draft", help="folder of the draft model")
+    parser.add_argument("--draft", default=built_in_draft_path(), help="folder of another draft model")
     parser.add_argument("--quick", action="store_true", help="16 tokens, one round that counts")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5, help="that count, at most 8")
@@ -174,11 +173,15 @@ def main() -> int:
                 Arm("plain"),
                 Arm("draft", Speculation(draft, lookup=False)),
                 Arm("draft and lookup", Speculation(draft)),
-                Arm("misled", Speculation(untrained(draft))),
+                Arm("misled", Speculation(untrained(draft), lookup=False)),
             ],
         ),
     }
-    near_arms = [Arm("plain"), Arm("draft", Speculation(draft)), Arm("misled", Speculation(untrained(draft)))]
+    near_arms = [
+        Arm("plain"),
+        Arm("draft", Speculation(draft)),
+        Arm("misled", Speculation(untrained(draft), lookup=False)),
+    ]
     near = {"novel, no delay": (novel, near_arms)}
     measure(options, RTT_MS, arms)
     measure(options, 0.0, near)
@@ -200,7 +203,9 @@ def main() -> int:
         *(Bar(f"{name} ÷ plain, not below", figures["ratio"], ">=", 0.97) for name, figures in result.items()),
     ]
     markdown = table(["text", "decoding", "tokens/s", "÷ plain", "guesses accepted"], rows)
-    status = print_report({"rtt_ms": RTT_MS, "mbit": MBIT, **vars(options), **result}, bars, markdown)
+    status = print_report(
+        {"rtt_ms": RTT_MS, "mbit": MBIT, **vars(options), "draft": str(options.draft), **result}, bars, markdown
+    )
     return 0 if options.quick else status
 
 

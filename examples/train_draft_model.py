@@ -79,7 +79,7 @@ def train(draft: LlamaForCausalLM, teacher: LlamaForCausalLM, windows: torch.Ten
         if (step + 1) % options.report_every == 0:
             print(f"step {step + 1:5d}  cross entropy {sum(recent) / len(recent):.3f}", flush=True)
             recent.clear()
-    return options.steps
+    return int(options.steps)
 
 
 def parse_options() -> Namespace:

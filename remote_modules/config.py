@@ -130,6 +130,7 @@ class ServerConfig:
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     dtype: str = "auto"  # "auto" (the checkpoint's), "float32", "bfloat16", "float16"
     quantization: str = "none"  # of the weights: "none", "int8", "nf4"
+    head: bool = False  # with the last blocks, also run norm and LM head for clients that ask for logits
     quantized_cache: bool = True  # keep quantized blocks on disk for the next start
     graphs: bool = True  # capture steps of one token as CUDA graphs, where they give the same within rounding
     compile_rows: tuple[int, ...] = ()  # of graphs whose blocks are compiled at the start: 1, 2, 4, 8, 16, 32, 64
@@ -142,6 +143,7 @@ class ServerConfig:
     kv_budget_bytes: int | None = None  # None: half of what is free after loading
     activation_budget_bytes: int | None = None  # kept graphs of forwards; None: a quarter of what is free; 0: none
     max_batch_tokens: int = 8192  # rows x tokens of one request
+    batching: bool = True  # decode steps of several sessions that wait run as one; results may differ by rounding
     max_sessions: int = 1024
     max_queue: int = 256  # requests waiting for the device
     max_connections: int = 512

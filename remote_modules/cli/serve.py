@@ -74,6 +74,9 @@ def serve(
             help="Of the weights: 1/2 or 1/4 of bfloat16's memory. Needs pip install 'remote-modules\\[quantization]'.",
         ),
     ] = DEFAULTS.quantization,
+    head: Annotated[
+        bool, _of_blocks("--head", help="With the last blocks, also run the LM head for clients that ask for it.")
+    ] = DEFAULTS.head,
     graphs: Annotated[
         bool, _of_blocks("--graphs/--no-graphs", help="Capture steps of one token as CUDA graphs, where possible.")
     ] = DEFAULTS.graphs,
@@ -133,6 +136,13 @@ def serve(
     max_batch_tokens: Annotated[
         int, _of_limits("--max-batch-tokens", min=1, metavar="N", help="Rows x tokens of one request.")
     ] = DEFAULTS.max_batch_tokens,
+    batching: Annotated[
+        bool,
+        _of_limits(
+            "--batching/--no-batching",
+            help="Run decode steps of several sessions as one; off: each alone, to the last bit as a local model does.",
+        ),
+    ] = DEFAULTS.batching,
     max_sessions: Annotated[
         int, _of_limits("--max-sessions", min=1, metavar="N", help="Open at once.")
     ] = DEFAULTS.max_sessions,
@@ -183,6 +193,7 @@ def serve(
         device=device,
         dtype=dtype,
         quantization=quantization,
+        head=head,
         graphs=graphs,
         compile_rows=tuple(compile_rows or ()),
         adapters=tuple(adapters or ()),
@@ -193,6 +204,7 @@ def serve(
         kv_budget_bytes=_bytes_of(kv_gib),
         activation_budget_bytes=_bytes_of(activation_gib),
         max_batch_tokens=max_batch_tokens,
+        batching=batching,
         max_sessions=max_sessions,
         max_queue=max_queue,
         max_connections=max_connections,

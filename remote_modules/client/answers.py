@@ -18,6 +18,8 @@ from remote_modules.wire.messages import CallMeta
 
 __all__ = ["AnswerChecker"]
 
+_HEAD = ("record.head.values", "record.head.tokens")
+
 
 @dataclass(frozen=True, slots=True)
 class _Doubt:
@@ -78,9 +80,25 @@ class AnswerChecker:
             PeerError: it is something else.
         """
         expected = {f"record.{kind}.{block}" for kind in call.record for block in hop.span}
+        recorded = self._check_head(hop, recorded, call)
         for name, tensor in recorded.items():
-            if name not in expected or tensor.dim() < 2:
+            if name not in (*expected, *_HEAD) or tensor.dim() < 2:
                 raise _nonsense(hop, f"'{name}', a tensor {list(tensor.shape)}, is not what was to be recorded")
+        return recorded
+
+    def _check_head(self, hop: Hop, recorded: Named, call: CallMeta) -> Named:
+        """Logits, once their shape can be true; the head looks at their values."""
+        values, tokens = (recorded.get(name) for name in _HEAD)
+        if values is None and tokens is None:
+            return recorded
+        if values is None or tokens is None or not call.head_top_k or hop.span.end != self._stack.num_blocks:
+            raise _nonsense(hop, "logits that were not asked for, or lack their tokens")
+        shape, num_tokens = tuple(values.shape), min(call.head_tokens, call.num_tokens)
+        is_right = len(shape) == 3 and shape[0] == call.rows and 0 < shape[1] <= num_tokens
+        if not is_right or not 0 < shape[2] <= call.head_top_k or tokens.shape != shape or tokens.dtype != torch.int64:
+            raise _nonsense(hop, f"logits {list(shape)} of tokens {tokens.dtype} {list(tokens.shape)}")
+        if not values.is_floating_point() or tokens.min() < 0:
+            raise _nonsense(hop, f"logits are {values.dtype}, or their tokens negative")
         return recorded
 
     def check_gradients(self, hop: Hop, grads: Named, inputs: Named, of_outputs: Named) -> Named:

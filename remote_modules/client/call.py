@@ -42,6 +42,7 @@ class CallArguments:
         first_row, use_cache, autocast, record, with_grad: as in `wire.messages.CallMeta`.
         adapter: of the blocks, if any.
         row_names: of each row the name of its adapter, where they have different ones.
+        head_tokens, head_top_k: as in `wire.messages.CallMeta`.
     """
 
     rows: int
@@ -59,6 +60,8 @@ class CallArguments:
     with_grad: bool = False
     adapter: CallAdapter | None = None
     row_names: tuple[str, ...] = ()
+    head_tokens: int = 0
+    head_top_k: int = 0
 
     def meta(self, num_tokens: int | None = None) -> CallMeta:
         """For all tokens, or as many as one of several requests brings."""
@@ -73,6 +76,8 @@ class CallArguments:
             seed=None if self.adapter is None else self.adapter.seed,
             first_row=self.first_row,
             adapter_rows=b"" if self.adapter is None else self.adapter.rows(self.row_names),
+            head_tokens=self.head_tokens,
+            head_top_k=self.head_top_k,
         )
 
     def owner_tensors(self) -> Named:

@@ -9,11 +9,13 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from remote_modules.client.connect import connect_swarm
+from remote_modules.client.remote_head import REMOTE, set_remote_head
 from remote_modules.client.sequential import RemoteSequential
 from remote_modules.config import ClientConfig
 from remote_modules.model.classes import model_class
 from remote_modules.model.head import HEADS, set_head
 from remote_modules.model.loading import load_client_part, read_config
+from remote_modules.model.stack import StackSpec
 from remote_modules.spans import Span
 
 __all__ = ["load"]
@@ -40,7 +42,8 @@ def load(
         model: hub id or local checkpoint folder.
         auto_class: whose class to build, such as `AutoModelForSequenceClassification`.
         trackers, mdns, peers, invite, config: as in `RemoteSequential.from_swarm`.
-        head: ``"int8"`` for an LM head that reads half the memory for each token (`model.head` says what is exact).
+        head: ``"int8"`` for an LM head that reads half the memory for each token (`model.head` says what is exact);
+            ``"remote"`` for one that the peers with the last blocks run (`client.remote_head`).
         from_pretrained_kwargs: ``dtype``, ``revision``, ``cache_dir``, ``token``, ``num_labels`` and what else
             `from_pretrained` takes.
 
@@ -49,8 +52,8 @@ def load(
         CheckpointError: the checkpoint cannot be read.
         UnsupportedCallError: the architecture or auto class is not carried.
     """
-    if head is not None and head not in HEADS:
-        raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
+    if head is not None and head not in (REMOTE, *HEADS):
+        raise ValueError(f"head must be one of {', '.join((REMOTE, *HEADS))}, got {head!r}")
     hub = {name: from_pretrained_kwargs.pop(name, None) for name in _HUB_OPTIONS}
     handle = connect_swarm(str(model), trackers=trackers, mdns=mdns, peers=peers, invite=invite, config=config, **hub)
     layers = RemoteSequential(handle, Span(0, handle.num_blocks))
@@ -59,10 +62,17 @@ def load(
     cls, model_config = model_class(read_config(checkpoint), auto_class)
     for name in [name for name in _HEAD_OPTIONS if name in from_pretrained_kwargs]:
         setattr(model_config, name, from_pretrained_kwargs.pop(name))
-    loaded, stack = load_client_part(checkpoint, model_config, cls, **from_pretrained_kwargs)
+
+    def load_part(*, with_head: bool = True) -> tuple[PreTrainedModel, StackSpec]:
+        return load_client_part(checkpoint, model_config, cls, with_head=with_head, **from_pretrained_kwargs)
+
+    loaded, stack = load_part(with_head=head != REMOTE)
     if head is not None:
         try:
-            set_head(loaded, head)
+            if head == REMOTE:
+                layers.head_results = set_remote_head(loaded, stack, lambda: load_part()[0].get_output_embeddings())
+            else:
+                set_head(loaded, head)
         except ValueError:
             layers.close()
             raise

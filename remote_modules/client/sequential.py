@@ -24,6 +24,7 @@ from remote_modules.client.call import CallArguments, Named
 from remote_modules.client.connect import SwarmHandle, connect_swarm
 from remote_modules.client.inference_session import InferenceSession, check_hidden_states
 from remote_modules.client.owner_call import argument_of, call_arguments, own
+from remote_modules.client.remote_head import HeadResults
 from remote_modules.client.runs import has_wrapped, remote_blocks, run_at
 from remote_modules.client.session import SessionState
 from remote_modules.client.stats import ClientStats
@@ -62,6 +63,7 @@ class RemoteSequential(nn.ModuleList):
         self._blocks = blocks
         self._capture = OwnerCapture(handle.no_cache)
         self._adapters = AdapterWatch()
+        self.head_results = HeadResults()
         self._adapter_name = handle.swarm.config.adapter
         if local is None:
             self.extend([self._new_block(index) for index in blocks])
@@ -216,6 +218,7 @@ class RemoteSequential(nn.ModuleList):
         memo[id(self)] = copied
         copied.extend([copy.deepcopy(module, memo) for module in self])
         copied._capture, copied._adapter_name = copy.deepcopy(self._capture, memo), self._adapter_name
+        copied.head_results = copy.deepcopy(self.head_results, memo)
         return copied
 
     def __repr__(self) -> str:
@@ -323,8 +326,8 @@ class RemoteSequential(nn.ModuleList):
             raise UnsupportedCallError("this KV cache was made by a training call; go on from it under torch.no_grad()")
         if "encoder_hidden_states" in call.tensors:
             raise UnsupportedCallError("cross-attention is carried without a KV cache only; use use_cache=False")
-        arguments = replace(arguments, sides=own(call.sides))
-        outputs = self._handle.io.run(state.step(own(call.entry), arguments))
+        arguments = self.head_results.asked_of(replace(arguments, sides=own(call.sides)), state.position)
+        outputs = self.head_results.take(self._handle.io.run(state.step(own(call.entry), arguments)))
         outputs = {name: tensor.to(hidden_states.device) for name, tensor in outputs.items()}
         if is_differentiated:
             outputs["hidden_states"] = refuse_backward(outputs["hidden_states"], hidden_states)

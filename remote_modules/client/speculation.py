@@ -133,7 +133,7 @@ class Speculation:
             guessed_s = time.perf_counter()
             if drafter is not None and drafter.token_s is not None:
                 self._draft_s = drafter.token_s
-                if self.policy.is_worth(2 * MAX_DRAFT * self._draft_s):
+                if choice.source == "draft" and self.policy.is_worth(2 * MAX_DRAFT * self._draft_s):
                     drafter.draft_ahead(2 * MAX_DRAFT)
             accepted = text.verify(draft)
             done_s = time.perf_counter()

@@ -17,7 +17,7 @@ from remote_modules.errors import CheckpointError
 from remote_modules.model.hub import HubModel, open_hub_model
 from remote_modules.model.shard_header import tensor_names
 
-__all__ = ["BUILT_IN", "Checkpoint", "built_in_path", "open_checkpoint"]
+__all__ = ["BUILT_IN", "Checkpoint", "built_in_draft_path", "built_in_path", "open_checkpoint"]
 
 BUILT_IN = "pydoc-2m"
 INDEX_NAME = "model.safetensors.index.json"
@@ -27,6 +27,11 @@ SINGLE_NAME = "model.safetensors"
 def built_in_path() -> Path:
     """The folder of the small model that ships with the package (its README.md says how it was trained)."""
     return Path(__file__).parent.parent / "assets" / BUILT_IN
+
+
+def built_in_draft_path() -> Path:
+    """The folder of the draft model for it (`examples/train_draft_model.py` made it)."""
+    return built_in_path().with_name(f"{BUILT_IN}-draft")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,17 @@ tell, and for anything but one token without a gradient, the plain product is co
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-__all__ = ["HEADS", "Int8Head", "set_head"]
+from remote_modules.errors import UnsupportedCallError
+from remote_modules.model.stack import StackSpec
+
+__all__ = ["HEADS", "GreatestLogits", "Int8Head", "set_head"]
 
 HEADS = ("int8",)
 SHORTLIST = 128  # rows that are computed again
@@ -97,6 +102,42 @@ def set_head(model: PreTrainedModel, head: str) -> None:
     if weight.device.type != "cpu" or weight.dtype != _DTYPE:
         raise ValueError(f"head='{head}' is for bfloat16 weights on the CPU, got {weight.dtype} on {weight.device}")
     model.set_output_embeddings(Int8Head(plain))
+
+
+class GreatestLogits:
+    """What comes after the last block: a norm and the LM head.
+
+    Args:
+        model: without its blocks, which are taken out of it.
+
+    Raises:
+        UnsupportedCallError: more comes after them.
+    """
+
+    def __init__(self, model: PreTrainedModel, stack: StackSpec) -> None:
+        owner: Any = stack.owner(model)
+        setattr(owner, stack.list_name, nn.ModuleList())
+        head, kind = model.get_output_embeddings(), model.config.model_type
+        norms = [module for module in owner.children() if _has_weights(module) and not isinstance(module, nn.Embedding)]
+        if not isinstance(head, nn.Linear) or len(norms) != 1 or (stack.hidden.batch, stack.hidden.time) != (0, 1):
+            raise UnsupportedCallError(f"a '{kind}' has no norm and linear head after its blocks; leave its head off")
+        self.head, self.norm, self.device, self.dtype = head, norms[0], head.weight.device, head.weight.dtype
+        dice = torch.Generator().manual_seed(0)
+        probe = torch.randn(1, 2, head.in_features, generator=dice).to(self.device, self.dtype)
+        with torch.no_grad():
+            if not torch.equal(owner(inputs_embeds=probe, use_cache=False)[0], self.norm(probe)):
+                raise UnsupportedCallError(f"a '{kind}' does more than a norm after its blocks; leave its head off")
+
+    def top(self, hidden: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The greatest logits after each of ``hidden`` ``[B, n, D]``, and their tokens: ``[B, n, k]``."""
+        with torch.inference_mode():
+            logits = self.head(self.norm(hidden.to(self.device, self.dtype)))
+            values, tokens = logits.topk(min(top_k, logits.shape[-1]))
+        return values, tokens
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def _quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -28,7 +28,8 @@ from remote_modules.errors import CheckpointError, UnsupportedCallError, first_l
 from remote_modules.model.building import building
 from remote_modules.model.checkpoint import INDEX_NAME, Checkpoint
 from remote_modules.model.fingerprint import block_digests
-from remote_modules.model.pruning import KeepBlock, UnknownArgument, kept_tensors, pruned_class
+from remote_modules.model.head import GreatestLogits
+from remote_modules.model.pruning import KeepBlock, UnknownArgument, head_tensors, kept_tensors, pruned_class
 from remote_modules.model.quantization import (
     block_state,
     check_quantization,
@@ -40,7 +41,7 @@ from remote_modules.model.quantized_cache import QuantizedCache
 from remote_modules.model.stack import StackSpec, find_stack, meta_skeleton
 from remote_modules.spans import Span
 
-__all__ = ["load_client_part", "load_span", "read_config"]
+__all__ = ["load_client_part", "load_head", "load_span", "read_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +105,17 @@ def load_span(
 
 
 def load_client_part(
-    checkpoint: Checkpoint, config: PreTrainedConfig, cls: type[PreTrainedModel], **kwargs: Any
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    cls: type[PreTrainedModel],
+    *,
+    with_head: bool = True,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, StackSpec]:
     """Embeddings, norms and head; every block is a stub. ``kwargs`` are `from_pretrained`'s.
+
+    Args:
+        with_head: else the LM head is a stub, too.
 
     The head of a task that the checkpoint was not made for is new, as in transformers; a warning says so.
 
@@ -117,8 +126,28 @@ def load_client_part(
     """
     skeleton = meta_skeleton(cls, config)
     stack = find_stack(skeleton, config)
-    model = _load(checkpoint, config, skeleton, stack, lambda block: block is None, **kwargs)
+    without = frozenset[str]() if with_head else head_tensors(skeleton)
+    model = _load(checkpoint, config, skeleton, stack, lambda block: block is None, without=without, **kwargs)
     return model, stack
+
+
+def load_head(
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    cls: type[PreTrainedModel],
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+) -> GreatestLogits:
+    """What comes after the last block, for a peer that holds that.
+
+    Raises:
+        CheckpointError: a shard or tensor is missing.
+        UnsupportedCallError: more comes after it than a norm and a linear head.
+    """
+    model, stack = load_client_part(checkpoint, config, cls, dtype=dtype, device=device)
+    model.requires_grad_(False)
+    return GreatestLogits(model.eval(), stack)
 
 
 def check_span(span: Span, num_blocks: int, name: str) -> None:
@@ -205,14 +234,17 @@ def _load(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
+    without: frozenset[str] = frozenset(),
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """``skeleton``, of the class to load, is pruned by this."""
+    """``skeleton``, of the class to load, is pruned by this; ``without`` these tensors of its head."""
     cls = type(skeleton)
-    pruned: Any = pruned_class(cls, stack, keep_block)  # Any: what from_pretrained returns varies with its options
+    pruned: Any = pruned_class(
+        cls, stack, keep_block, with_head=not without
+    )  # Any: what from_pretrained returns varies with its options
     where = stack.blocks_of_keys(checkpoint.weight_map)
-    further = kept_tensors(skeleton, stack, keep_block)
-    files = checkpoint.part(lambda key: keep_block(where.get(key)) or _is_named(key, further))
+    further = kept_tensors(skeleton, stack, keep_block, with_head=not without)
+    files = checkpoint.part(lambda key: key not in without and (keep_block(where.get(key)) or _is_named(key, further)))
     if not files:
         raise CheckpointError(f"checkpoint '{checkpoint.name}' has no tensor of the wanted part of {cls.__name__}")
     with _partial_folder(checkpoint, files) as folder, building, _quiet_loading():

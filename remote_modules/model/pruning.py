@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from remote_modules.model.shadow import is_shadow, shadow_block
 from remote_modules.model.stack import StackSpec
 
-__all__ = ["KeepBlock", "UnknownArgument", "kept_tensors", "prune", "pruned_class"]
+__all__ = ["KeepBlock", "UnknownArgument", "head_tensors", "kept_tensors", "prune", "pruned_class"]
 
 _MAX_SMALL_ROWS = 64  # fewer than any vocabulary, a tiny model's too
 
@@ -27,7 +27,9 @@ class UnknownArgument(TypeError):
     """A keyword argument that neither `from_pretrained` nor the class takes."""
 
 
-def pruned_class(cls: type[PreTrainedModel], stack: StackSpec, keep_block: KeepBlock) -> type[PreTrainedModel]:
+def pruned_class(
+    cls: type[PreTrainedModel], stack: StackSpec, keep_block: KeepBlock, *, with_head: bool = True
+) -> type[PreTrainedModel]:
     """``cls`` with only the wanted part of its modules; the instance's class is to be set back after loading."""
 
     def build_then_prune(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -35,7 +37,7 @@ def pruned_class(cls: type[PreTrainedModel], stack: StackSpec, keep_block: KeepB
         if unknown:
             raise UnknownArgument(f"unexpected keyword arguments {unknown}; from_pretrained takes none of that name")
         cls.__init__(self, config, *args, **kwargs)
-        prune(self, stack, keep_block)
+        prune(self, stack, keep_block, with_head=with_head)
 
     members: dict[str, Any] = {
         "__init__": build_then_prune,
@@ -45,14 +47,26 @@ def pruned_class(cls: type[PreTrainedModel], stack: StackSpec, keep_block: KeepB
     return type(cls.__name__, (cls,), members)
 
 
-def kept_tensors(skeleton: PreTrainedModel, stack: StackSpec, keep_block: KeepBlock) -> frozenset[str]:
+def kept_tensors(
+    skeleton: PreTrainedModel, stack: StackSpec, keep_block: KeepBlock, *, with_head: bool = True
+) -> frozenset[str]:
     """Tensors outside the wanted blocks that the part needs all the same, by name; ``skeleton`` is pruned by this."""
-    prune(skeleton, stack, keep_block)
+    prune(skeleton, stack, keep_block, with_head=with_head)
     where = stack.blocks_of_keys(dict(skeleton.named_parameters()))
     return frozenset(name for name, _ in skeleton.named_parameters() if not keep_block(where.get(name)))
 
 
-def prune(model: PreTrainedModel, stack: StackSpec, keep_block: KeepBlock) -> None:
+def head_tensors(model: PreTrainedModel) -> frozenset[str]:
+    """Those that the LM head has for itself, by name."""
+    head, ties = model.get_output_embeddings(), getattr(model, "all_tied_weights_keys", {})
+    if head is None:
+        return frozenset()
+    path = next(name for name, module in model.named_modules() if module is head)
+    names = frozenset(f"{path}.{name}" for name, _ in head.named_parameters())
+    return frozenset() if names.intersection([*ties, *ties.values()]) else names
+
+
+def prune(model: PreTrainedModel, stack: StackSpec, keep_block: KeepBlock, *, with_head: bool = True) -> None:
     """Replace all modules of ``model`` that are not wanted by shadows, in place."""
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     blocks = stack.blocks(model)
@@ -64,6 +78,8 @@ def prune(model: PreTrainedModel, stack: StackSpec, keep_block: KeepBlock) -> No
             blocks[index] = _skipped_but(blocks[index], held)
     if not keep_block(None):
         _prune_around(model, stack.path)
+    elif not with_head and not is_shadow(head := model.get_output_embeddings()):
+        model.set_output_embeddings(_skipped(head, _zeros_of(head)))
     real = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     model.all_tied_weights_keys = {a: b for a, b in ties.items() if a in real and b in real}
 

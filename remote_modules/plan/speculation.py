@@ -18,7 +18,7 @@ __all__ = ["PLAIN", "Choice", "Offer", "SpeculationPolicy", "expected_tokens"]
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 MAX_SHARE = 0.995  # of guesses accepted: nothing is certain
-PRIOR_WEIGHT = 4.0  # guesses that the prior counts for
+PRIOR_WEIGHT = 4.0  # guesses that the prior counts for, at first
 MEMORY = 0.9  # what remains of older counts after a round
 SMOOTHING = 0.3  # of a new time
 FIRST_TOKEN_SHARE = 0.02  # of a plain pass, what a further token is thought to cost before one was timed
@@ -119,7 +119,7 @@ class SpeculationPolicy:
             return
         assert self._plain_s is not None, "the first round is plain"
         self._since_plain += 1
-        counts = self._counts.setdefault(choice.source, _Counts())
+        counts = self._counts[choice.source]
         counts.accepted = MEMORY * counts.accepted + accepted
         counts.refused = MEMORY * counts.refused + (accepted < choice.length)
         if pass_s < self._plain_s:  # more tokens do not take less: plain passes have become faster
@@ -153,9 +153,11 @@ class SpeculationPolicy:
 
     def _share(self, offer: Offer) -> float:
         """Of guesses of this source that are accepted."""
-        counts = self._counts.get(offer.source, _Counts())
-        seen = counts.accepted + counts.refused
-        return min(MAX_SHARE, (counts.accepted + PRIOR_WEIGHT * offer.prior) / (seen + PRIOR_WEIGHT))
+        counts = self._counts.get(offer.source)
+        if counts is None:
+            counts = _Counts(PRIOR_WEIGHT * offer.prior, PRIOR_WEIGHT * (1 - offer.prior))
+            self._counts[offer.source] = counts
+        return min(MAX_SHARE, counts.accepted / (counts.accepted + counts.refused))
 
     def _token_share(self, length: int) -> float:
         """Of a plain pass, what one more token costs in a block that long; as in the one of the nearest known size."""

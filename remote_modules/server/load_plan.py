@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Collection
@@ -11,9 +12,9 @@ import torch
 from remote_modules.config import ServerConfig
 from remote_modules.model.adapter_files import FrozenAdapter
 from remote_modules.model.checkpoint import Checkpoint, open_checkpoint
-from remote_modules.model.classes import serving_class
+from remote_modules.model.classes import model_class, serving_class
 from remote_modules.model.fingerprint import block_digests, model_key
-from remote_modules.model.loading import check_span, load_span, read_config
+from remote_modules.model.loading import check_span, load_head, load_span, read_config
 from remote_modules.model.probe import probe_stack
 from remote_modules.model.quantization import check_quantization, quantized_bytes
 from remote_modules.model.quantized_cache import QuantizedCache, model_digest
@@ -31,22 +32,38 @@ from remote_modules.server.capacity import (
 )
 from remote_modules.server.captures import can_capture, capture_steps
 from remote_modules.server.engine import Engine, Speeds
+from remote_modules.server.packing import packing_fault
 from remote_modules.server.preloaded import Preloaded
 from remote_modules.server.sessions import KVCost
 from remote_modules.spans import Span
 
 __all__ = ["LoadPlan", "LoadedSpan"]
 
+logger = logging.getLogger(__name__)
+
 SPARE_FACTOR = 1.5  # workspace of a load
+CHUNK_TOKENS = 256  # of a prompt, while others decode: fewer read the weights more often than they compute
+CPU_CHUNK_TOKENS = 64
 
 
 class LoadedSpan:
-    """A span in memory and what was measured of it."""
+    """A span in memory and what was measured of it.
+
+    Args:
+        batches: whether steps of several sessions may run as one, if the model can.
+    """
 
     def __init__(
-        self, config: ServerConfig, model: SpanModel, digests: dict[int, str], adapters: dict[str, FrozenAdapter]
+        self,
+        config: ServerConfig,
+        model: SpanModel,
+        digests: dict[int, str],
+        adapters: dict[str, FrozenAdapter],
+        *,
+        batches: bool = False,
     ) -> None:
         self._config = config
+        self._batches = batches
         self.model = model
         self.engine = Engine(model)
         self.digests = tuple(digests.get(block, "") for block in model.span)
@@ -59,6 +76,11 @@ class LoadedSpan:
         """Check that the architecture runs, and time it."""
         self.kv_costs = self.engine.kv_costs()
         self.speeds = self.engine.measure()
+        fault = packing_fault(self.engine) if self._batches else "it is switched off"
+        self.engine.packs = not fault
+        if self._batches:
+            self.engine.chunk_tokens = CPU_CHUNK_TOKENS if self.model.device.type == "cpu" else CHUNK_TOKENS
+        logger.info("sessions decode %s", f"one by one: {fault}" if fault else "together")
 
     def prepare(self) -> None:
         """Make it ready to be served: take memory for KV caches, capture steps where that is possible, measure."""
@@ -147,7 +169,7 @@ class LoadPlan:
     def capacity(self) -> Capacity:
         """Of this machine, now. The speed is 0 without `probe`."""
         config = self._config
-        rest = (config.kv_budget_bytes or 0) + self._workspace_bytes
+        rest = (config.kv_budget_bytes or 0) + self._workspace_bytes + (self._head_bytes() if config.head else 0)
         network_tokens_per_s = math.inf
         if config.bandwidth_mbit is not None:
             network_tokens_per_s = config.bandwidth_mbit * 125_000 / self.token_bytes
@@ -173,6 +195,11 @@ class LoadPlan:
         """Hidden states of one token, as they travel."""
         hidden_size: int = self._model_config.get_text_config(decoder=True).hidden_size
         return hidden_size * self.dtype.itemsize
+
+    def _head_bytes(self) -> int:
+        """Of the LM head, as far as the config tells; any span may come to be the last."""
+        text = self._model_config.get_text_config(decoder=True)
+        return int(text.vocab_size * self.token_bytes)
 
     def _kv_token_bytes(self) -> int:
         """Keys and values of one token in one block, as far as the config tells."""
@@ -212,7 +239,13 @@ class LoadPlan:
         # a cached block brings its digest along: its shards are not opened
         digests = block_digests(self._checkpoint, self._stack, span) if cache is None else cache.digests
         runner = SpanModel(model, self._stack, span)
-        return LoadedSpan(self._config, runner, digests, self._adapters.of_blocks(runner.blocks))
+        batches = self._config.batching and quantization != "int8"  # outliers of one row are those of all there
+        adapters = self._adapters.of_blocks(runner.blocks)
+        loaded = LoadedSpan(self._config, runner, digests, adapters, batches=batches)
+        if self._config.head and span.end == self.num_blocks:
+            cls, model_config = model_class(read_config(self._checkpoint))
+            loaded.engine.head = load_head(self._checkpoint, model_config, cls, dtype=dtype, device=self._device)
+        return loaded
 
     @property
     def dtype(self) -> torch.dtype:

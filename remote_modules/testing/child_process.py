@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from remote_modules.errors import RemoteModulesError
@@ -26,12 +27,20 @@ class ChildProcess:
 
     Args:
         pace: fields of `testing.pace.Pace`, for a peer that is as slow as that.
+        program: arguments of Python; a script that ends in `testing.child.main`.
     """
 
-    def __init__(self, kind: str, config: dict[str, Any], *, pace: dict[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        config: dict[str, Any],
+        *,
+        pace: dict[str, float] | None = None,
+        program: Sequence[str] = ("-m", "remote_modules.testing.child"),
+    ) -> None:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TRANSFORMERS_VERBOSITY": "error"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "remote_modules.testing.child"],
+            [sys.executable, *program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

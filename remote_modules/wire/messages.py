@@ -290,8 +290,10 @@ class Output(Base, frozen=True, tag="output"):
     """The result of a request.
 
     Attributes:
-        tensors: ``hidden_states`` and ``state.<k>`` as the last block returned them, ``record.<kind>.<block>``; for a
-            backward ``grad.<name>`` of each floating-point input, and ``grad.adapter.<n>`` of the adapter's tensors.
+        tensors: ``hidden_states`` and ``state.<k>`` as the last block returned them, ``record.<kind>.<block>``; where
+            logits were asked for and the peer has the head ``record.head.values`` and ``record.head.tokens``
+            ``[B, n, k]``; for a backward ``grad.<name>`` of each floating-point input, and ``grad.adapter.<n>`` of the
+            adapter's tensors.
         queue_s, compute_s: time spent waiting for the device, and on it.
         load: requests queued or running at the peer.
         free_kv_tokens: as in the peer's record, now.

@@ -136,6 +136,7 @@ class CallMeta(Base, frozen=True):
         adapter_parts: digests of the parts of ``adapter``, in order; empty if the peer has that adapter already.
         adapter_rows: which of several adapters each row has: the number of its group in the entries, 0 for none of
             them; empty where all rows have all of ``adapter``.
+        head_tokens, head_top_k: the so many greatest logits of the so many last tokens are wanted, too; 0 for none.
     """
 
     rows: Count = 0
@@ -151,6 +152,8 @@ class CallMeta(Base, frozen=True):
     adapter_parts: AdapterParts = ()
     first_row: Count = 0
     adapter_rows: AdapterRows = b""
+    head_tokens: Count = 0
+    head_top_k: Count = 0
 
 
 class CopySource(Base, frozen=True):

@@ -49,6 +49,52 @@ def test_other_recorded_tensors_are_the_peers_fault(checker: AnswerChecker, name
         checker.check_recorded(HOP, {name: tensor}, CALL)
 
 
+LAST = Hop(PeerId("a" * 52), Span(2, 4))
+ASKED = CallMeta(rows=2, num_tokens=3, head_tokens=2, head_top_k=5)
+LOGITS = {"record.head.values": torch.zeros(2, 2, 5), "record.head.tokens": torch.zeros(2, 2, 5, dtype=torch.int64)}
+
+
+def test_logits_that_were_asked_for_are_let_through(checker: AnswerChecker) -> None:
+    assert checker.check_recorded(LAST, LOGITS, ASKED) == LOGITS
+    fewer = {name: tensor[:, :1, :3] for name, tensor in LOGITS.items()}
+    assert checker.check_recorded(LAST, fewer, ASKED) == fewer
+
+
+@pytest.mark.parametrize(
+    ("hop", "call", "changes"),
+    [
+        (HOP, ASKED, {}),
+        (LAST, CALL, {}),
+        (LAST, ASKED, {"record.head.tokens": None}),
+        (LAST, ASKED, {"record.head.values": None}),
+        (LAST, ASKED, {"record.head.values": torch.zeros(2, 3, 5)}),
+        (LAST, ASKED, {"record.head.values": torch.zeros(2, 2, 6)}),
+        (LAST, ASKED, {"record.head.values": torch.zeros(2, 5)}),
+        (LAST, ASKED, {"record.head.values": LOGITS["record.head.tokens"]}),
+        (LAST, ASKED, {"record.head.tokens": LOGITS["record.head.values"]}),
+        (LAST, ASKED, {"record.head.tokens": LOGITS["record.head.tokens"] - 1}),
+    ],
+    ids=[
+        *(
+            "not the last blocks",
+            "not asked for",
+            "no tokens",
+            "no values",
+            "more tokens",
+            "more logits",
+            "other shape",
+        ),
+        *("integers", "tokens that are floats", "negative tokens"),
+    ],
+)
+def test_other_logits_are_the_peers_fault(
+    checker: AnswerChecker, hop: Hop, call: CallMeta, changes: dict[str, torch.Tensor | None]
+) -> None:
+    recorded = {name: tensor for name, tensor in {**LOGITS, **changes}.items() if tensor is not None}
+    with pytest.raises(PeerError, match="wrong answer for blocks .*: logits"):
+        checker.check_recorded(hop, recorded, call)
+
+
 INF = torch.full((2, 3, 8), torch.inf)
 OTHER = Hop(PeerId("b" * 52), HOP.span)
 

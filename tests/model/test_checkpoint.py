@@ -15,7 +15,14 @@ from tiny_models import load_whole, save_tiny
 from model.fake_hub import COMMIT, HUB_NAME, serving
 from model.support import opened, opened_files
 from remote_modules.errors import CheckpointError
-from remote_modules.model.checkpoint import BUILT_IN, INDEX_NAME, SINGLE_NAME, built_in_path, open_checkpoint
+from remote_modules.model.checkpoint import (
+    BUILT_IN,
+    INDEX_NAME,
+    SINGLE_NAME,
+    built_in_draft_path,
+    built_in_path,
+    open_checkpoint,
+)
 from remote_modules.model.classes import model_class
 from remote_modules.model.loading import load_span, read_config
 from remote_modules.spans import Span
@@ -138,6 +145,8 @@ def test_file_in_place_of_a_folder_is_refused(copy: Path) -> None:
 
 def test_built_in_name_is_a_folder_of_the_package() -> None:
     assert built_in_path().parts[-3:] == ("remote_modules", "assets", BUILT_IN)
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # a draft model must have the same tokens
+        assert (built_in_draft_path() / name).read_bytes() == (built_in_path() / name).read_bytes()
 
 
 # The hub's cache, laid out by hand

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from remote_modules.model.head import SHORTLIST, Int8Head, set_head
+from remote_modules.errors import UnsupportedCallError
+from remote_modules.model.head import SHORTLIST, GreatestLogits, Int8Head, set_head
+from remote_modules.model.stack import find_stack
 
 HIDDEN, VOCABULARY = 256, 1024
 
@@ -146,3 +148,30 @@ def test_heads_that_cannot_be_are_refused() -> None:
     classifier = AutoModelForSequenceClassification.from_config(tiny_llama().config)
     with pytest.raises(ValueError, match="needs a linear LM head, LlamaForSequenceClassification has NoneType"):
         set_head(classifier, "int8")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_greatest_logits_are_those_of_the_whole_model(tied: bool) -> None:
+    model = tiny_llama(torch.float32, tied=tied)
+    tokens = torch.tensor([[5, 17, 3, 88]])
+    with torch.no_grad():
+        hidden: list[torch.Tensor] = []
+        handle = model.model.layers[-1].register_forward_hook(lambda *call: hidden.append(call[-1]))
+        expected = model(tokens).logits
+        handle.remove()
+    end = GreatestLogits(model, find_stack(model, model.config))
+    values, found = end.top(hidden[0], 7)
+    assert torch.equal(values, expected.topk(7).values)
+    assert torch.equal(found, expected.topk(7).indices)
+    assert end.top(hidden[0], 10_000)[0].shape == (1, 4, 512)  # no more than there are
+
+
+def test_model_that_does_more_after_its_blocks_is_refused() -> None:
+    model = tiny_llama()
+    model.model.register_forward_hook(lambda owner, args, output: (2 * output[0],))
+    with pytest.raises(UnsupportedCallError, match="a 'llama' does more than a norm after its blocks; leave its head"):
+        GreatestLogits(model, find_stack(model, model.config))
+    model = tiny_llama()
+    model.model.second_norm = nn.LayerNorm(32)
+    with pytest.raises(UnsupportedCallError, match="a 'llama' has no norm and linear head after its blocks"):
+        GreatestLogits(model, find_stack(model, model.config))

@@ -86,6 +86,12 @@ def test_guesses_that_lose_are_left_off(share: float, token_share: float, seed: 
     assert seconds < 600 / 0.97
 
 
+def test_guesses_that_are_always_wrong_end_though_they_take_next_to_nothing() -> None:
+    offer = Offer("draft", 8, 0.6, token_s=0.001)
+    _, choices = play(ready(), [offer], {"draft": 0.0}, lambda n: 1.0, tokens=200)
+    assert choices[-50:].count(PLAIN) > 45
+
+
 def test_guesses_that_lost_are_tried_again_and_taken_up_when_they_pay() -> None:
     policy, offer = ready(), Offer("draft", 8, 0.6, token_s=0.3)
     _, choices = play(policy, [offer], {"draft": 0.0}, lambda n: 1 + 0.3 * n, tokens=400)
@@ -95,8 +101,8 @@ def test_guesses_that_lost_are_tried_again_and_taken_up_when_they_pay() -> None:
 
 
 def test_plain_passes_are_timed_again_where_the_gain_is_small() -> None:
-    offer = Offer("draft", 1, 0.4)
-    _, choices = play(ready(), [offer], {"draft": 0.4}, lambda n: 1 + 0.1 * n, tokens=300)
+    offer = Offer("draft", 1, 0.6)
+    _, choices = play(ready(), [offer], {"draft": 0.6}, lambda n: 1 + 0.15 * n, tokens=300)
     rounds = [at for at, choice in enumerate(choices) if choice == PLAIN]
     assert rounds
     assert all(later - sooner > speculation.PLAIN_EVERY for sooner, later in zip(rounds, rounds[1:], strict=False))
@@ -104,6 +110,7 @@ def test_plain_passes_are_timed_again_where_the_gain_is_small() -> None:
 
 def test_faster_link_is_noticed_though_no_pass_is_plain() -> None:
     policy = ready(plain_s=10.0)
+    policy.choose([Offer("copy", 8, 0.9)])
     for _ in range(20):
         policy.note(Choice("copy", 8), 8, 1.0)
     assert not policy.is_worth(0.5)
@@ -117,10 +124,10 @@ def test_one_slow_plain_pass_counts_for_little() -> None:
 
 
 def test_trial_is_short_where_tokens_cost_much() -> None:
-    policy = ready()
+    policy, offers = ready(), [Offer("draft", 8, 0.6)]
+    policy.choose(offers)
     for _ in range(6):
         policy.note(Choice("draft", 4), 0, 5.0)
-    offers = [Offer("draft", 8, 0.6)]
     chosen = []
     for _ in range(600):
         chosen.append(policy.choose(offers))

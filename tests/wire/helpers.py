@@ -26,7 +26,21 @@ SERVER_HELLO = messages.ServerHello(1, 1, b"k" * 32, b"s" * 64, "run-1", MAX_BOD
 HIDDEN = (TensorMeta("hidden_states", "float32", (1, 2, 4)),)
 OPTIONS = (Option("is_causal", True), Option("window", 5), Option("scale", 0.5), Option("kind", "full"))
 CALL = CallMeta(
-    1, 2, False, "bfloat16", OPTIONS, ("hidden_states", "router_logits"), "d" * 64, 7, True, "int8", (b"p" * 16,), 3
+    1,
+    2,
+    False,
+    "bfloat16",
+    OPTIONS,
+    ("hidden_states", "router_logits"),
+    "d" * 64,
+    7,
+    True,
+    "int8",
+    (b"p" * 16,),
+    3,
+    b"\0",
+    2,
+    64,
 )
 INDICES = (TensorMeta("rows", "int64", (2,)),)
 SOURCE = messages.CopySource("p" * 52, ("127.0.0.1:31330",), "c" * 64)
