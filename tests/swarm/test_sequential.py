@@ -170,7 +170,7 @@ def test_load_takes_a_head_with_int8_weights(swarm: LocalSwarm, checkpoint: Path
 
 
 def test_head_that_the_model_cannot_have_is_refused(swarm: LocalSwarm, checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match="head must be one of int8, got 'int2'"):
+    with pytest.raises(ValueError, match="head must be one of remote, int8, got 'int2'"):
         load(checkpoint, trackers=swarm.trackers, mdns=False, head="int2")
     with pytest.raises(ValueError, match="is for bfloat16 weights on the CPU"):
         load(checkpoint, trackers=swarm.trackers, mdns=False, dtype=torch.float32, head="int8")
