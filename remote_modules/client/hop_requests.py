@@ -152,7 +152,8 @@ class HopRequests:
         assert flight.output is not None
         self.output, took_s = flight.output, swarm.clock() - began_s
         router.observe_direct(hop, kind, work, flight.output, took_s=took_s)
-        self._note(hop, call.num_tokens, took_s, flight.output)
+        worked_s = flight.output.queue_s + flight.output.compute_s
+        self._note(hop, call.num_tokens, max(took_s, worked_s), flight.output)  # it may have begun before its turn
         return replies
 
     async def _bring(self, connection: ClientConnection, parts: dict[bytes, torch.Tensor]) -> None:

@@ -20,7 +20,8 @@ class HopTiming:
     """Where one request's time went, in seconds; ``wire_s`` is what neither queue nor compute explains.
 
     Attributes:
-        total_s: until the answer; of a request that was sent ahead (`client.direct`), since its hop's turn.
+        total_s: until the answer; of a request that was sent ahead (`client.direct`), since its hop's turn, or queue
+            and compute where it was at it before.
     """
 
     hop: Hop
