@@ -143,6 +143,7 @@ class ServerConfig:
     kv_budget_bytes: int | None = None  # None: half of what is free after loading
     activation_budget_bytes: int | None = None  # kept graphs of forwards; None: a quarter of what is free; 0: none
     max_batch_tokens: int = 8192  # rows x tokens of one request
+    batching: bool = True  # decode steps of several sessions that wait run as one; results may differ by rounding
     max_sessions: int = 1024
     max_queue: int = 256  # requests waiting for the device
     max_connections: int = 512

@@ -136,6 +136,13 @@ def serve(
     max_batch_tokens: Annotated[
         int, _of_limits("--max-batch-tokens", min=1, metavar="N", help="Rows x tokens of one request.")
     ] = DEFAULTS.max_batch_tokens,
+    batching: Annotated[
+        bool,
+        _of_limits(
+            "--batching/--no-batching",
+            help="Run decode steps of several sessions as one; off: each alone, to the last bit as a local model does.",
+        ),
+    ] = DEFAULTS.batching,
     max_sessions: Annotated[
         int, _of_limits("--max-sessions", min=1, metavar="N", help="Open at once.")
     ] = DEFAULTS.max_sessions,
@@ -197,6 +204,7 @@ def serve(
         kv_budget_bytes=_bytes_of(kv_gib),
         activation_budget_bytes=_bytes_of(activation_gib),
         max_batch_tokens=max_batch_tokens,
+        batching=batching,
         max_sessions=max_sessions,
         max_queue=max_queue,
         max_connections=max_connections,

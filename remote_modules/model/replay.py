@@ -9,7 +9,7 @@ owner where that was found to give the same (`model.decode_plans`).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from remote_modules.model.adapters import Adapter
 from remote_modules.model.decode_graphs import DecodeGraphs, configs_of
 from remote_modules.model.decode_plans import BlockCall, DecodePlans, Plan
 from remote_modules.model.kv import SpanCache
+from remote_modules.model.packed import Member, Packing, by_graph
 from remote_modules.model.quantization import compute_dtype
 from remote_modules.model.recording import RouterTaps
 from remote_modules.model.rotary import RotaryMemory
@@ -184,6 +185,7 @@ class SpanModel:
         self._rotary = RotaryMemory(self._owner)
         self._plans = DecodePlans(self._owner, self.blocks, stack)
         self.attention_configs = configs_of(self._owner)
+        self._packing = Packing(self.attention_configs)
         self.graphs: DecodeGraphs | None = None
 
     def new_cache(self) -> SpanCache:
@@ -310,6 +312,27 @@ class SpanModel:
         for index, values in logits.items():
             result[f"record.router_logits.{index}"] = values
         return result
+
+    def run_packed(
+        self, inputs: Named, blocks: Span, arguments: OwnerArguments, members: Sequence[Member]
+    ) -> dict[str, torch.Tensor]:
+        """`run` one token of each row of several sessions, whose caches grow by it; rows follow one another.
+
+        Args:
+            arguments: without a mask; with the positions of all rows.
+
+        Raises:
+            UnsupportedCallError: the architecture cannot; no cache has changed, as after whatever else a block raises.
+            ValueError: a cache was used for other blocks.
+        """
+        for member in members:
+            member.cache.use(blocks)
+        if self.graphs is not None and blocks == self.span and not arguments.options and arguments.autocast is None:
+            output = by_graph(self.graphs, inputs["hidden_states"], arguments.position_ids, members)
+            if output is not None:
+                return {"hidden_states": output}
+        with self._packing.over(members):
+            return self.run(inputs, blocks, arguments)
 
     def _require_grad(self, requires_grad: bool) -> None:
         """As the weights of a local model do, unless adapters are trained; no gradient of theirs is ever computed.

@@ -3,17 +3,20 @@
 Pure: tickets and the time go in, decisions come out; nothing here waits or computes.
 
     order     -> by priority; within one, the clients take turns, each with its oldest ticket first
+    patience  -> tickets that may be passed over only so many times go before those of smaller priority then
     queue full -> whoever holds most of it gives way: a newcomer with little waiting displaces the youngest and least
                   urgent ticket of the client that has the most, unless that is more urgent than its own
     deadline  -> a ticket whose client no longer waits is never begun
+    together  -> with a ticket others of its group may be served at once; the clients take turns there too
 
 So a client that asks for four times what the device can do fills its own share of the queue and no more.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Generic, TypeVar
@@ -34,11 +37,17 @@ class Ticket:
         priority: smaller goes first.
         client: who asks; any number that is one client's own.
         deadline_s: after this nobody wants the result.
+        group: tickets of one group may be served together; None: alone.
+        rows: how much of such a batch it is.
+        patience: how often in a row tickets of smaller priority may be served while those of this one wait.
     """
 
     priority: int
     client: int
     deadline_s: float
+    group: Hashable | None = None
+    rows: int = 1
+    patience: float = math.inf
 
 
 T = TypeVar("T", bound=Ticket)
@@ -55,6 +64,7 @@ class AdmissionQueue(Generic[T]):
         self._max_waiting = max_waiting
         self._turns: dict[int, OrderedDict[int, deque[T]]] = {}
         self._num_waiting: Counter[int] = Counter()
+        self._num_passed: Counter[int] = Counter()  # by priority: times in a row that others went before it
         self._job_s = UNKNOWN_JOB_S
 
     def __len__(self) -> int:
@@ -87,7 +97,7 @@ class AdmissionQueue(Generic[T]):
         """The ticket whose turn it is, and those that were passed over because their deadline has passed."""
         expired: list[T] = []
         while self._turns:
-            priority = min(self._turns)
+            priority = self._next_priority()
             turns = self._turns[priority]
             client = next(iter(turns))
             ticket = turns[client][0]
@@ -95,9 +105,31 @@ class AdmissionQueue(Generic[T]):
             if ticket.deadline_s > now_s:
                 if client in turns:
                     turns.move_to_end(client)
+                self._num_passed[priority] = 0
+                self._num_passed.update(waiting for waiting in self._turns if waiting > priority)
                 return ticket, expired
             expired.append(ticket)
         return None, expired
+
+    def take_like(self, ticket: T, *, room: int, now_s: float) -> list[T]:
+        """Others of the group of ``ticket``, which was taken: as many as have ``room`` rows in all, in turns."""
+        taken: list[T] = []
+        turns = self._turns.get(ticket.priority)
+        if ticket.group is None or turns is None:
+            return taken
+        clients = deque(turns)
+        while clients:
+            client = clients.popleft()
+            found = next((t for t in turns[client] if _is_like(t, ticket, room, now_s)), None)
+            if found is None:
+                continue
+            self.remove(found)
+            taken.append(found)
+            room -= found.rows
+            if client in turns:
+                turns.move_to_end(client)
+                clients.append(client)
+        return taken
 
     def remove(self, ticket: T) -> bool:
         """Take ``ticket`` out; False if it does not wait here."""
@@ -122,9 +154,19 @@ class AdmissionQueue(Generic[T]):
         self._num_waiting.clear()
         return tickets
 
-    def done(self, *, took_s: float) -> None:
-        """Learn from a job that the device has done."""
-        self._job_s += SMOOTHING * (took_s - self._job_s)
+    def done(self, *, took_s: float, num_jobs: int = 1) -> None:
+        """Learn from what the device has done: one job, or several at once."""
+        for _ in range(num_jobs):
+            self._job_s += SMOOTHING * (took_s / num_jobs - self._job_s)
+
+    def _next_priority(self) -> int:
+        """The smallest, or the first whose patience is over."""
+        ready = (
+            priority
+            for priority, turns in self._turns.items()
+            if self._num_passed[priority] >= next(iter(turns.values()))[0].patience
+        )
+        return min(ready, default=min(self._turns))
 
     def _all(self) -> Iterator[T]:
         return chain.from_iterable(tickets for turns in self._turns.values() for tickets in turns.values())
@@ -135,3 +177,7 @@ class AdmissionQueue(Generic[T]):
             return None
         priority = max(priority for priority, turns in self._turns.items() if client in turns)
         return self._turns[priority][client][-1] if priority >= newcomer.priority else None
+
+
+def _is_like(ticket: Ticket, other: Ticket, room: int, now_s: float) -> bool:
+    return ticket.group == other.group and ticket.rows <= room and ticket.deadline_s > now_s

@@ -49,10 +49,20 @@ class Speeds:
 
 
 class Engine:
-    """Runs one `SpanModel`."""
+    """Runs one `SpanModel`.
+
+    Attributes:
+        packs: whether steps of several sessions may run as one (`server.packing`).
+        packing_failures: times in a row that they did not.
+        chunk_tokens: rows x tokens of a prompt that run at once while others decode; 0: all of it.
+    """
 
     def __init__(self, model: SpanModel) -> None:
         self.model = model
+        self.packs = False
+        self.packing_failures = 0
+        self.chunk_tokens = 0
+        self._specs: dict[Span, dict[str, TensorSpec]] = {}
         self._sizes = _possible_sizes(model)
         self._forms: dict[Span, CacheForm] = {}
         self.head: GreatestLogits | None = None
@@ -70,6 +80,15 @@ class Engine:
     def new_cache(self) -> SpanCache:
         return self.model.new_cache()
 
+    def specs(self, blocks: Span) -> dict[str, TensorSpec]:
+        """Of what enters ``blocks`` and leaves them."""
+        if blocks not in self._specs:
+            stack = self.model.stack
+            if len(self._specs) >= _MAX_FORMS:
+                self._specs.clear()
+            self._specs[blocks] = {"hidden_states": stack.hidden, **stack.side_specs(blocks), **stack.carried}
+        return self._specs[blocks]
+
     def step(
         self,
         cache: SpanCache,
@@ -81,7 +100,7 @@ class Engine:
     ) -> Named:
         """Apply ``ops``, then run the inputs; outputs of the last tokens, as many as wanted, on the CPU."""
         arguments = self._with_leaves(arguments, requires_grad=False)
-        with torch.inference_mode(), attention_of_any_length(self.model.device):
+        with self.stepping():
             for op in ops:
                 apply_op(cache, op, tensors.indices)
             if tensors.past:
@@ -91,6 +110,12 @@ class Engine:
             if num_outputs is not None:
                 outputs = self._last_tokens(outputs, arguments, num_outputs)
             return _answer(outputs, _float_dtype(tensors.inputs))
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """How sessions' steps run."""
+        with torch.inference_mode(), attention_of_any_length(self.model.device):
+            yield
 
     def forward(
         self,
@@ -245,6 +270,13 @@ class Engine:
             for name, spec in specs.items()
         }
         return {name: self._constant(spec, num_tokens, size, rows) for name, spec in opened.items()}
+
+    def random_inputs(self, span: Span, generator: torch.Generator, num_tokens: int = 1) -> dict[str, torch.Tensor]:
+        """What may enter ``span``, of sizes that `kv_costs` found; what is no float stays 0."""
+        return {
+            name: torch.randn(tensor.shape, generator=generator).to(tensor) if tensor.is_floating_point() else tensor
+            for name, tensor in self._probe_inputs(num_tokens, self._sizes[-1], span, 1).items()
+        }
 
     def _constant(self, spec: TensorSpec, num_tokens: int, size: int, rows: int) -> torch.Tensor:
         shape = [size if dim == -1 else dim for dim in spec.shape(rows, num_tokens, self.model.hidden_size)]

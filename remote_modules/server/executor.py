@@ -2,6 +2,8 @@
 
 All work on the model happens here, in order of priority, clients taking turns (`plan.admission`): decode before
 prefill before training, so that a training batch never delays a token by more than the batch that already runs.
+`Batchable` work of one group that waits when the device becomes free runs as one (`plan.batching`); should that fail,
+each runs alone, so that only those who are at fault see an error.
 
 ::
 
@@ -19,14 +21,16 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from remote_modules.errors import PeerRefused, RefusalReason
 from remote_modules.plan.admission import AdmissionQueue, Ticket
+from remote_modules.plan.batching import MAX_ROWS, Rounds
 
-__all__ = ["DeviceThread", "Executor", "Priority", "Timed"]
+__all__ = ["Batchable", "DeviceThread", "Executor", "Priority", "Timed"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +38,14 @@ T = TypeVar("T")
 
 
 class Priority(enum.IntEnum):
-    """Smaller goes first."""
+    """Smaller goes first; but every so many decodes a prefill has its turn, which chunks keep short."""
 
     DECODE = 0
     PREFILL = 1
     TRAINING = 2
+
+
+PATIENCE = {Priority.PREFILL: 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +57,37 @@ class Timed(Generic[T]):
     compute_s: float
 
 
+class Batchable(ABC):
+    """Work that may run together with more of its group.
+
+    Attributes:
+        group: of those that may; None: alone.
+        who: comes back with the next such work, once this is answered.
+        rows: how much of a batch it is.
+    """
+
+    group: Hashable | None
+    who: Hashable
+    rows: int
+
+    @abstractmethod
+    def __call__(self) -> Any:
+        """Run alone."""
+
+    @abstractmethod
+    def with_others(self, others: Sequence[Any]) -> list[Any]:
+        """Run with ``others`` of its group: what each would have returned. If it raises, nothing has changed."""
+
+
 class Executor(Protocol):
-    """Runs work on the device: a thread, or inline in a simulation."""
+    """Runs work on the device: a thread, or inline in a simulation.
+
+    Attributes:
+        num_batches, num_batched: times that several jobs ran as one, and those jobs.
+    """
+
+    num_batches: int
+    num_batched: int
 
     @property
     def load(self) -> int:
@@ -84,7 +120,7 @@ class Executor(Protocol):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class _Job(Ticket):
-    work: Callable[[], Any]
+    work: Any  # callable
     answer: asyncio.Future[Timed[Any]]
     queued_s: float
     has_begun: bool = False
@@ -117,16 +153,19 @@ class DeviceThread:
         self._queue: AdmissionQueue[_Job] = AdmissionQueue(max_waiting=max_queue)
         self._clock = clock
         self._is_fatal = is_fatal
+        self.num_batches = self.num_batched = 0
+        self._rounds = Rounds()
+        self._gathering: tuple[float, Hashable] | None = None  # since when, and for which group
         self._wake = threading.Condition()
         self._is_stopped = False
         self._broken_by: BaseException | None = None
-        self._num_running = 0
+        self._running: list[_Job] = []
         self._name = name
         self._thread = self._new_thread()
 
     @property
     def load(self) -> int:
-        return len(self._queue) + self._num_running
+        return len(self._queue) + len(self._running)
 
     @property
     def is_broken(self) -> bool:
@@ -146,15 +185,21 @@ class DeviceThread:
             priority=priority,
             client=client,
             deadline_s=now_s + timeout_s,
+            patience=PATIENCE.get(priority, math.inf),
             work=work,
             answer=asyncio.get_running_loop().create_future(),
             queued_s=now_s,
         )
+        if isinstance(work, Batchable):
+            job.group, job.rows = work.group, work.rows
         with self._wake:
             if self._broken_by is not None and not self._is_stopped:
                 raise _busy("the device failed and is being restarted", self.retry_after_s)
             refused = [job] if self._is_stopped else self._queue.put(job, now_s=now_s)
-            self._wake.notify()
+            if isinstance(work, Batchable) and work.group is not None:
+                self._rounds.came(work.who, now_s=now_s)
+            if self._begins_s(now_s, job) <= now_s:
+                self._wake.notify()
         self._refuse(refused, f"{len(self._queue)} requests wait for the device already")
         if on_admitted is not None and job not in refused:
             on_admitted()
@@ -191,46 +236,74 @@ class DeviceThread:
             return not job.has_begun and self._queue.remove(job)
 
     def _loop(self) -> None:
-        while (job := self._next()) is not None:
-            if not self._do(job):
+        while jobs := self._next():
+            if not self._do(jobs):
                 return
-            self._num_running = 0
-            del job
+            self._running = []
+            del jobs
 
-    def _do(self, job: _Job) -> bool:
-        """Run one job and answer it; False if the device is broken now."""
+    def _do(self, jobs: list[_Job]) -> bool:
+        """Run jobs and answer them; False if the device is broken now."""
+        if len(jobs) > 1:
+            began_s = self._clock()
+            try:
+                values = jobs[0].work.with_others([job.work for job in jobs[1:]])
+            except BaseException as exc:  # the device thread's boundary, as in `_do_alone`
+                logger.warning("%d steps failed together", len(jobs), exc_info=True)
+                if not isinstance(exc, Exception) or self._is_fatal(exc):
+                    self._break(exc)
+                    return False
+            else:
+                self.num_batches, self.num_batched = self.num_batches + 1, self.num_batched + len(jobs)
+                self._succeed(jobs, values, began_s)
+                return True
+        return all(self._do_alone(job) for job in jobs)
+
+    def _do_alone(self, job: _Job) -> bool:
         began_s = self._clock()
         try:
             value = job.work()
         except Exception as exc:  # the device thread's boundary: whatever failed is the job's answer
             logger.debug("job failed on the device", exc_info=exc)
             if self._is_fatal(exc):
-                self._break(exc, job, exc)
+                self._break(exc)
                 return False
+            self._running.remove(job)
             _fail(job, exc)
         except BaseException as exc:  # the end of the thread must not be the end of those who wait
             logger.exception("the device thread died")
-            self._break(exc, job, _broken())
+            self._break(exc)
             return False
         else:
-            took_s = self._clock() - began_s
-            self._queue.done(took_s=took_s)
-            timed = Timed(value, began_s - job.queued_s, took_s)
-            _answer(job, lambda: _set_result(job.answer, timed))
+            self._succeed([job], [value], began_s)
         return True
 
-    def _break(self, cause: BaseException, running: _Job, error: Exception) -> None:
+    def _succeed(self, jobs: list[_Job], values: list[Any], began_s: float) -> None:
+        now_s = self._clock()
+        with self._wake:
+            self._running = [job for job in self._running if job not in jobs]
+            self._queue.done(took_s=now_s - began_s, num_jobs=len(jobs))
+            if jobs[0].group is not None:
+                self._rounds.answered([job.work.who for job in jobs], now_s=now_s, took_s=now_s - began_s)
+        found = [Timed(value, began_s - job.queued_s, now_s - began_s) for job, value in zip(jobs, values, strict=True)]
+        _answer(jobs[0], lambda: _succeed(jobs, found))
+
+    def _break(self, cause: BaseException) -> None:
+        """Answer all that runs and waits: the device is of no use."""
         with self._wake:
             self._broken_by = cause
-            self._num_running = 0
+            running, self._running = self._running, []
             waiting = self._queue.clear()
-        _fail(running, error)
-        for job in waiting:
-            _fail(job, _broken())
-        self.on_broken(cause)
+        try:
+            self.on_broken(cause)
+        finally:
+            for job in running:
+                _fail(job, cause if isinstance(cause, Exception) else _broken())
+            for job in waiting:
+                _fail(job, _broken())
 
-    def _next(self) -> _Job | None:
-        """The next job, begun; None once stopped."""
+    def _next(self) -> list[_Job]:
+        """The next jobs, begun; none once stopped."""
         while True:
             with self._wake:
                 job, expired = self._queue.take(now_s=self._clock())
@@ -239,11 +312,35 @@ class DeviceThread:
                     job, expired = self._queue.take(now_s=self._clock())
                 if job is not None:
                     job.has_begun = True
-                    self._num_running = 1
+                    self._running = [job]
+                    if job.group is not None:
+                        self._gather(job)
                 is_stopped = self._is_stopped
             self._refuse(expired, "the request waited longer than its client does")
             if job is not None or is_stopped:
-                return job
+                return list(self._running)
+
+    def _gather(self, first: _Job) -> None:
+        """Let others of its group run with ``first``, and wait a moment for those who are due; the lock is held."""
+        self._gathering = (self._clock(), first.group)
+        while True:
+            now_s = self._clock()
+            room = MAX_ROWS - sum(job.rows for job in self._running)
+            joined = self._queue.take_like(first, room=room, now_s=now_s)
+            for job in joined:
+                job.has_begun = True
+            self._running += joined
+            wait_s = self._begins_s(now_s, first) - now_s
+            if len(self._queue) or self._is_stopped or wait_s <= 0:  # others want the device, or nobody is due
+                self._gathering = None
+                return
+            self._wake.wait(timeout=wait_s)
+
+    def _begins_s(self, now_s: float, job: _Job) -> float:
+        """Until when the device waits for more that may run with ``job``, which is here; the lock is held."""
+        if self._gathering is None or self._gathering[1] != job.group:
+            return now_s
+        return self._rounds.wait_until(free_s=self._gathering[0], now_s=now_s)
 
     def _refuse(self, jobs: list[_Job], text: str) -> None:
         for job in jobs:
@@ -263,15 +360,17 @@ def _fail(job: _Job, error: Exception) -> None:
 
 
 def _answer(job: _Job, callback: Callable[[], object]) -> None:
+    """Have the event loop, which is that of all jobs, tell them."""
     try:
         job.answer.get_loop().call_soon_threadsafe(callback)
     except RuntimeError:  # the loop is closed: nobody waits for this answer
         logger.debug("result dropped, the event loop is gone")
 
 
-def _set_result(answer: asyncio.Future[Timed[Any]], timed: Timed[Any]) -> None:
-    if not answer.done():
-        answer.set_result(timed)
+def _succeed(jobs: Sequence[_Job], found: Sequence[Timed[Any]]) -> None:
+    for job, timed in zip(jobs, found, strict=True):
+        if not job.answer.done():
+            job.answer.set_result(timed)
 
 
 def _set_exception(answer: asyncio.Future[Timed[Any]], exc: Exception) -> None:

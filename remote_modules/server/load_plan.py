@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Collection
@@ -31,22 +32,38 @@ from remote_modules.server.capacity import (
 )
 from remote_modules.server.captures import can_capture, capture_steps
 from remote_modules.server.engine import Engine, Speeds
+from remote_modules.server.packing import packing_fault
 from remote_modules.server.preloaded import Preloaded
 from remote_modules.server.sessions import KVCost
 from remote_modules.spans import Span
 
 __all__ = ["LoadPlan", "LoadedSpan"]
 
+logger = logging.getLogger(__name__)
+
 SPARE_FACTOR = 1.5  # workspace of a load
+CHUNK_TOKENS = 256  # of a prompt, while others decode: fewer read the weights more often than they compute
+CPU_CHUNK_TOKENS = 64
 
 
 class LoadedSpan:
-    """A span in memory and what was measured of it."""
+    """A span in memory and what was measured of it.
+
+    Args:
+        batches: whether steps of several sessions may run as one, if the model can.
+    """
 
     def __init__(
-        self, config: ServerConfig, model: SpanModel, digests: dict[int, str], adapters: dict[str, FrozenAdapter]
+        self,
+        config: ServerConfig,
+        model: SpanModel,
+        digests: dict[int, str],
+        adapters: dict[str, FrozenAdapter],
+        *,
+        batches: bool = False,
     ) -> None:
         self._config = config
+        self._batches = batches
         self.model = model
         self.engine = Engine(model)
         self.digests = tuple(digests.get(block, "") for block in model.span)
@@ -59,6 +76,11 @@ class LoadedSpan:
         """Check that the architecture runs, and time it."""
         self.kv_costs = self.engine.kv_costs()
         self.speeds = self.engine.measure()
+        fault = packing_fault(self.engine) if self._batches else "it is switched off"
+        self.engine.packs = not fault
+        if self._batches:
+            self.engine.chunk_tokens = CPU_CHUNK_TOKENS if self.model.device.type == "cpu" else CHUNK_TOKENS
+        logger.info("sessions decode %s", f"one by one: {fault}" if fault else "together")
 
     def prepare(self) -> None:
         """Make it ready to be served: take memory for KV caches, capture steps where that is possible, measure."""
@@ -217,7 +239,9 @@ class LoadPlan:
         # a cached block brings its digest along: its shards are not opened
         digests = block_digests(self._checkpoint, self._stack, span) if cache is None else cache.digests
         runner = SpanModel(model, self._stack, span)
-        loaded = LoadedSpan(self._config, runner, digests, self._adapters.of_blocks(runner.blocks))
+        batches = self._config.batching and quantization != "int8"  # outliers of one row are those of all there
+        adapters = self._adapters.of_blocks(runner.blocks)
+        loaded = LoadedSpan(self._config, runner, digests, adapters, batches=batches)
         if self._config.head and span.end == self.num_blocks:
             cls, model_config = model_class(read_config(self._checkpoint))
             loaded.engine.head = load_head(self._checkpoint, model_config, cls, dtype=dtype, device=self._device)

@@ -39,6 +39,11 @@ def peer_metrics(handler: Callable[[], Handler | None], num_restarts: Callable[[
         "remote_modules_kept_graphs": ("Forwards kept for their backwards.", lambda now: len(now.activations)),
         "remote_modules_kept_bytes": ("Memory that these hold.", lambda now: now.activations.used_bytes),
         "remote_modules_load": ("Requests queued or running.", lambda now: now.executor.load),
+        "remote_modules_batches": (
+            "Times that steps of several sessions ran as one.",
+            lambda now: now.executor.num_batches,
+        ),
+        "remote_modules_batched_steps": ("Steps of these.", lambda now: now.executor.num_batched),
         "remote_modules_connections": ("Open connections.", lambda now: now.num_connections),
         "remote_modules_adapters": ("Adapters that clients sent, held now.", lambda now: len(now.adapters)),
         "remote_modules_adapter_bytes": ("Their tensors, held now.", lambda now: now.adapters.num_bytes),

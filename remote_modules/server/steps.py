@@ -11,7 +11,9 @@ import torch
 from remote_modules.errors import PeerRefused, RefusalReason, UnsupportedCallError
 from remote_modules.model.adapters import Adapter
 from remote_modules.model.past import length_of
+from remote_modules.plan.batching import Decoders
 from remote_modules.server.arguments import owner_arguments, whole_mask
+from remote_modules.server.batcher import StepWork
 from remote_modules.server.checks import RequestTensors, check_ops, refuse
 from remote_modules.server.engine import Engine
 from remote_modules.server.executor import Priority, Timed
@@ -57,6 +59,7 @@ class Steps:
         self._run = run
         self._reply = reply
         self._clock = clock
+        self._decoders = Decoders()
 
     def answered(self, request: StepRequest, *, may_open: bool) -> Reply | None:
         """The answer of a step that was done before. One that cannot be done need not await its input.
@@ -154,12 +157,19 @@ class Steps:
         mask = whole_mask(request, session.mask, tensors.attention_mask, position + num_tokens)
         rows_before = session.rows
         self._sessions.reserve(session, rows=max(rows, most_rows), tokens=position + num_tokens)
-        arguments = owner_arguments(call, tensors, mask, adapter)
-        cache, ops, wanted = session.cache, request.ops, request.num_outputs
-        priority = Priority.DECODE if num_tokens == 1 else Priority.PREFILL
-        work = lambda: self._engine.step(cache, blocks, ops, tensors, arguments, wanted)  # noqa: E731
+        work = StepWork(
+            engine=self._engine,
+            who=request.session_id,
+            cache=session.cache,
+            blocks=blocks,
+            ops=request.ops,
+            tensors=tensors,
+            arguments=owner_arguments(call, tensors, mask, adapter),
+            num_outputs=request.num_outputs,
+            position=position,
+        )
         try:
-            timed = await self._run(request, session.connection_id or 0, priority, work)
+            timed = await self._done(request, session.connection_id or 0, work)
         except BaseException as exc:
             if isinstance(exc, PeerRefused) and exc.reason is RefusalReason.BUSY:  # it was not begun
                 session.rows = rows_before
@@ -171,7 +181,7 @@ class Steps:
             self._sessions.reserve(session, rows=rows, tokens=position + num_tokens)
         session.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         session.used_s = self._clock()
-        session.version += len(ops)
+        session.version += len(request.ops)
         reply = self._reply(request, timed)
         session.last_step_id, session.last_reply = request.step_id, reply
         return reply
@@ -187,6 +197,42 @@ class Steps:
             self._sessions.close(session.session_id)  # its cache has seen a step that was not answered
             raise
         return Timed(timed.value | more.value, timed.queue_s + more.queue_s, timed.compute_s + more.compute_s)
+
+    async def _done(self, request: StepRequest, connection_id: int, work: StepWork) -> Timed[Named]:
+        """Have the device do it; a long one in chunks, while others decode."""
+        began_s, whole, parts = self._clock(), work, list[Timed[Named]]()
+        if work.arguments.num_tokens == 1:
+            self._decoders.came(work.who, now_s=began_s)
+            return await self._run(request, connection_id, Priority.DECODE, work)
+        while (chunk := self._chunk_of(work)) is not None:
+            first, work = work.cut(chunk)
+            parts.append(await self._run_part(request, connection_id, first, began_s, is_first=not parts))
+        parts.append(await self._run_part(request, connection_id, work, began_s, is_first=not parts))
+        if len(parts) == 1:
+            return parts[0]
+        value = whole.join([part.value for part in parts])
+        return Timed(value, sum(part.queue_s for part in parts), sum(part.compute_s for part in parts))
+
+    def _chunk_of(self, work: StepWork) -> int | None:
+        """How many tokens run now; None: all."""
+        num_tokens = max(1, self._engine.chunk_tokens // work.rows)
+        if not self._engine.chunk_tokens or work.arguments.num_tokens <= num_tokens or not work.may_cut:
+            return None
+        is_open = lambda who: self._sessions.get(who) is not None  # noqa: E731
+        return num_tokens if self._decoders.others(work.who, now_s=self._clock(), is_open=is_open) else None
+
+    async def _run_part(
+        self, request: StepRequest, connection_id: int, work: StepWork, began_s: float, *, is_first: bool
+    ) -> Timed[Named]:
+        left_s = max(0.0, request.timeout_s - (self._clock() - began_s))
+        limited = msgspec.structs.replace(request, timeout_s=left_s)
+        try:
+            return await self._run(limited, connection_id, Priority.PREFILL, work)
+        except PeerRefused as exc:
+            if exc.reason is not RefusalReason.BUSY or is_first:
+                raise
+            text = "the device is busy, after a part of this step was done"
+            raise PeerRefused(text, peer_id="", reason=RefusalReason.SESSION_LOST) from exc
 
 
 def _check_opening(request: StepRequest, *, may_open: bool) -> None:

@@ -74,6 +74,7 @@ class SimulatedDevice:
 
     def __init__(self, compute_s: float, rng: Random, fired: Counter[str]) -> None:
         self.compute_s = compute_s
+        self.num_batches = self.num_batched = 0
         self.ailment: Ailment | None = None
         self.points: FaultPoints | None = None
         self.on_crash: Callable[[], None] | None = None

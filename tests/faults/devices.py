@@ -35,6 +35,7 @@ class QueuedDevice:
     """
 
     def __init__(self, *, compute_s: float, max_queue: int) -> None:
+        self.num_batches = self.num_batched = 0
         self.num_refused = 0
         self.num_expired = 0
         self._compute_s = compute_s

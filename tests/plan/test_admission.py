@@ -126,3 +126,70 @@ def test_hint_is_the_time_that_the_queue_takes() -> None:
     for _ in range(100):
         queue.done(took_s=1000.0)
     assert queue.retry_after_s == MAX_RETRY_S
+
+
+def grouped(client: int, name: str, group: object = "g", *, rows: int = 1, deadline_s: float = math.inf) -> Job:
+    return Job(priority=DECODE, client=client, deadline_s=deadline_s, name=name, group=group, rows=rows)
+
+
+def together(queue: AdmissionQueue[Job], *, room: int = 100, now_s: float = 0.0) -> list[str]:
+    first, _ = queue.take(now_s=now_s)
+    assert first is not None
+    return [first.name, *(each.name for each in queue.take_like(first, room=room - first.rows, now_s=now_s))]
+
+
+def test_tickets_of_one_group_are_taken_together() -> None:
+    queue = queue_of(grouped(1, "a"), grouped(2, "b"), grouped(2, "other", "h"), grouped(3, "c"))
+    assert together(queue) == ["a", "b", "c"]
+    assert drained(queue) == ["other"]
+
+
+def test_tickets_without_a_group_are_taken_alone() -> None:
+    queue = queue_of(job(1, "a"), job(2, "b"), grouped(3, "c"))
+    assert together(queue) == ["a"]
+    assert together(queue) == ["b"]
+    assert together(queue) == ["c"]  # nobody waits any more
+
+
+def test_clients_take_turns_within_a_batch() -> None:
+    queue = queue_of(*(grouped(1, f"a{n}") for n in range(4)), grouped(2, "b0"), grouped(2, "b1"))
+    assert together(queue, room=4) == ["a0", "b0", "a1", "b1"]
+    assert drained(queue) == ["a2", "a3"]
+
+
+def test_a_batch_has_no_more_rows_than_there_is_room_for() -> None:
+    queue = queue_of(grouped(1, "a", rows=2), grouped(2, "wide", rows=3), grouped(3, "c", rows=2))
+    assert together(queue, room=4) == ["a", "c"]
+    assert drained(queue) == ["wide"]
+
+
+def test_nobody_joins_a_batch_whose_client_no_longer_waits() -> None:
+    queue = queue_of(grouped(1, "a"), grouped(2, "late", deadline_s=1.0))
+    assert together(queue, now_s=2.0) == ["a"]
+
+
+def test_several_jobs_at_once_count_as_so_many() -> None:
+    queue, alone = queue_of(), queue_of()
+    queue.done(took_s=8.0, num_jobs=8)
+    for _ in range(8):
+        alone.done(took_s=1.0)
+    for each in (queue, alone):
+        each.put(job(1), now_s=0.0)
+    assert queue.retry_after_s == pytest.approx(alone.retry_after_s)
+
+
+def patient(name: str, times: int) -> Job:
+    return Job(priority=PREFILL, client=9, deadline_s=math.inf, name=name, patience=times)
+
+
+def test_patience_ends_after_so_many_others() -> None:
+    queue = queue_of(patient("p0", 2), patient("p1", 2), *(job(1, f"d{n}") for n in range(6)), job(2, "t", priority=2))
+    assert drained(queue) == ["d0", "d1", "p0", "d2", "d3", "p1", "d4", "d5", "t"]
+
+
+def test_patience_counts_from_the_last_turn() -> None:
+    queue = queue_of(patient("p0", 1), job(1, "d0"))
+    assert drained(queue) == ["d0", "p0"]
+    for each in (patient("p1", 1), job(1, "d1"), job(1, "d2")):
+        queue.put(each, now_s=0.0)
+    assert drained(queue) == ["d1", "p1", "d2"]
