@@ -41,7 +41,8 @@ class JoinedLinears:
         finally:
             for handle in handles:
                 handle.remove()
-        self._groups = [_Group(group) for group in seen.values() if _may_join(group)]
+        weights: _Weights = {}  # blocks may share theirs
+        self._groups = [_Group(group, weights) for group in seen.values() if _may_join(group)]
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -58,17 +59,17 @@ class JoinedLinears:
                 group.leave()
 
 
+_Weights = dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor | None]]  # by the identities of those joined
+
+
 class _Group:
-    def __init__(self, linears: list[nn.Linear]) -> None:
+    def __init__(self, linears: list[nn.Linear], weights: _Weights) -> None:
         self._linears = linears
         self._sizes = [linear.out_features for linear in linears]
-        self._bias: torch.Tensor | None = None
-        with torch.no_grad():
-            self._weight = torch.cat([linear.weight for linear in linears])
-            for linear, weight in zip(linears, self._weight.split(self._sizes), strict=True):
-                linear.weight.data = weight
-            if linears[0].bias is not None:
-                self._bias = torch.cat([linear.bias for linear in linears])
+        key = tuple(id(linear.weight) for linear in linears)
+        if key not in weights:
+            weights[key] = _joined(linears)
+        self._weight, self._bias = weights[key]
         self._parts: tuple[torch.Tensor, ...] = ()
 
     def enter(self) -> None:
@@ -86,6 +87,15 @@ class _Group:
 
     def part(self, number: int) -> torch.Tensor:
         return self._parts[number]
+
+
+def _joined(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    with torch.no_grad():
+        weight = torch.cat([linear.weight for linear in linears])
+        for linear, part in zip(linears, weight.split([linear.out_features for linear in linears]), strict=True):
+            linear.weight.data = part
+        bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    return weight, bias
 
 
 class _Part:
