@@ -56,15 +56,23 @@ TESTED_BY = {
     "model.adapter_reading": "tests/model/test_adapters.py",
     "model.block_prompt": "tests/peft_models/test_deep_prompts.py",
     "model.adapter_files": "tests/peft_models/test_preloaded.py",  # peft writes the files
+    "model.decode_attention": "tests/model/test_decode_graphs.py",
+    "model.joined": "tests/model/test_decode_graphs.py",
     "net.client_connection": "tests/net/test_connection.py",  # one side is tested with the other
     "server.arguments": "tests/server/test_named_tensors.py",
+    "server.batcher": "tests/server/test_batching.py",
     "server.cache_device": "tests/server/test_copies.py",
+    "server.captures": "tests/model/test_decode_graphs.py",
     "server.copy_job": "tests/server/test_copies.py",
     "server.load_plan": "tests/server/test_server.py",
+    "server.packing": "tests/server/test_batching.py",
     "server.peer": "tests/server/test_server.py",
     "server.served": "tests/server/test_handler.py",
     "server.steps": "tests/server/test_handler.py",
     "wire.control_messages": "tests/wire/test_messages.py",
+    "wire.forms": "tests/wire/test_codecs.py",
+    "wire.mxint8": "tests/wire/test_codecs.py",
+    "wire.outliers": "tests/wire/test_codecs.py",
     "wire.parts": "tests/wire/test_messages.py",
     "server.tracker": "tests/server/test_server.py",
 }
