@@ -223,7 +223,7 @@ def _bytes_of(gib: float | None) -> int | None:
 
 def _run(config: ServerConfig, sources: Sources, *, as_json: bool) -> None:
     with StopSignals() as signals:
-        server = _start(config)
+        server = _start(config, signals)
         try:
             signals.keep()
             if as_json:
@@ -238,11 +238,12 @@ def _run(config: ServerConfig, sources: Sources, *, as_json: bool) -> None:
         raise KeyboardInterrupt
 
 
-def _start(config: ServerConfig) -> Server:
+def _start(config: ServerConfig, signals: StopSignals) -> Server:
     with _progress() as show:
         show("importing torch and transformers", 0.0)
-        output.quiet_transformers()
-        from remote_modules.server.server import Server
+        with signals.deferred():
+            output.quiet_transformers()
+            from remote_modules.server.server import Server
 
         show("reading the checkpoint", 0.05)
         server = Server(config, on_progress=show)

@@ -18,7 +18,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -38,6 +38,8 @@ class StopSignals:
         self._is_waiting = False
         self._last_s = float("-inf")
         self._previous: dict[int, Any] = {}
+        self._is_deferring = False
+        self._deferred: BaseException | None = None
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> StopSignals:
@@ -52,6 +54,20 @@ class StopSignals:
             self._timer.cancel()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """What a signal raises waits for the end of this: extension modules abort if it comes while they are imported.
+
+        `GRACE_S` after the signal the process ends nevertheless.
+        """
+        self._is_deferring = True
+        try:
+            yield
+        finally:
+            self._is_deferring = False
+        if self._deferred is not None:
+            raise self._deferred
 
     def keep(self) -> None:
         """From now on the next signal is kept for `wait`; call it before saying that the service is up."""
@@ -77,6 +93,7 @@ class StopSignals:
             self._timer = threading.Timer(GRACE_S, os._exit, [128 + number])
             self._timer.daemon = True
             self._timer.start()
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + number)
+        stop = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+        if not self._is_deferring:
+            raise stop
+        self._deferred = stop

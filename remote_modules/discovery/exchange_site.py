@@ -9,8 +9,8 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable
+from random import Random
 
 import msgspec
 from aiohttp import web
@@ -28,6 +28,7 @@ from remote_modules.plan.leases import Lease, lease_of
 
 __all__ = ["MAX_TOLD", "ExchangeSite"]
 
+_rng = Random()
 MAX_TOLD = 50  # peers in one answer, itself apart
 SOURCE_PER_S = 5.0  # requests of one address; this machine has no limit
 
@@ -69,7 +70,7 @@ class ExchangeSite:
     async def _peers(self, request: web.Request) -> web.Response:
         model_key = request.query.get("model_key")
         leases, now_s = self._known.leases(model_key)
-        told = random.sample(leases, min(MAX_TOLD, len(leases)))
+        told = _rng.sample(leases, min(MAX_TOLD, len(leases)))
         own = self._own_lease(now_s)
         if own is not None and model_key in (None, own.model_key):
             told.insert(0, own)

@@ -7,9 +7,9 @@ One contract suite (`tests/storage_contract.py`) runs against each implementatio
 from __future__ import annotations
 
 import ctypes
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 from typing import Protocol
 
 from remote_modules.errors import DiscoveryError
@@ -19,6 +19,7 @@ from remote_modules.plan.leases import Lease, LeaseTable
 __all__ = ["LeaseStorage", "Listing", "MemoryStorage", "StorageDownError"]
 
 
+_rng = Random()
 MANY = 4096  # leases whose end is worth asking the allocator for: 20 ms
 
 
@@ -90,7 +91,7 @@ class MemoryStorage:
         now_s = self._clock()
         leases = self._table.lookup(model_key, now_s)
         if limit is not None and len(leases) > limit:
-            leases = random.sample(leases, limit)
+            leases = _rng.sample(leases, limit)
         return Listing(leases=leases, now_s=now_s)
 
     async def count(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
+from random import Random
 
 import msgspec
 from aiohttp import web
@@ -17,6 +17,7 @@ from remote_modules.plan.leases import DuplicateIdentityError, StaleRecordError,
 
 __all__ = ["answer", "read_signed", "refuse", "refuse_overload", "reply_to_error"]
 
+_rng = Random()
 BODY_TIMEOUT_S = 10.0  # for one request body: a slow sender holds a connection no longer
 FULL_RETRY_S = 30.0  # a full table has room again when leases end
 DOWN_RETRY_S = 2.0  # a storage that restarts
@@ -47,7 +48,7 @@ def refuse(status: int, error: str) -> web.Response:
 
 def refuse_overload(reason: str, wait_s: float, *, status: int = 429) -> web.Response:
     """Come back later; how much later differs from one to the next, or all would come at once again."""
-    after_s = max(1, math.ceil(wait_s * random.uniform(1.0, 2.0)))
+    after_s = max(1, math.ceil(wait_s * _rng.uniform(1.0, 2.0)))
     response = refuse(status, f"{reason}; try again in {after_s} s")
     response.headers["Retry-After"] = str(after_s)
     return response

@@ -20,9 +20,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable
+from random import Random
 
 import msgspec
 import prometheus_client
@@ -61,6 +61,7 @@ BURST_S = 5.0  # so many seconds' worth of requests may come at once
 COUNT_S = 1.0  # live leases are counted so often: the interval of announcing follows slowly anyway
 BACKLOG = 4096  # connections that wait to be accepted: a herd must not wait for TCP to try again
 
+_rng = Random()
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -200,7 +201,7 @@ class TrackerServer:
 
     async def _peers(self, request: web.Request) -> web.Response:
         listing = await self._storage.lookup(request.query.get("model_key"), limit=MAX_LOOKUP_PEERS)
-        shuffled = random.sample(listing.leases, len(listing.leases))
+        shuffled = _rng.sample(listing.leases, len(listing.leases))
         return web.Response(body=encode_peers(shuffled, listing.now_s), content_type="application/json")
 
     async def _state(self, request: web.Request) -> web.Response:

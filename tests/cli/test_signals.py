@@ -29,6 +29,14 @@ def test_signal_before_waiting_raises(number: signal.Signals, kind: type[BaseExc
         signal.raise_signal(number)
 
 
+def test_deferred_signal_raises_when_that_has_ended() -> None:
+    reached = False
+    with StopSignals() as signals, pytest.raises(KeyboardInterrupt), signals.deferred():
+        signal.raise_signal(signal.SIGINT)
+        reached = True
+    assert reached
+
+
 def test_second_interrupt_raises_but_not_at_once() -> None:
     with StopSignals() as signals:
         signals.keep()
