@@ -140,7 +140,7 @@ def serve(
         bool,
         _of_limits(
             "--batching/--no-batching",
-            help="Run decode steps of several sessions as one; off: each alone, to the last bit as a local model does.",
+            help="Run decode steps of several sessions as one; off: each alone, on a CPU to the last bit as locally.",
         ),
     ] = DEFAULTS.batching,
     max_sessions: Annotated[

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from remote_modules.client.call import CallArguments, Named
 from remote_modules.model.stack import StackSpec
 
-__all__ = ["REMOTE", "TOP_K", "HeadResults", "RemoteHead", "set_remote_head"]
+__all__ = ["REMOTE", "TOP_K", "HeadResults", "RemoteHead", "set_remote_head", "without_logits"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class HeadResults:
         """Keep the logits of a step, and return the rest."""
         if self.top_k:
             self._local.step = outputs.get("record.head.values"), outputs.get("record.head.tokens")
-            outputs = {name: tensor for name, tensor in outputs.items() if not name.startswith("record.head.")}
+            outputs = without_logits(outputs)
         return outputs
 
     def of(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -82,12 +82,21 @@ class HeadResults:
             return None
         return found.values[:, -number:], found.tokens[:, -number:]
 
+    def before_owner(self, owner: nn.Module, args: object) -> None:
+        """A forward pre-hook of the blocks' owner: the call before may have failed after its step."""
+        self._local.step, self._local.found = (None, None), None
+
     def after_owner(self, owner: nn.Module, args: object, output: Any) -> None:
         """A forward hook of the blocks' owner: what it returns belongs to the step that it has just done."""
         values, tokens = getattr(self._local, "step", (None, None))
         self._local.step, self._local.found = (None, None), None
         if values is not None and tokens is not None and isinstance(output[0], torch.Tensor):
             self._local.found = _Found(output[0], values, tokens)
+
+
+def without_logits(recorded: Named) -> Named:
+    """Those of an earlier request are not of the last token, or come from a peer that failed since."""
+    return {name: tensor for name, tensor in recorded.items() if not name.startswith("record.head.")}
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -151,5 +160,6 @@ def set_remote_head(model: PreTrainedModel, stack: StackSpec, load: Callable[[],
     results = HeadResults(TOP_K)
     size = plain.out_features
     model.set_output_embeddings(RemoteHead(results, vocab_size=size, load=load))
+    stack.owner(model).register_forward_pre_hook(results.before_owner)
     stack.owner(model).register_forward_hook(results.after_owner)
     return results

@@ -20,6 +20,7 @@ from remote_modules.client.direct import Flight, Flights, addressed, can_forward
 from remote_modules.client.hop_caches import HopCaches, PeerCache
 from remote_modules.client.lanes import close_session, step_lane
 from remote_modules.client.owner_history import StepInputs
+from remote_modules.client.remote_head import without_logits
 from remote_modules.client.stats import HopTiming
 from remote_modules.client.step_requests import StepRequests
 from remote_modules.errors import PeerError
@@ -148,7 +149,7 @@ class Step(Work):
         self.session.caches.update(rival.session.caches)
         self.inputs.update(rival.inputs)
         self.histories.update(rival.histories)
-        self.recorded.update(rival.recorded)
+        self.recorded = without_logits(self.recorded) | rival.recorded
         self.outputs = rival.outputs
         self._flights.brought.clear()
         self.hops.pop(0)
@@ -390,7 +391,7 @@ class Step(Work):
         recorded = {name: replies.pop(name) for name in list(replies) if name.startswith("record.")}
         recorded = chain.answers.check_recorded(hop, recorded, call)
         output = chain.answers.check_outputs(hop, replies, entry, call, message.num_outputs)
-        self.recorded.update(recorded)
+        self.recorded = without_logits(self.recorded) | recorded
         cache.position, cache.step_id, cache.is_copy = message.position + call.num_tokens, cache.step_id + 1, False
         cache.version += len(message.ops)
         cache.pending.clear()

@@ -7,6 +7,7 @@ one tensor per layer, token after token; where a row's tokens begin is a number 
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class Region:
         self.successor: weakref.ref[Region] | None = None  # what the other layers of a session move to
 
     def __del__(self) -> None:
-        self._arena.give_back(self.start, self.num_tokens)
+        self._arena.returned.append((self.start, self.num_tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ class Arena:
 
     Attributes:
         layers: keys and values ``[num_tokens, heads, head_size]`` of each layer.
+        returned: ranges that are free again. Sessions end in any thread, and in the middle of anything, so that is all
+            that happens then; all else is the device thread's.
     """
 
     def __init__(
@@ -61,14 +64,17 @@ class Arena:
             size = (num_tokens, shape.heads, shape.head_size)
             keys, values = (torch.zeros(size, device=device, dtype=dtype) for _ in range(2))
             self.layers[index] = (keys, values)
+        self.returned: deque[tuple[int, int]] = deque()
         self._free = [(SPARE_TOKENS, num_tokens)] if num_tokens > SPARE_TOKENS else []  # [start, end), ascending
 
     @property
     def free_tokens(self) -> int:
+        self._take_back()
         return sum(end - start for start, end in self._free)
 
     def take(self, num_tokens: int) -> Region | None:
         """The first range that is large enough; None if there is none."""
+        self._take_back()
         for number, (start, end) in enumerate(self._free):
             if end - start >= num_tokens:
                 rest = [(start + num_tokens, end)] if end - start > num_tokens else []
@@ -76,10 +82,16 @@ class Arena:
                 return Region(self, start, num_tokens)
         return None
 
-    def give_back(self, start: int, num_tokens: int) -> None:
-        """Make a range free, which was taken; what reads it still was queued before whatever will write to it."""
+    def _take_back(self) -> None:
+        """What kernels read of a returned range still was queued before whatever will be written to it."""
+        returned: list[tuple[int, int]] = []
+        while self.returned:
+            start, num_tokens = self.returned.popleft()
+            returned.append((start, start + num_tokens))
+        if not returned:
+            return
         merged: list[tuple[int, int]] = []
-        for first, last in sorted([*self._free, (start, start + num_tokens)]):
+        for first, last in sorted([*self._free, *returned]):
             if merged and merged[-1][1] == first:
                 merged[-1] = (merged[-1][0], last)
             else:

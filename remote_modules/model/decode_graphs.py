@@ -73,12 +73,12 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, int], _Graph | None] = {}
 
     def prepare(self) -> None:
-        """Capture what is needed first, and compile.
+        """Capture what is needed first, for all numbers of rows, and compile; longer texts are captured when they come.
 
         Raises:
             UnsupportedCallError: it cannot be captured.
         """
-        for rows in sorted({ROWS[0], *self._compiled}):
+        for rows in ROWS:
             self._graph(rows, LENGTHS[0])
             if self._graphs[rows, LENGTHS[0]] is None:
                 raise UnsupportedCallError(f"steps of {rows} rows cannot be captured")

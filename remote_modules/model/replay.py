@@ -272,7 +272,8 @@ class SpanModel:
         if mask is not None and not (mask.dim() == 2 and bool(mask.all())):
             return None
         shape = None if position_ids is None else position_ids.shape
-        return (blocks, arguments.rows, shape, mask is None, tuple(arguments.options.items()))
+        options = tuple((name, type(value), value) for name, value in arguments.options.items())
+        return (blocks, arguments.rows, shape, mask is None, options)
 
     def _replay(
         self,

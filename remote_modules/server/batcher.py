@@ -127,7 +127,7 @@ class StepWork(Batchable):
                 return None
             shapes.append((name, tensor.dtype, *tensor.shape[:batch], *tensor.shape[batch + 1 :]))
         leading = () if positions is None else tuple(positions.shape[:-2])
-        options = tuple(sorted(arguments.options.items()))
+        options = tuple(sorted((name, type(value).__name__, value) for name, value in arguments.options.items()))
         return (self.blocks, *shapes, leading, arguments.use_cache, arguments.autocast, options)
 
 

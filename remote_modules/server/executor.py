@@ -62,7 +62,7 @@ class Batchable(ABC):
 
     Attributes:
         group: of those that may; None: alone.
-        who: comes back with the next such work, once this is answered.
+        who: comes back with the next such work, once this is answered; None: is not waited for.
         rows: how much of a batch it is.
     """
 
@@ -201,7 +201,7 @@ class DeviceThread:
             if self._broken_by is not None and not self._is_stopped:
                 raise _busy("the device failed and is being restarted", self.retry_after_s)
             refused = [job] if self._is_stopped else self._queue.put(job, now_s=now_s)
-            if isinstance(work, Batchable) and work.group is not None:
+            if isinstance(work, Batchable) and work.group is not None and work.who is not None:
                 self._rounds.came(work.who, now_s=now_s)
             if self._begins_s(now_s, job) <= now_s:
                 self._wake.notify()
@@ -293,7 +293,7 @@ class DeviceThread:
         with self._wake:
             self._running = [job for job in self._running if job not in jobs]
             self._queue.done(took_s=now_s - began_s, num_jobs=len(jobs))
-            if jobs[0].group is not None:
+            if jobs[0].group is not None and jobs[0].work.who is not None:
                 self._rounds.answered([job.work.who for job in jobs], now_s=now_s, took_s=now_s - began_s)
         found = [Timed(value, began_s - job.queued_s, now_s - began_s) for job, value in zip(jobs, values, strict=True)]
         _answer(jobs[0], lambda: _succeed(jobs, found))

@@ -28,17 +28,16 @@ MAX_PLACES = 256  # rows x tokens; all logits of so many are in memory for a mom
 class LogitsWork(Batchable):
     """The greatest logits after ``hidden`` ``[B, n, D]``; those of several sessions at once, where steps are.
 
-    Attributes:
-        who: the session.
+    It ends steps that are done, which nobody waits to do together.
     """
 
     engine: Engine
     head: GreatestLogits
-    who: Hashable
     hidden: torch.Tensor
     top_k: int
     group: Hashable | None = None
     rows: int = 1
+    who: Hashable = None
 
     def __post_init__(self) -> None:
         self.rows = self.hidden.shape[0] * self.hidden.shape[1]
@@ -72,4 +71,4 @@ def logits_of(engine: Engine, request: StepRequest, outputs: Named) -> LogitsWor
     if not number or not call.head_top_k:
         return None
     top_k = min(call.head_top_k, MAX_TOP_K)
-    return LogitsWork(engine, engine.head, request.session_id, hidden[:, -number:], top_k)
+    return LogitsWork(engine, engine.head, hidden[:, -number:], top_k)

@@ -270,9 +270,9 @@ class Peer:
             del self.loaded
             await self._on_device(free_unused)
         loaded = await self._on_device(lambda: self._plan.load(span))
-        await self._on_device(loaded.prepare)
         self.loaded = loaded
-        await self._on_device(free_unused)
+        await self._on_device(free_unused)  # before the memory for KV caches is taken
+        await self._on_device(loaded.prepare)
         self._handler = self._new_handler(loaded)
         await self._announcer.set_state(PeerState.ONLINE)
 

@@ -193,7 +193,9 @@ class Steps:
             return timed
         try:
             more = await self._run(request, session.connection_id or 0, Priority.DECODE, work)
-        except BaseException:
+        except BaseException as exc:
+            if isinstance(exc, PeerRefused) and exc.reason is RefusalReason.BUSY:
+                return timed  # the step itself is done
             self._sessions.close(session.session_id)  # its cache has seen a step that was not answered
             raise
         return Timed(timed.value | more.value, timed.queue_s + more.queue_s, timed.compute_s + more.compute_s)

@@ -30,11 +30,15 @@ def test_signal_before_waiting_raises(number: signal.Signals, kind: type[BaseExc
 
 
 def test_deferred_signal_raises_when_that_has_ended() -> None:
-    reached = False
-    with StopSignals() as signals, pytest.raises(KeyboardInterrupt), signals.deferred():
+    reached = []
+
+    def go_on() -> None:
         signal.raise_signal(signal.SIGINT)
-        reached = True
-    assert reached
+        reached.append("the end")
+
+    with StopSignals() as signals, pytest.raises(KeyboardInterrupt), signals.deferred():
+        go_on()
+    assert reached == ["the end"]
 
 
 def test_second_interrupt_raises_but_not_at_once() -> None:

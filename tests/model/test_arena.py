@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from remote_modules.model.arena import SPARE_TOKENS, Arena, LayerShape, Region, Rooms
@@ -80,3 +82,23 @@ def test_a_full_arena_leaves_layers_with_memory_of_their_own() -> None:
     keys, _ = layer.update(more, more)
     assert torch.equal(keys, torch.cat([first, more], dim=2))
     assert memory.free_tokens == memory.num_tokens - SPARE_TOKENS
+
+
+def test_a_region_may_end_while_another_is_looked_for() -> None:
+    memory = arena(100)
+    first, second = [memory.take(40)], memory.take(40)
+
+    class Ending(list[tuple[int, int]]):
+        """Free ranges; while they are gone through, a session ends in another thread."""
+
+        def __iter__(self) -> Iterator[tuple[int, int]]:
+            first.clear()
+            return super().__iter__()
+
+    memory._free = Ending(memory._free)
+    third = memory.take(10)
+    assert not first
+    assert second is not None
+    assert third is not None
+    assert third.start == SPARE_TOKENS + 80
+    assert memory.free_tokens == 99 - 40 - 10
