@@ -21,7 +21,7 @@ TOLERANCE = 6e-5
 # plain, normed queries, other norms, one window, softcaps and mixed windows, sinks and experts, experts, learned
 # positions, positions that are not rotary, inputs for each block
 PACKED = ["llama", "qwen3", "gemma", "mistral", "gemma2", "gpt_oss", "mixtral", "opt", "gpt2", "gemma3n_text"]
-UNPACKED = {"bloom": "keep keys and values by themselves", "mamba": "cannot be packed", "deepseek_v3": "size of tensor"}
+UNPACKED = {"bloom": "keep keys and values by themselves", "mamba": "cannot be packed"}  # and MLA, in some releases
 ROWS_AND_LENGTHS = [(1, 1), (2, 4), (1, 17), (1, 70)]  # of the sessions; one beyond the first buffer
 STEPS = 3
 
