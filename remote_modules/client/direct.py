@@ -27,7 +27,7 @@ from remote_modules.wire.messages import Destination, Output, Push, StepRequest
 
 __all__ = ["Flight", "Flights", "addressed", "can_forward", "prompt_chunks"]
 
-MAX_CHUNKS = 64  # of one step
+MAX_CHUNKS = 16  # of one step: a peer takes 64 requests of one connection at once
 
 
 class Flights:

@@ -247,6 +247,8 @@ class PeerSite:
         return response
 
     async def _connect_websocket(self, request: web.Request) -> web.StreamResponse:
+        if "Origin" in request.headers:  # a page in a browser of this machine is no client
+            return web.Response(status=403, text="not for web pages\n")
         websocket = web.WebSocketResponse(max_msg_size=MESSAGE_LIMIT, compress=False)
         if not websocket.can_prepare(request).ok:
             return web.Response(status=426, text="upgrade to websocket expected\n", headers={"Upgrade": "websocket"})

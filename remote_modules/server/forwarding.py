@@ -32,6 +32,7 @@ __all__ = ["Forwarding"]
 logger = logging.getLogger(__name__)
 
 MAX_TARGETS = 4096  # sessions that outputs go on to
+MAX_CONNECTION_TARGETS = 256  # of one client's connection
 MAX_LINKS = 64
 MAX_DIALS = 8  # under way at a time
 DIALS_PER_S = 1.0  # for clients at one address, and sixteen at once
@@ -54,11 +55,13 @@ class _Target:
         told: what the client told of it.
         record: of the peer, with the addresses that may be dialled.
         grant: of the client, for pushes from here.
+        connection_id: by which the client told it.
     """
 
     told: Destination
     record: PeerRecord
     grant: bytes
+    connection_id: int
 
     @property
     def link_key(self) -> LinkKey:
@@ -133,7 +136,7 @@ class Forwarding:
     def num_links(self) -> int:
         return len(self._links)
 
-    def prepare(self, request: StepRequest, source: str) -> None:
+    def prepare(self, request: StepRequest, source: str, connection_id: int) -> None:
         """Learn where the outputs of a step are to go, and begin to dial.
 
         Args:
@@ -146,13 +149,11 @@ class Forwarding:
         target = self._targets.get(key)
         if told.record is not None and (target is None or target.told.record != told.record):
             try:
-                target = self._target(request, told, source)
+                target = self._target(request, told, source, connection_id)
             except (RemoteProtocolError, ValueError) as exc:
                 logger.info("outputs do not go on session=%s: %s", request.session_id[:6], exc)
                 return
-            self._targets[key] = target
-            while len(self._targets) > MAX_TARGETS:
-                self._targets.popitem(last=False)
+            self._add(key, target)
         if target is not None:
             self._targets.move_to_end(key)
             self._connect(target, source)
@@ -202,7 +203,17 @@ class Forwarding:
         self._links.clear()
         self._targets.clear()
 
-    def _target(self, request: StepRequest, told: Destination, source: str) -> _Target:
+    def _add(self, key: tuple[str, str], target: _Target) -> None:
+        """One client's oldest give way to its newest, not those of others."""
+        self._targets.pop(key, None)
+        own = [one for one, other in self._targets.items() if other.connection_id == target.connection_id]
+        if len(own) >= MAX_CONNECTION_TARGETS:
+            del self._targets[own[0]]
+        self._targets[key] = target
+        while len(self._targets) > MAX_TARGETS:
+            self._targets.popitem(last=False)
+
+    def _target(self, request: StepRequest, told: Destination, source: str, connection_id: int) -> _Target:
         """What the client told, once its proofs hold. Raises `RemoteProtocolError` and `ValueError`."""
         proof = told.record
         assert proof is not None
@@ -225,14 +236,16 @@ class Forwarding:
         addresses = usable_addresses(record.addresses, source)
         if not addresses:
             raise ValueError(f"no address of peer '{name}' may be dialled for a client at {source or 'nowhere'}")
-        return _Target(told, msgspec.structs.replace(record, addresses=addresses), told.grant)
+        return _Target(told, msgspec.structs.replace(record, addresses=addresses), told.grant, connection_id)
 
     def _connect(self, target: _Target, source: str) -> None:
         now_s = self._clock()
         link = self._links.get(target.link_key)
         if link is not None:
-            link.used_s = now_s
-            if link.open_connection is not None or link.task is not None or now_s < link.retry_at_s:
+            if link.open_connection is not None:
+                link.used_s = now_s
+                return
+            if link.task is not None or now_s < link.retry_at_s:
                 return
         num_dials = sum(one.task is not None for one in self._links.values())
         if num_dials >= MAX_DIALS or (link is None and len(self._links) >= MAX_LINKS and not self._make_room()):

@@ -256,7 +256,8 @@ class Handler:
     async def _direct_step(self, request: StepRequest, blocks: Span, body: Body, connection_id: int) -> Reply:
         """A step whose input comes from somebody else, or whose outputs go on, or both."""
         served = self._served.get(connection_id)
-        self.forwarding.prepare(request, "" if served is None else served.connection.remote_host)
+        source = "" if served is None else served.connection.remote_host
+        self.forwarding.prepare(request, source, connection_id)
         reply = self.steps.answered(request, may_open=not self.is_draining)
         if reply is None:
             tensors = decode_tensors(request.tensors, body)

@@ -24,7 +24,7 @@ from remote_modules.server.checks import refuse
 from remote_modules.server.sessions import SessionTable
 from remote_modules.wire.framing import Body
 from remote_modules.wire.messages import Push, StepRequest
-from remote_modules.wire.tensors import decode_tensors
+from remote_modules.wire.tensors import decode_tensors, decoded_bytes
 
 __all__ = ["Inbox"]
 
@@ -32,6 +32,7 @@ Named = dict[str, torch.Tensor]
 Key = tuple[str, int]
 
 MAX_INPUTS = 256
+MAX_SESSION_INPUTS = 32  # of one session: two prompts' chunks
 MAX_UNCHECKED = 32
 UNCHECKED_SHARE = 4  # of the bytes, one part in so many
 MAX_KEPT_S = 30.0
@@ -40,8 +41,14 @@ MAX_WAIT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class _Input:
+    """
+    Attributes:
+        body: of what is not decoded before it is known to be wanted.
+        num_bytes: decoded.
+    """
+
     push: Push
-    tensors: Named
+    body: Body
     num_bytes: int
     until_s: float
 
@@ -91,17 +98,20 @@ class Inbox:
         session = self._sessions.get(push.session_id)
         if key in self._checked or (session is not None and session.last_step_id >= push.step_id):
             return
-        tensors = decode_tensors(push.tensors, body)
-        if wrong := sorted(tensors.keys() - self._names):
+        if wrong := sorted({meta.name for meta in push.tensors} - self._names):
             refuse(f"tensor {wrong[0]!r} does not go from block to block: {sorted(self._names)[:8]}")
+        num_bytes = max(len(body), decoded_bytes(push.tensors))
+        if num_bytes > self._max_bytes:
+            refuse(f"an input of {num_bytes} bytes exceeds the limit of {self._max_bytes} bytes")
         waiters = self._waiting.get(key, [])
         client_key = waiters[0].client_key if waiters else b"" if session is None else session.client_key
-        entry = _Input(push, tensors, len(body), self._clock() + min(push.timeout_s, MAX_KEPT_S))
+        entry = _Input(push, body, num_bytes, self._clock() + min(push.timeout_s, MAX_KEPT_S))
         if not client_key:
             self._keep_unchecked(key, entry)
             return
         if not self._is_granted(push, client_key):
             refuse("the client of this session did not grant that")
+        tensors = decode_tensors(push.tensors, body)
         for waiter in waiters:
             waiter.bring(tensors)
         self._keep(key, entry, is_awaited=bool(waiters))
@@ -115,22 +125,22 @@ class Inbox:
             yield before
         finally:
             mine.set_result(None)
-            if self._turns[request.session_id] is mine:
+            if self._turns.get(request.session_id) is mine:
                 del self._turns[request.session_id]
 
     async def take(self, request: StepRequest) -> Named:
         """The input of a step, once it is here; it stays until `drop`, for a step that is sent again.
 
         Raises:
-            PeerRefused: it does not come, or the client has not said by which key to know it.
+            PeerRefused: it does not come, does not decode, or the client has not said by which key to know it.
         """
         key = (request.session_id, request.step_id)
         client_key = self._client_key(request)
         if (entry := self._unchecked.pop(key, None)) is not None and self._is_granted(entry.push, client_key):
             self._keep(key, entry, is_awaited=True)
-            return entry.tensors
+            return _decoded(entry)
         if (entry := self._checked.get(key)) is not None:
-            return entry.tensors
+            return _decoded(entry)
         waiter = _Waiter(client_key)
         self._waiting.setdefault(key, []).append(waiter)
         limit_s = min(request.timeout_s, MAX_WAIT_S)
@@ -167,8 +177,9 @@ class Inbox:
         return _is_granted(client_key, push.grant, push.sender, self._peer_id, push.session_id)
 
     def _keep(self, key: Key, entry: _Input, *, is_awaited: bool) -> None:
-        has_room = len(self._checked) < MAX_INPUTS and _size(self._checked) + entry.num_bytes <= self._max_bytes
-        if has_room:
+        num_own = sum(session_id == key[0] for session_id, _ in self._checked)
+        has_room = len(self._checked) < MAX_INPUTS and num_own < MAX_SESSION_INPUTS
+        if has_room and _size(self._checked) + entry.num_bytes <= self._max_bytes:
             self._checked[key] = entry
         elif not is_awaited:
             refuse(f"{len(self._checked)} inputs wait for their steps", RefusalReason.BUSY)
@@ -198,6 +209,13 @@ class _Waiter:
         if not self.answer.done():
             text = f"the step's input did not come within {limit_s:.1f} s"
             self.answer.set_exception(PeerRefused(text, peer_id="", reason=RefusalReason.BUSY))
+
+
+def _decoded(entry: _Input) -> Named:
+    try:
+        return decode_tensors(entry.push.tensors, entry.body)
+    except RemoteProtocolError as exc:  # the fault of who brought it, not of who sent the step
+        refuse(f"the step's input does not decode: {exc}")
 
 
 def _size(entries: OrderedDict[Key, _Input]) -> int:

@@ -17,7 +17,7 @@ from remote_modules.wire import codecs
 from remote_modules.wire.framing import Body, Buffer
 from remote_modules.wire.parts import MAX_DIMENSIONS, TensorMeta
 
-__all__ = ["DTYPES", "body_bytes", "decode_tensors", "encode_tensors"]
+__all__ = ["DTYPES", "body_bytes", "decode_tensors", "decoded_bytes", "encode_tensors"]
 
 ALIGNMENT_BYTES = 64
 MAX_SHAPE_PRODUCT = 2**53  # sizes of zero counted as one: torch overflows on [0, 2**39, 2**39]
@@ -104,6 +104,11 @@ def decode_tensors(metas: Sequence[TensorMeta], body: Body) -> dict[str, torch.T
     if len(body) not in (offset, end):
         raise RemoteProtocolError(f"tensors claim {offset} bytes, the body has {len(body)} bytes")
     return {meta.name: _read(body, meta, dtype, start, size) for meta, dtype, start, size in layout}
+
+
+def decoded_bytes(metas: Sequence[TensorMeta]) -> int:
+    """What tensors of these descriptions take in memory; those of unknown dtypes nothing, as they do not decode."""
+    return sum(_plain_bytes(meta, DTYPES[meta.dtype]) for meta in metas if meta.dtype in DTYPES)
 
 
 def body_bytes(metas: Sequence[TensorMeta]) -> int:

@@ -182,6 +182,12 @@ def test_route_refuses_what_is_no_websocket_and_more_than_it_has_room_for(run: R
                 with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
                     await session.ws_connect(f"http://{peer.address}{http.WEBSOCKET_PATH}")
             assert caught.value.status == 503
+            async with aiohttp.ClientSession() as session:
+                with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+                    await session.ws_connect(
+                        f"http://{peer.address}{http.WEBSOCKET_PATH}", origin="http://evil.example"
+                    )
+            assert caught.value.status == 403
 
     run(main)
 

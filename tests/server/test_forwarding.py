@@ -30,6 +30,7 @@ ME = Identity.from_seed(b"m" * 32)
 CLIENT, STRANGER = Identity.from_seed(b"c" * 32), Identity.from_seed(b"x" * 32)
 SESSION_ID, TARGET_ID = "session-0123456789", "target-0123456789"
 LOCAL = "127.0.0.1"
+CONNECTION = 7  # of the client
 
 
 class Dialer:
@@ -105,7 +106,7 @@ class Setting:
         )
 
     async def prepare(self, message: StepRequest, source: str = LOCAL) -> None:
-        self.forwarding.prepare(message, source)
+        self.forwarding.prepare(message, source, CONNECTION)
         await asyncio.sleep(0.01)  # a dial in memory takes some turns of the loop
 
     def send(self, message: StepRequest, name: str = "hidden_states") -> bool:
@@ -133,7 +134,7 @@ def run(engine: Engine, work: Callable[[Setting], Any], **settings: Any) -> None
 def test_outputs_go_on_once_there_is_a_connection(engine: Engine) -> None:
     async def work(setting: Setting) -> None:
         message = request(TOLD)
-        setting.forwarding.prepare(message, LOCAL)
+        setting.forwarding.prepare(message, LOCAL, CONNECTION)
         assert not setting.send(message)  # it is being dialled
         await asyncio.sleep(0.01)
         assert setting.send(message)
@@ -209,6 +210,37 @@ def test_outside_loopback_a_certificate_is_needed(engine: Engine) -> None:
         assert [record.certificate_sha256 for record in setting.dialer.dialled] == ["c" * 64]
 
     run(engine, work, needs_certificate=True)
+
+
+def test_one_clients_targets_do_not_push_out_those_of_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_CONNECTION_TARGETS", 2)
+
+    async def work(setting: Setting) -> None:
+        for number in range(4):
+            name = f"target-{number:010d}"
+            told = Destination(name, 5, granted(session_id=name), record_of())
+            setting.forwarding.prepare(request(told), LOCAL, CONNECTION + (number == 0))
+        kept = [target_id for _, target_id in setting.forwarding._targets]
+        assert kept == [f"target-{number:010d}" for number in (0, 2, 3)]
+
+    run(engine, work)
+
+
+def test_peers_that_cannot_be_reached_do_not_keep_their_places(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_LINKS", 1)
+
+    async def work(setting: Setting) -> None:
+        setting.dialer.target = None
+        dead = request(Destination(TARGET_ID, 5, granted(STRANGER), record_of(STRANGER)))
+        await setting.prepare(dead)
+        setting.clock.now_s += module.UNUSED_S
+        await setting.prepare(dead)  # is dialled again, which is no use of it
+        setting.dialer.target = setting.target
+        setting.clock.now_s += 0.1
+        await setting.prepare(request(TOLD))
+        assert setting.send(request(TOLD))
+
+    run(engine, work)
 
 
 def test_only_whole_outputs_that_go_from_block_to_block_go_on(engine: Engine) -> None:

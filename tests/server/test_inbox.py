@@ -243,6 +243,46 @@ def test_inputs_beyond_the_limit_are_refused_unless_their_step_waits() -> None:
     run(work, max_bytes=2 * NUM_BYTES)
 
 
+def test_one_session_leaves_room_for_the_inputs_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_SESSION_INPUTS", 2)
+
+    async def work(setting: Setting) -> None:
+        setting.open()
+        for step_id in (1, 2):
+            setting.put(step_id=step_id)
+        with pytest.raises(PeerRefused, match="2 inputs wait for their steps"):
+            setting.put(step_id=3)
+
+    run(work)
+
+
+@pytest.mark.parametrize("has_session", [False, True])
+def test_inputs_count_as_what_they_decode_to(has_session: bool) -> None:
+    async def work(setting: Setting) -> None:
+        if has_session:
+            setting.open()
+        tensors, codecs = {"hidden_states": torch.ones(1, 2, 4096)}, {"hidden_states": "int4o"}
+        metas, buffers = encode_tensors(tensors, codecs)
+        body = bytearray(b"".join(buffers))
+        grant = CLIENT.sign_push(sender=SENDER, receiver=ME, session_id=SESSION_ID)
+        assert len(body) < (1 << 14) < tensors["hidden_states"].nbytes
+        with pytest.raises(PeerRefused, match="an input of 32768 bytes exceeds the limit of 16384 bytes"):
+            setting.inbox.put(Push(1, SESSION_ID, 0, SENDER, grant, metas, 5.0), body)
+
+    run(work, max_bytes=1 << 14)
+
+
+def test_input_that_does_not_decode_is_the_fault_of_who_brought_it() -> None:
+    async def work(setting: Setting) -> None:
+        metas, buffers = encode_tensors(INPUT)
+        grant = CLIENT.sign_push(sender=SENDER, receiver=ME, session_id=SESSION_ID)
+        body = bytearray(b"".join(buffers)[:-40])
+        setting.inbox.put(Push(1, SESSION_ID, 0, SENDER, grant, metas, 5.0), body)
+        await refused(setting.take(), "the step's input does not decode: ")
+
+    run(work)
+
+
 def test_steps_of_a_session_follow_each_other_as_they_were_asked_for() -> None:
     async def work(setting: Setting) -> None:
         done: list[int] = []
@@ -268,6 +308,15 @@ def test_steps_of_a_session_follow_each_other_as_they_were_asked_for() -> None:
         steps[0].cancel()  # one that ends otherwise holds up nobody
         await steps[1]
         assert done[3:] == [4]
+        assert setting.inbox._turns == {}
+        with setting.inbox.turn(request(step_id=5)), setting.inbox.turn(request(step_id=6)):
+            pass
+        assert setting.inbox._turns == {}
+        first, last = setting.inbox.turn(request(step_id=7)), setting.inbox.turn(request(step_id=8))
+        first.__enter__()
+        last.__enter__()
+        last.__exit__(None, None, None)  # refused, while the first computes
+        first.__exit__(None, None, None)
         assert setting.inbox._turns == {}
 
     run(work)

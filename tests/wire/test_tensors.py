@@ -13,7 +13,14 @@ from remote_modules.errors import LocalProtocolError, RemoteProtocolError
 from remote_modules.wire import codecs
 from remote_modules.wire.framing import Buffer
 from remote_modules.wire.messages import TensorMeta
-from remote_modules.wire.tensors import ALIGNMENT_BYTES, DTYPES, body_bytes, decode_tensors, encode_tensors
+from remote_modules.wire.tensors import (
+    ALIGNMENT_BYTES,
+    DTYPES,
+    body_bytes,
+    decode_tensors,
+    decoded_bytes,
+    encode_tensors,
+)
 
 SHAPES = [(), (0,), (1,), (3,), (2, 0, 4), (2, 3), (1, 5, 7), (2, 3, 4, 5), (1,) * 8]
 
@@ -221,3 +228,9 @@ def test_bytes_of_a_body_follow_from_its_tensors(codec: str) -> None:
     plain = codecs.num_bytes(codec, (2, 3, 64)) if codec else 2 * 3 * 64 * 4
     assert body_bytes(metas) == plain + 2 * 3 * 8
     assert 0 <= sum(map(len, body)) - body_bytes(metas) < len(metas) * ALIGNMENT_BYTES
+
+
+def test_decoded_bytes_are_those_in_memory_however_they_travel() -> None:
+    metas, _ = encode_tensors({"hidden_states": torch.ones(1, 2, 64)}, {"hidden_states": "int8o"})
+    assert decoded_bytes(metas) == 512
+    assert decoded_bytes([TensorMeta("x", "complex64", (4,))]) == 0
