@@ -51,6 +51,8 @@ class PeerCache:
     @property
     def next_position(self) -> int:
         """Tokens that the peer will hold once ``pending`` is done."""
+        if not self.pending:
+            return self.position
         return min([self.position, *(op for op in self.pending if isinstance(op, int))])
 
     def ops(self) -> tuple[tuple[CacheOp, ...], dict[str, torch.Tensor]]:

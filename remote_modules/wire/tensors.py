@@ -92,7 +92,7 @@ def decode_tensors(metas: Sequence[TensorMeta], body: Body) -> dict[str, torch.T
             raise RemoteProtocolError(f"tensor '{meta.name}' claims unknown dtype '{meta.dtype}'")
         if meta.name in names:
             raise RemoteProtocolError(f"tensor '{meta.name}' is given twice")
-        product = math.prod(max(size, 1) for size in meta.shape)
+        product = math.prod([size or 1 for size in meta.shape])
         if len(meta.shape) > MAX_DIMENSIONS or min(meta.shape, default=0) < 0 or product >= MAX_SHAPE_PRODUCT:
             raise RemoteProtocolError(f"tensor '{meta.name}' claims shape {list(meta.shape)[:9]}")
         names.add(meta.name)
