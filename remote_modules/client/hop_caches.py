@@ -228,9 +228,10 @@ class HopCaches:
         self.histories = {start: histories[start] for start in starts if start in histories}
         for start, history in self.histories.items():
             history.append(inputs[start], num_tokens)
-        spans = {hop.span for hop in self.hops}
-        for span in [span for span in self.caches if span not in spans]:
-            del self.caches[span]
+        if len(self.caches) > len(self.hops):  # each of which has one
+            spans = {hop.span for hop in self.hops}
+            for span in [span for span in self.caches if span not in spans]:
+                del self.caches[span]
 
     def drop_peers(self) -> None:
         """Free all KV caches; the first history stays, so that a later step can build them anew."""

@@ -66,7 +66,8 @@ def encode_tensors(
         if tensor.numel() == 0:
             continue
         if parts is None:
-            parts = [tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)]
+            tensor = tensor.detach()
+            parts = [(tensor if tensor.is_cpu else tensor.cpu()).contiguous().reshape(-1).view(torch.uint8)]
         if padding := -num_bytes % ALIGNMENT_BYTES:
             buffers.append(_PADDING[:padding])
         found = [part.numpy().data for part in parts]
