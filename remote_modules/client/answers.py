@@ -79,6 +79,8 @@ class AnswerChecker:
         Raises:
             PeerError: it is something else.
         """
+        if not recorded:
+            return recorded
         expected = {f"record.{kind}.{block}" for kind in call.record for block in hop.span}
         recorded = self._check_head(hop, recorded, call)
         for name, tensor in recorded.items():

@@ -90,11 +90,15 @@ class CallArguments:
 
     def timed(self) -> Named:
         """What has one entry for each token, but for positions and mask."""
+        if not self.tensors:
+            return dict(self.sides)
         owner = {f"owner.{name}": tensor for name, tensor in self.tensors.items()}
         return self.sides | {n: t for n, t in owner.items() if owner_spec(t, self.num_tokens).time is not None}
 
     def constant(self) -> Named:
         """What is the same for all tokens."""
+        if not self.tensors:
+            return {}
         owner = {f"owner.{name}": tensor for name, tensor in self.tensors.items()}
         return {n: t for n, t in owner.items() if owner_spec(t, self.num_tokens).time is None}
 

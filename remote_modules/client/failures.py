@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Hashable
 
 from remote_modules.client.stats import StatsRecorder
@@ -16,8 +16,8 @@ class PassFailures:
 
     def __init__(self, stats: StatsRecorder) -> None:
         self._stats = stats
-        self._most: Counter[tuple[PeerId, str]] = Counter()  # that one microbatch met
-        self._met: Counter[tuple[Hashable, PeerId, str]] = Counter()
+        self._most: dict[tuple[PeerId, str], int] = defaultdict(int)  # that one microbatch met
+        self._met: dict[tuple[Hashable, PeerId, str], int] = defaultdict(int)
         self._waiting: set[Hashable] = set()  # microbatches that have failed and not gone on
         self._since_s = 0.0
 

@@ -137,6 +137,8 @@ class History:
 
     def _join(self, chunks: Sequence[_Chunk], start: int, end: int) -> Named:
         """Tokens ``[start, end)`` of ``chunks``, with the rows as they are now."""
+        if not self.specs:
+            return {}
         rows = list(itertools.accumulate(reversed(self._selections), lambda later, earlier: earlier[later]))[::-1]
         parts = []
         for chunk in chunks:

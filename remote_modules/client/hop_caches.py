@@ -51,6 +51,8 @@ class PeerCache:
     @property
     def next_position(self) -> int:
         """Tokens that the peer will hold once ``pending`` is done."""
+        if not self.pending:
+            return self.position
         return min([self.position, *(op for op in self.pending if isinstance(op, int))])
 
     def ops(self) -> tuple[tuple[CacheOp, ...], dict[str, torch.Tensor]]:
@@ -226,9 +228,10 @@ class HopCaches:
         self.histories = {start: histories[start] for start in starts if start in histories}
         for start, history in self.histories.items():
             history.append(inputs[start], num_tokens)
-        spans = {hop.span for hop in self.hops}
-        for span in [span for span in self.caches if span not in spans]:
-            del self.caches[span]
+        if len(self.caches) > len(self.hops):  # each of which has one
+            spans = {hop.span for hop in self.hops}
+            for span in [span for span in self.caches if span not in spans]:
+                del self.caches[span]
 
     def drop_peers(self) -> None:
         """Free all KV caches; the first history stays, so that a later step can build them anew."""

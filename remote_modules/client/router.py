@@ -217,10 +217,10 @@ class Router:
         Args:
             timeout_s: what it would get by itself.
         """
-        expected_s = self.estimator.expected_s(hop.peer_id, kind, work=work)
         now_s = self._clock()
         if kind not in PASSES:
             return Sent(hop.peer_id, now_s, 0.0)
+        expected_s = self.estimator.expected_s(hop.peer_id, kind, work=work)
         return self.requests.begin(hop.peer_id, expected_s=timeout_s if expected_s is None else expected_s, now_s=now_s)
 
     def observe(

@@ -304,6 +304,9 @@ class Step(Work):
             self._free(hop)  # what it holds is of no use
             cache = self.session.caches.setdefault(hop.span, PeerCache())
         call = self._step.call
+        if not (behind or self._step.cuts):
+            tokens = (self._position, self._position + call.num_tokens)
+            return {}, await self._send(hop, cache, chain, connection, tokens, call.num_tokens, is_merged=False)
         self.session.swarm.stats.replayed_tokens += behind
         is_exact = self._stack.replays_steps or chain.swarm.config.exact_replay or self._is_short(behind)
         chunks = self._step.chunks(

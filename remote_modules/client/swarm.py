@@ -227,7 +227,7 @@ class Swarm:
 
     def leaving_peers(self) -> set[PeerId]:
         """Those that we are connected to and that said that they are leaving."""
-        return {key[0] for key, link in self._connections.items() if link.is_open and link.is_draining}
+        return {key[0] for key, link in self._connections.items() if link.is_draining and link.is_open}
 
     def count_bytes(self, connection: ClientConnection) -> None:
         """Add what moved on a connection since the last call to the statistics."""

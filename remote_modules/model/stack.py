@@ -133,11 +133,11 @@ class StackSpec:
 
     def side_specs(self, blocks: Span) -> dict[str, TensorSpec]:
         """The side inputs of ``blocks``, by the names that travel."""
-        return {side.name(block): side.spec for block in blocks for side in self.sides}
+        return {side.name(block): side.spec for block in blocks for side in self.sides} if self.sides else {}
 
     def check_cuts(self, blocks: Span) -> None:
         """Raise `UnsupportedCallError` if a span may not begin or end there."""
-        wrong = [cut for cut in (blocks.start, blocks.end) if self.cuts and cut not in self.cuts]
+        wrong = [cut for cut in (blocks.start, blocks.end) if cut not in self.cuts] if self.cuts else []
         if wrong:
             raise UnsupportedCallError(
                 f"blocks {blocks} cannot be served apart: the model shares keys and values across block {wrong[0]}; "

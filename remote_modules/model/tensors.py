@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -32,17 +33,17 @@ class TensorSpec:
     is_float: bool = True
     is_exact: bool = True
 
-    @property
+    @cached_property
     def batch(self) -> int | None:
         return self.dims.index("B") if "B" in self.dims else None
 
-    @property
+    @cached_property
     def time(self) -> int | None:
         return self.dims.index("T") if "T" in self.dims else None
 
     def shape(self, rows: int, num_tokens: int, hidden_size: int) -> tuple[int, ...]:
         """The shape for such a batch; -1 where it varies."""
-        return tuple(_size(dim, rows, num_tokens, hidden_size) for dim in self.dims)
+        return _shape(self.dims, rows, num_tokens, hidden_size)
 
     def text(self, hidden_size: int) -> str:
         """``[B, T, 64]``, for messages."""
@@ -51,13 +52,20 @@ class TensorSpec:
     def fits(self, tensor: torch.Tensor, rows: int, num_tokens: int, hidden_size: int) -> bool:
         """Whether ``tensor`` can be one of these."""
         expected = self.shape(rows, num_tokens, hidden_size)
-        if tensor.dim() != len(expected) or tensor.is_floating_point() != self.is_float or tensor.numel() == 0:
+        got = tensor.shape
+        if len(got) != len(expected) or tensor.is_floating_point() != self.is_float or tensor.numel() == 0:
             return False
+        if got == expected:
+            return True
         known = ("B", "T") if not self.is_exact else self.dims
         return all(
-            size in (-1, got) or dim not in known
-            for dim, size, got in zip(self.dims, expected, tensor.shape, strict=True)
+            size in (-1, got) or dim not in known for dim, size, got in zip(self.dims, expected, got, strict=True)
         )
+
+
+@lru_cache(maxsize=1024)
+def _shape(dims: tuple[str, ...], rows: int, num_tokens: int, hidden_size: int) -> tuple[int, ...]:
+    return tuple(_size(dim, rows, num_tokens, hidden_size) for dim in dims)
 
 
 def _size(dim: str, rows: int, num_tokens: int, hidden_size: int) -> int:

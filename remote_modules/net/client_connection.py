@@ -353,8 +353,9 @@ class ClientConnection(Connection):
         return is_large
 
     def _use(self, session_id: str, num_bytes: int) -> None:
-        self._warmth.use(session_id, num_bytes, self._loop.time())
-        if self._warmer is None and self.is_open and self._is_warm():
+        now_s = self._loop.time()
+        self._warmth.use(session_id, num_bytes, now_s)
+        if self._warmer is None and self._warmth.is_wanted(now_s, self.rtt_s) and self.is_open:
             self._warmer = self._loop.call_later(TICK_S, self._warm)
 
     def _is_warm(self) -> bool:

@@ -73,6 +73,7 @@ class Connection(asyncio.BufferedProtocol):
         self._idle_timer: asyncio.TimerHandle | None = None
         self._can_write = True
         self._is_closing = False
+        self._is_lost = False
         self._error: Exception | None = None
         self._close_callbacks: list[Callable[[Exception | None], object]] = []
         self.closed = asyncio.Event()
@@ -81,7 +82,8 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def is_open(self) -> bool:
-        return not self._is_closing and self._has_transport()
+        transport = self._transport
+        return not (self._is_closing or transport is None or self._is_lost or transport.is_closing())
 
     @property
     def max_peer_body_bytes(self) -> int:
@@ -112,7 +114,7 @@ class Connection(asyncio.BufferedProtocol):
         """
         if self.is_open:
             self._protocol.send(message, body or ())
-            self._queue(self._protocol.data_to_send())
+            self._write(self._protocol.data_to_send())
 
     def on_close(self, callback: Callable[[Exception | None], object]) -> None:
         """Call once, with the transport's reason, when the connection is gone; keeps ``callback`` alive until then."""
@@ -154,7 +156,8 @@ class Connection(asyncio.BufferedProtocol):
                 self._on_message(event)
         except ProtocolError as exc:
             logger.debug("! protocol error=%s", exc)
-            self._queue(self._protocol.data_to_send())
+            if self.is_open:
+                self._write(self._protocol.data_to_send())
             self.abort(exc)
 
     def eof_received(self) -> bool:
@@ -165,7 +168,8 @@ class Connection(asyncio.BufferedProtocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self.closed.is_set():
+        if not self._is_lost:
+            self._is_lost = True
             self.closed.set()
             self._drop_unsent()
             if self._idle_timer is not None:
@@ -207,11 +211,10 @@ class Connection(asyncio.BufferedProtocol):
         """Bytes moved, either way."""
 
     def _has_transport(self) -> bool:
-        return self._transport is not None and not self.closed.is_set() and not self._transport.is_closing()
+        return self._transport is not None and not self._is_lost and not self._transport.is_closing()
 
-    def _queue(self, buffers: list[Buffer]) -> None:
-        if not self.is_open:
-            return
+    def _write(self, buffers: list[Buffer]) -> None:
+        """Put frames on the open connection."""
         total = sum(map(len, buffers))
         self.bytes_sent += total
         if total <= JOIN_BYTES and not self._outgoing and self._can_write:

@@ -68,7 +68,7 @@ class AdmissionQueue(Generic[T]):
         self._job_s = UNKNOWN_JOB_S
 
     def __len__(self) -> int:
-        return self._num_waiting.total()
+        return sum(self._num_waiting.values())
 
     @property
     def retry_after_s(self) -> float:
@@ -161,6 +161,8 @@ class AdmissionQueue(Generic[T]):
 
     def _next_priority(self) -> int:
         """The smallest, or the first whose patience is over."""
+        if len(self._turns) == 1:
+            return next(iter(self._turns))
         ready = (
             priority
             for priority, turns in self._turns.items()

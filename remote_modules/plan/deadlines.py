@@ -63,6 +63,8 @@ class _Kind:
     def nearest(self, work: float) -> _Times:
         """Of the size that is most like ``work``; the larger one of two."""
         size = _size(work)
+        if (times := self.by_size.get(size)) is not None:
+            return times
         return self.by_size[min(self.by_size, key=lambda known: (abs(known - size), -known))]
 
 

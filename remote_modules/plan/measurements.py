@@ -59,7 +59,8 @@ class _Value:
     seen_s: float
 
     def add(self, sample: float, now_s: float) -> None:
-        self.smooth = self.now(now_s) + GAIN * (sample - self.now(now_s))
+        before = self.now(now_s)
+        self.smooth = before + GAIN * (sample - before)
         self.best = min(self.best, sample)
         self.seen_s = now_s
 

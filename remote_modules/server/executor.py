@@ -195,17 +195,19 @@ class DeviceThread:
             answer=asyncio.get_running_loop().create_future(),
             queued_s=now_s,
         )
-        if isinstance(work, Batchable):
-            job.group, job.rows = work.group, work.rows
+        batchable = work if isinstance(work, Batchable) else None
+        if batchable is not None:
+            job.group, job.rows = batchable.group, batchable.rows
         with self._wake:
             if self._broken_by is not None and not self._is_stopped:
                 raise _busy("the device failed and is being restarted", self.retry_after_s)
             refused = [job] if self._is_stopped else self._queue.put(job, now_s=now_s)
-            if isinstance(work, Batchable) and work.group is not None and work.who is not None:
-                self._rounds.came(work.who, now_s=now_s)
+            if batchable is not None and batchable.group is not None and batchable.who is not None:
+                self._rounds.came(batchable.who, now_s=now_s)
             if self._begins_s(now_s, job) <= now_s:
                 self._wake.notify()
-        self._refuse(refused, f"{len(self._queue)} requests wait for the device already")
+        if refused:
+            self._refuse(refused, f"{len(self._queue)} requests wait for the device already")
         if on_admitted is not None and job not in refused:
             on_admitted()
         try:

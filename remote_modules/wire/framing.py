@@ -180,7 +180,7 @@ class FrameReader:
         if self._filled < body_bytes:
             return False
         self._finish_frame()
-        return True
+        return self._start != self._end
 
     def _check_prefix(self, magic: bytes, frame_format: int, reserved: int, header_bytes: int, body_bytes: int) -> None:
         if magic != MAGIC or frame_format != FRAME_FORMAT or reserved != 0:

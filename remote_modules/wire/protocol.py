@@ -35,12 +35,16 @@ class Role(enum.Enum):
     CLIENT = "client"
     SERVER = "server"
 
+    __hash__ = object.__hash__  # that of enums is Python code, and would run several times for each message
+
 
 class State(enum.Enum):
     START = "start"
     GREETED = "greeted"
     OPEN = "open"
     CLOSED = "closed"
+
+    __hash__ = object.__hash__
 
 
 class MessageReceived(NamedTuple):

@@ -66,7 +66,8 @@ def encode_tensors(
         if tensor.numel() == 0:
             continue
         if parts is None:
-            parts = [tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)]
+            tensor = tensor.detach()
+            parts = [(tensor if tensor.is_cpu else tensor.cpu()).contiguous().reshape(-1).view(torch.uint8)]
         if padding := -num_bytes % ALIGNMENT_BYTES:
             buffers.append(_PADDING[:padding])
         found = [part.numpy().data for part in parts]
@@ -92,7 +93,7 @@ def decode_tensors(metas: Sequence[TensorMeta], body: Body) -> dict[str, torch.T
             raise RemoteProtocolError(f"tensor '{meta.name}' claims unknown dtype '{meta.dtype}'")
         if meta.name in names:
             raise RemoteProtocolError(f"tensor '{meta.name}' is given twice")
-        product = math.prod(max(size, 1) for size in meta.shape)
+        product = math.prod([size or 1 for size in meta.shape])
         if len(meta.shape) > MAX_DIMENSIONS or min(meta.shape, default=0) < 0 or product >= MAX_SHAPE_PRODUCT:
             raise RemoteProtocolError(f"tensor '{meta.name}' claims shape {list(meta.shape)[:9]}")
         names.add(meta.name)
