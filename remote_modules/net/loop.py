@@ -99,6 +99,9 @@ class LoopThread:
         self.loop.run_forever()
 
 
+POLL_S = 1.0  # a Ctrl-C that comes just before a wait begins does not end the wait; it is seen after so long
+
+
 class _Call(Generic[T]):
     """One coroutine that a thread waits for.
 
@@ -125,7 +128,8 @@ class _Call(Generic[T]):
 
     def result(self) -> T:
         """Wait for the end; in the thread."""
-        self._ended.acquire()
+        while not self._ended.acquire(timeout=POLL_S):
+            pass
         error, self._error = self._error, None
         if error is None:
             return self._answer[0]
