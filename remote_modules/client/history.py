@@ -15,7 +15,7 @@ import torch
 
 from remote_modules.client.call import Named
 from remote_modules.client.history_store import HistoryStore, StoredTensors
-from remote_modules.model.tensors import TensorSpec, concat, select_rows, slice_tokens
+from remote_modules.model.tensors import TensorSpec, concat_all, select_rows, slice_tokens
 
 __all__ = ["History"]
 
@@ -151,6 +151,4 @@ class History:
                     tensors = {n: select_rows(t, self.specs[n], rows[chunk.mark]) for n, t in tensors.items()}
                 parts.append(tensors)
             start, end = start - chunk.num_tokens, end - chunk.num_tokens
-        if len(parts) == 1:
-            return parts[0]
-        return {name: concat([part[name] for part in parts], self.specs[name]) for name in parts[0]}
+        return concat_all(parts, self.specs)

@@ -12,7 +12,7 @@ from remote_modules.client.call import CallArguments, Named, mask_tensors
 from remote_modules.client.history import History
 from remote_modules.client.history_store import HistoryStore
 from remote_modules.errors import UnsupportedCallError
-from remote_modules.model.tensors import TensorSpec, concat, owner_spec, slice_tokens
+from remote_modules.model.tensors import TensorSpec, concat, concat_all, owner_spec, slice_tokens
 
 __all__ = ["OwnerHistory", "StepInputs"]
 
@@ -252,7 +252,7 @@ class StepInputs:
         old = self.old.timed.slice(start, min(end, self.position))
         if end <= self.position:
             return old
-        return {name: concat([old[name], new[name]], self.specs[name]) for name in new}
+        return concat_all([old, new], self.specs)
 
     def _positions(self, start: int, end: int) -> torch.Tensor:
         if start >= self.position:

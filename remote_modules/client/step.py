@@ -25,7 +25,7 @@ from remote_modules.client.stats import HopTiming
 from remote_modules.client.step_requests import StepRequests
 from remote_modules.errors import PeerError
 from remote_modules.model.past import length_of
-from remote_modules.model.tensors import concat, slice_tokens
+from remote_modules.model.tensors import concat_all, slice_tokens
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.plan.routing import Demand, Hop
 from remote_modules.wire import messages
@@ -340,10 +340,7 @@ class Step(Work):
         return {name: slice_tokens(tensor, specs[name], start, end).contiguous() for name, tensor in tensors.items()}
 
     def _joined(self, parts: list[Named]) -> Named:
-        if len(parts) < 2:
-            return parts[0] if parts else {}
-        specs = self._stack.carried
-        return {name: concat([part[name] for part in parts], specs[name]) for name in parts[0]}
+        return concat_all(parts, self._stack.carried)
 
     def _entry(self, hop: Hop, start: int, end: int) -> Named:
         """What enters the hop for tokens ``[start, end)``."""

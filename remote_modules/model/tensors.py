@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 
 import torch
 
-__all__ = ["TensorSpec", "concat", "num_bytes", "owner_spec", "select_rows", "slice_tokens"]
+__all__ = ["TensorSpec", "concat", "concat_all", "num_bytes", "owner_spec", "select_rows", "slice_tokens"]
 
 Named = Mapping[str, torch.Tensor]
 
@@ -115,6 +115,13 @@ def concat(tensors: Sequence[torch.Tensor], spec: TensorSpec) -> torch.Tensor:
         width = max(tensor.shape[-1] for tensor in tensors)
         tensors = [_widened(tensor, width) for tensor in tensors]
     return torch.cat(list(tensors), dim=spec.time)
+
+
+def concat_all(parts: Sequence[Named], specs: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
+    """`concat` of each name; all parts have the same names, and without parts there are none."""
+    if len(parts) < 2:
+        return dict(parts[0]) if parts else {}
+    return {name: concat([part[name] for part in parts], specs[name]) for name in parts[0]}
 
 
 def _expanded(tensor: torch.Tensor, dim: int, rows: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from remote_modules.model.kv import GrowingLayer, SpanCache
 from remote_modules.model.packed import Member
 from remote_modules.model.replay import OwnerArguments
-from remote_modules.model.tensors import concat, slice_tokens
+from remote_modules.model.tensors import concat_all, slice_tokens
 from remote_modules.server.checks import RequestTensors
 from remote_modules.server.engine import Engine, apply_op
 from remote_modules.server.executor import Batchable
@@ -107,8 +107,7 @@ class StepWork(Batchable):
 
     def join(self, parts: Sequence[Named]) -> Named:
         """The answer, of those of all parts."""
-        specs = self.engine.specs(self.blocks)
-        return {name: concat([part[name] for part in parts], specs[name]) for name in parts[0]}
+        return concat_all(parts, self.engine.specs(self.blocks))
 
     def _group(self) -> Hashable | None:
         """What must be equal of steps that run together; None: this one runs alone."""
