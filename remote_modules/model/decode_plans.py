@@ -4,6 +4,7 @@ The owner's forward costs as much for one token as for many, and each hop pays f
 get beside hidden states and cache follows from the position alone: it is constant, the position itself, or a rotary
 table of it. A *plan* is such a set of calls, noted in a replayed step. It is used after a step in which it gave the
 same output, keys and values as the replay to the last bit, and is compared again whenever the length has doubled.
+Where the blocks do nothing but call torch, a plan then goes by its `Tape`, compared in the same way.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 from remote_modules.errors import UnsupportedCallError
 from remote_modules.model.kv import GrowingLayer, SpanCache
 from remote_modules.model.stack import StackSpec
+from remote_modules.model.tape import Tape, record
 
 __all__ = ["BlockCall", "DecodePlans", "Plan"]
 
@@ -61,6 +63,8 @@ class Plan:
         blocks: in order.
         checked_until: position from which it is to be compared with the replay again.
         num_ahead: positions whose values are made at once.
+        tape: of the blocks' calls, once there is one.
+        may_tape: whether one may be had.
         ahead: values that depend on the position, by position and place, made before they are needed: several at once
             take a third of the time that each takes alone, after a block has filled the processor's cache.
     """
@@ -71,10 +75,27 @@ class Plan:
     blocks: list[_Call] = field(default_factory=list)
     checked_until: int = 0
     num_ahead: int = 1
+    tape: Tape | None = None
+    may_tape: bool = True
     ahead: dict[int, list[Any]] = field(default_factory=dict)
 
     def run(self, hidden_states: torch.Tensor, cache: SpanCache) -> torch.Tensor:
-        return self.call(hidden_states, cache.argument, self._values_at(cache.length))
+        values = self._values_at(cache.length)
+        if self.tape is None:
+            return self.call(hidden_states, cache.argument, values)
+        values[_HIDDEN] = hidden_states
+        return self.tape.run(values, cache.held)
+
+    def run_noting(self, hidden_states: torch.Tensor, cache: SpanCache, blocks: Sequence[nn.Module]) -> torch.Tensor:
+        """`run`, after which there is a tape if that can be."""
+        values = self._values_at(cache.length)
+        values[_HIDDEN] = hidden_states
+        step = partial(self.call, hidden_states, cache.argument, values.copy())
+        output, self.tape, reason = record(step, values, cache.held, blocks)
+        self.may_tape = self.tape is not None
+        if reason:
+            logger.debug("steps of one token go block by block: %s", reason)
+        return output
 
     def call(self, hidden_states: torch.Tensor, cache: object, values: list[Any]) -> torch.Tensor:
         """The blocks, one after another.
@@ -197,10 +218,12 @@ class DecodePlans:
         cache: SpanCache,
         replay: Callable[[list[BlockCall] | None], torch.Tensor],
     ) -> torch.Tensor:
-        """The replay's output; the plan stays only if it gave the same."""
+        """The replay's output; the plan, or its tape, stays only if it gave the same."""
         found: list[torch.Tensor] = []
+        is_noted = plan.may_tape and plan.tape is None
         try:
-            found = [plan.run(hidden_states, cache), *_last_states(cache)]
+            run = partial(plan.run_noting, blocks=list(self._blocks.values())) if is_noted else plan.run
+            found = [run(hidden_states, cache), *_last_states(cache)]
         except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as exc:
             if isinstance(exc, torch.OutOfMemoryError):
                 raise
@@ -209,8 +232,13 @@ class DecodePlans:
         output = replay(None)
         expected = [output, *_last_states(cache)]
         is_same = len(found) == len(expected) and all(map(torch.equal, found, expected))
-        if is_same:
+        if is_same and is_noted and plan.tape is not None:
+            plan.checked_until = 0  # the tape is yet to be compared
+        elif is_same:
             plan.checked_until = max(2 * cache.length, cache.length + _CHECKED_AHEAD)
+        elif plan.tape is not None and not is_noted:
+            logger.info("a step by its torch calls differs from the owner's: block by block from now on")
+            plan.tape, plan.may_tape, plan.checked_until = None, False, 0
         else:
             logger.info("a planned step differs from the owner's, which does steps of its kind from now on")
             self._plans[key] = None

@@ -87,17 +87,13 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        start, end = self._length, self._length + key_states.shape[-2]
-        buffers = self._room_for(key_states, value_states, end)
-        for buffer, states in zip(buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:end].copy_(states)
-        self._length = end
-        keys, values = self.keys, self.values
-        assert keys is not None
-        assert values is not None
-        if self.is_sliding:
-            num_seen = self.sliding_window - 1 + key_states.shape[-2]
-            keys, values = keys[:, :, -num_seen:], values[:, :, -num_seen:]
+        start, num_new = self._length, key_states.shape[-2]
+        key_buffer, value_buffer = self._room_for(key_states, value_states, start + num_new)
+        key_buffer.narrow(2, start, num_new).copy_(key_states)
+        value_buffer.narrow(2, start, num_new).copy_(value_states)
+        self._length = end = start + num_new
+        first = max(0, end - (self.sliding_window - 1 + num_new)) if self.is_sliding else 0
+        keys, values = key_buffer.narrow(2, first, end - first), value_buffer.narrow(2, first, end - first)
         if keys.shape[1] == 1:  # compressed (MLA): goes through a projection, which rounds differently for strided rows
             keys, values = keys.contiguous(), values.contiguous()
         return keys, values

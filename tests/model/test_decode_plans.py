@@ -17,7 +17,7 @@ from remote_modules.model.kv import SpanCache
 from remote_modules.model.replay import SpanModel
 
 PROMPT, STEPS = 5, 8
-OWNER_STEPS = 2  # one that notes the calls, one that is compared
+OWNER_STEPS = 3  # one that notes the calls of blocks, two that are compared: a plan, and its tape
 PLANNED = ["llama", "qwen3"]
 UNPLANNED = {"bloom": "alibi depends on the length", "mistral": "layers with a window"}
 
@@ -79,7 +79,7 @@ def counting(start: int, end: int) -> torch.Tensor:
 @pytest.mark.parametrize("family", PLANNED)
 @pytest.mark.parametrize("span", ["0:2", "2:4"])
 @pytest.mark.parametrize("given", [{}, {"attention_mask": full_mask, "position_ids": counting}], ids=["bare", "given"])
-def test_steps_after_the_second_go_without_the_owner(
+def test_steps_after_the_third_go_without_the_owner(
     folders: dict[str, Path], family: str, span: str, given: dict[str, Any]
 ) -> None:
     part = span_model(folders[family], span)
@@ -132,7 +132,7 @@ def test_plan_is_compared_again_when_the_length_has_doubled(folders: dict[str, P
     steps = 100
     with counted(part) as calls:
         outputs = decode(part, rows=1, steps=steps)
-    assert len(calls) == 1 + OWNER_STEPS + 1  # at 70 tokens; the next time is at 140
+    assert len(calls) == 1 + OWNER_STEPS + 1  # at 71 tokens; the next time is at 142
     assert same(outputs, replayed(folders["llama"], "1:3", rows=1, steps=steps))
 
 
@@ -191,13 +191,12 @@ def test_rows_that_change_get_a_plan_of_their_own(folders: dict[str, Path]) -> N
 def test_sessions_at_like_positions_do_not_share_what_blocks_may_change(folders: dict[str, Path]) -> None:
     part = span_model(folders["llama"], "1:3")
     expected = replayed(folders["llama"], "1:3")
-    assert same(decode(part), expected)
 
     def spoil(module: nn.Module, args: object, kwargs: dict[str, Any], output: torch.Tensor) -> None:
         for table in kwargs["position_embeddings"]:
             table.zero_()
 
-    part.blocks[2].register_forward_hook(spoil, with_kwargs=True)
+    part.blocks[2].register_forward_hook(spoil, with_kwargs=True)  # so there is no tape
     caches = [part.new_cache(), part.new_cache()]
     for _ in range(2):
         assert all(same(decode(part, cache=cache), expected) for cache in caches)
