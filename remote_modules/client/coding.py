@@ -112,9 +112,16 @@ def _without_positions(message: Request, tensors: Named) -> tuple[Request, Named
     positions = tensors.get("position_ids")
     if positions is None or not isinstance(message, StepRequest) or positions.dim() != 2:
         return message, tensors
-    following = torch.arange(message.position, message.position + message.call.num_tokens)
-    if positions.dtype != torch.int64 or not torch.equal(positions, following.expand(len(positions), -1)):
+    if positions.dtype != torch.int64 or not _follow(positions, message.position):
         return message, tensors
     others = {name: tensor for name, tensor in tensors.items() if name != "position_ids"}
     call = msgspec.structs.replace(message.call, position_rows=len(positions))
     return msgspec.structs.replace(message, call=call), others
+
+
+def _follow(positions: torch.Tensor, start: int) -> bool:
+    """Whether ``[n, T]`` count up from ``start`` in each row."""
+    num_tokens = positions.shape[1]
+    if num_tokens == 1:  # as in each step of decoding
+        return all(position == start for position in positions.flatten().tolist())
+    return torch.equal(positions, torch.arange(start, start + num_tokens).expand(len(positions), -1))

@@ -161,6 +161,13 @@ class HopCaches:
         self.past = past
         self.histories = {self.blocks.start: self.new_history()}
 
+    def cache_of(self, hop: Hop) -> PeerCache:
+        """That of a hop, which may be new."""
+        cache = self.caches.get(hop.span)
+        if cache is None:
+            cache = self.caches[hop.span] = PeerCache()
+        return cache
+
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens, of which there are more now."""
         for history in self.histories.values():

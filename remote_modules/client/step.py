@@ -99,7 +99,7 @@ class Step(Work):
     async def do_hop(self, hop: Hop, chain: Chain) -> None:
         if self._step_back():
             return
-        cache = self.session.caches.setdefault(hop.span, PeerCache())
+        cache = self.session.cache_of(hop)
         flights = self._flights.take(cache.session_id)
         start, end = hop.span.start, hop.span.end
         if self._position == self._start and self.session.keeps_history(start):
@@ -191,7 +191,7 @@ class Step(Work):
 
     async def _link(self, hop: Hop, chain: Chain) -> ClientConnection | None:
         """A connection over which a request can be sent ahead; None where that has to wait for its turn."""
-        cache = self.session.caches.setdefault(hop.span, PeerCache())
+        cache = self.session.cache_of(hop)
         try:
             connection = await self._connect(hop, cache, chain)
         except PeerError as exc:
@@ -302,7 +302,7 @@ class Step(Work):
         behind = self._behind(hop)
         if cache.position and behind and behind == self._position - self._start:
             self._free(hop)  # what it holds is of no use
-            cache = self.session.caches.setdefault(hop.span, PeerCache())
+            cache = self.session.cache_of(hop)
         call = self._step.call
         if not (behind or self._step.cuts):
             tokens = (self._position, self._position + call.num_tokens)

@@ -220,13 +220,16 @@ class _Recorder(TorchFunctionMode):
     @contextmanager
     def watching(self, layers: Sequence[Any]) -> Iterator[None]:
         """What cache layers do is one call each."""
+        before = [dict(vars(layer)) for layer in layers]
         for number, layer in enumerate(layers):
             layer.update = partial(self._update, number, layer.update)
         try:
             yield
         finally:
-            for layer in layers:
-                del layer.update  # the class has its own
+            for layer, own in zip(layers, before, strict=True):
+                del layer.update  # the class has one
+                if "update" in own:
+                    layer.update = own["update"]
 
     def _update(
         self, number: int, update: Callable[..., Any], keys: Any, values: Any, *args: Any, **kwargs: Any

@@ -14,7 +14,7 @@ from remote_modules.model.replay import OwnerArguments
 from remote_modules.model.tensors import concat_all, slice_tokens
 from remote_modules.server.checks import RequestTensors
 from remote_modules.server.engine import Engine, apply_op
-from remote_modules.server.executor import Batchable
+from remote_modules.server.jobs import Batchable
 from remote_modules.server.transfers import to_cpu
 from remote_modules.spans import Span
 from remote_modules.wire.messages import CacheOp

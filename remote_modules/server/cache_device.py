@@ -12,7 +12,8 @@ from remote_modules.errors import PeerRefused, RefusalReason, UnsupportedCallErr
 from remote_modules.model.kv_state import CacheForm
 from remote_modules.server.checks import refuse
 from remote_modules.server.engine import Engine
-from remote_modules.server.executor import Executor, Priority
+from remote_modules.server.executor import Executor
+from remote_modules.server.jobs import Priority
 from remote_modules.spans import Span
 
 __all__ = ["CacheDevice"]

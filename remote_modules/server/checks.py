@@ -24,6 +24,7 @@ __all__ = ["RequestTensors", "check_blocks", "check_kept_gradients", "check_ops"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _AUTOCASTS = ("", "bfloat16", "float16")
 _MAX_POSITION_KINDS = 8
+_MAX_POSITIONS = 2**31
 _RESERVED = {"input_ids", *INPUT_ARGUMENTS, *CACHE_ARGUMENTS, "attention_mask", "position_ids", "use_cache"}
 _RESERVED |= {"output_attentions", "output_hidden_states", "self"}
 _INTEGERS = (torch.int64, torch.int32, torch.bool)
@@ -96,16 +97,15 @@ def check_tensors(
     num_past = request.position if isinstance(request, StepRequest) else _past_length(found.past)
     num_columns = num_past + call.num_tokens
     for name, tensor in found.inputs.items():
-        if not wanted[name].fits(tensor, call.rows, call.num_tokens, hidden_size):
-            refuse(f"{name!r} must be {wanted[name].text(hidden_size)}, got {tensor.dtype} {list(tensor.shape)}")
-        if not tensor.is_floating_point():
-            _check_indices(name, tensor, num_columns if name.startswith("state.") else vocab_size)
+        if name != "hidden_states":  # which fit
+            most = num_columns if name.startswith("state.") else vocab_size
+            _check_other(name, tensor, wanted[name], call, hidden_size, most)
     missing = [name for name in sides if name not in found.inputs]
     if missing:
         refuse(f"blocks {blocks} need the side inputs {missing[:4]}")
     if call.position_rows:
         found.position_ids = _following(found.position_ids, request)
-    if found.position_ids is not None:
+    elif found.position_ids is not None:
         _check_positions(found.position_ids, call.rows, call.num_tokens)
     _check_masks(found, call, num_columns)
     if found.past:
@@ -129,6 +129,16 @@ def _check_hidden(
     if rows * num_tokens == 0 or not stack.hidden.fits(hidden_states, rows, num_tokens, hidden_size):
         expected, got = stack.hidden.text(hidden_size), list(hidden_states.shape)
         refuse(f"hidden states must be {expected} for {rows} x {num_tokens} tokens, got {got}")
+
+
+def _check_other(
+    name: str, tensor: torch.Tensor, spec: TensorSpec, call: CallMeta, hidden_size: int, most: int | None
+) -> None:
+    """Args: most: that indices are below."""
+    if not spec.fits(tensor, call.rows, call.num_tokens, hidden_size):
+        refuse(f"{name!r} must be {spec.text(hidden_size)}, got {tensor.dtype} {list(tensor.shape)}")
+    if not tensor.is_floating_point():
+        _check_indices(name, tensor, most)
 
 
 def _check_call(call: CallMeta, max_batch_tokens: int) -> None:
@@ -245,7 +255,7 @@ def _check_positions(position_ids: torch.Tensor, rows: int, num_tokens: int) -> 
         refuse(f"position_ids may be of {_MAX_POSITION_KINDS} kinds, got {list(position_ids.shape)}")
     few = position_ids.flatten().tolist() if num_tokens == 1 else None
     low, high = (min(few), max(few)) if few else (int(position_ids.min()), int(position_ids.max()))
-    if low < 0 or high >= 2**31:
+    if low < 0 or high >= _MAX_POSITIONS:
         refuse("position_ids must be in 0:2**31")
 
 
@@ -254,7 +264,12 @@ def _following(position_ids: torch.Tensor | None, request: Request) -> torch.Ten
     call = request.call
     if position_ids is not None or not isinstance(request, StepRequest) or call.position_rows not in (1, call.rows):
         refuse(f"position_rows must be 1 or {call.rows}, in a step without position_ids; got {call.position_rows}")
-    return torch.arange(request.position, request.position + call.num_tokens).repeat(call.position_rows, 1)
+    start, end = request.position, request.position + call.num_tokens
+    if end > _MAX_POSITIONS:
+        refuse("position_ids must be in 0:2**31")
+    if call.num_tokens == 1:
+        return torch.full((call.position_rows, 1), start)
+    return torch.arange(start, end).repeat(call.position_rows, 1)
 
 
 def _check_masks(found: RequestTensors, call: CallMeta, num_columns: int) -> None:

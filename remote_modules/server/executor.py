@@ -16,71 +16,24 @@ A broken device answers what it holds and whatever comes with a refusal: nobody 
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import math
 import threading
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from remote_modules.errors import PeerRefused, RefusalReason
-from remote_modules.plan.admission import AdmissionQueue, Ticket
+from remote_modules.plan.admission import AdmissionQueue
 from remote_modules.plan.batching import MAX_ROWS, Rounds
+from remote_modules.server.jobs import PATIENCE, Batchable, Job, Priority, Timed, answer_all, fail, tell
 
-__all__ = ["Batchable", "DeviceThread", "Executor", "Priority", "Timed"]
+__all__ = ["DeviceThread", "Executor"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class Priority(enum.IntEnum):
-    """Smaller goes first; but every so many decodes a prefill has its turn, which chunks keep short."""
-
-    DECODE = 0
-    PREFILL = 1
-    TRAINING = 2
-
-
-PATIENCE = {Priority.PREFILL: 8}
-
-
-@dataclass(frozen=True, slots=True)
-class Timed(Generic[T]):
-    """A result, the seconds it waited and the seconds it ran."""
-
-    value: T
-    queue_s: float
-    compute_s: float
-
-
-class Batchable(ABC):
-    """Work that may run together with more of its group.
-
-    Attributes:
-        group: of those that may; None: alone.
-        who: comes back with the next such work, once this is answered; None: is not waited for.
-        rows: how much of a batch it is.
-    """
-
-    group: Hashable | None
-    who: Hashable
-    rows: int
-
-    @abstractmethod
-    def __call__(self) -> Any:
-        """Run alone."""
-
-    @abstractmethod
-    def with_others(self, others: Sequence[Any]) -> list[Any]:
-        """Run with ``others`` of its group: what each would have returned. If it raises, nothing has changed."""
-
-    @abstractmethod
-    def parted(self) -> None:
-        """What failed with it as the first was done by each alone, without a fault."""
 
 
 class Executor(Protocol):
@@ -122,14 +75,6 @@ class Executor(Protocol):
         """Take no more work; jobs not begun are cancelled."""
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Job(Ticket):
-    work: Any  # callable
-    answer: asyncio.Future[Timed[Any]]
-    queued_s: float
-    has_begun: bool = False
-
-
 class DeviceThread:
     """The `Executor` of a real peer.
 
@@ -154,7 +99,7 @@ class DeviceThread:
     ) -> None:
         self.on_broken: Callable[[BaseException], object] = lambda exc: None
         self.retry_after_s = 1.0
-        self._queue: AdmissionQueue[_Job] = AdmissionQueue(max_waiting=max_queue)
+        self._queue: AdmissionQueue[Job] = AdmissionQueue(max_waiting=max_queue)
         self._clock = clock
         self._is_fatal = is_fatal
         self.num_batches = self.num_batched = 0
@@ -164,7 +109,7 @@ class DeviceThread:
         self._wake = threading.Condition()
         self._is_stopped = False
         self._broken_by: BaseException | None = None
-        self._running: list[_Job] = []
+        self._running: list[Job] = []
         self._name = name
         self._thread = self._new_thread()
 
@@ -186,7 +131,7 @@ class DeviceThread:
         on_admitted: Callable[[], object] | None = None,
     ) -> Timed[T]:
         now_s = self._clock()
-        job = _Job(
+        job = Job(
             priority=priority,
             client=client,
             deadline_s=now_s + timeout_s,
@@ -211,10 +156,10 @@ class DeviceThread:
         if on_admitted is not None and job not in refused:
             on_admitted()
         try:
-            return await asyncio.shield(job.answer)
+            return await job.answer
         except asyncio.CancelledError:
             if not self._drop(job):
-                await asyncio.wait([job.answer])  # it touches its session: nobody else may until it ends
+                await job.wait_end()  # it touches its session: nobody else may until it ends
             raise
 
     def restart(self) -> None:
@@ -230,7 +175,7 @@ class DeviceThread:
             dropped = self._queue.clear()
             self._wake.notify()
         for job in dropped:
-            _answer(job, lambda job=job: job.answer.cancel())  # type: ignore[misc]
+            tell(job, partial(job.answer_with, asyncio.Future.cancel))
         self._thread.join(timeout=10.0)
 
     def _new_thread(self) -> threading.Thread:
@@ -238,7 +183,7 @@ class DeviceThread:
         thread.start()
         return thread
 
-    def _drop(self, job: _Job) -> bool:
+    def _drop(self, job: Job) -> bool:
         with self._wake:
             return not job.has_begun and self._queue.remove(job)
 
@@ -249,7 +194,7 @@ class DeviceThread:
             self._running = []
             del jobs
 
-    def _do(self, jobs: list[_Job]) -> bool:
+    def _do(self, jobs: list[Job]) -> bool:
         """Run jobs and answer them; False if the device is broken now."""
         if len(jobs) > 1:
             began_s = self._clock()
@@ -270,7 +215,7 @@ class DeviceThread:
             jobs[0].work.parted()
         return is_usable
 
-    def _do_alone(self, job: _Job) -> bool:
+    def _do_alone(self, job: Job) -> bool:
         began_s = self._clock()
         try:
             value = job.work()
@@ -281,7 +226,7 @@ class DeviceThread:
                 return False
             self._num_failed += 1
             self._running.remove(job)
-            _fail(job, exc)
+            fail(job, exc)
         except BaseException as exc:  # the end of the thread must not be the end of those who wait
             logger.exception("the device thread died")
             self._break(exc)
@@ -290,7 +235,7 @@ class DeviceThread:
             self._succeed([job], [value], began_s)
         return True
 
-    def _succeed(self, jobs: list[_Job], values: list[Any], began_s: float) -> None:
+    def _succeed(self, jobs: list[Job], values: list[Any], began_s: float) -> None:
         now_s = self._clock()
         with self._wake:
             self._running = [job for job in self._running if job not in jobs]
@@ -298,7 +243,7 @@ class DeviceThread:
             if jobs[0].group is not None and jobs[0].work.who is not None:
                 self._rounds.answered([job.work.who for job in jobs], now_s=now_s, took_s=now_s - began_s)
         found = [Timed(value, began_s - job.queued_s, now_s - began_s) for job, value in zip(jobs, values, strict=True)]
-        _answer(jobs[0], lambda: _succeed(jobs, found))
+        answer_all(jobs, found)
 
     def _break(self, cause: BaseException) -> None:
         """Answer all that runs and waits: the device is of no use."""
@@ -310,11 +255,11 @@ class DeviceThread:
             self.on_broken(cause)
         finally:
             for job in running:
-                _fail(job, cause if isinstance(cause, Exception) else _broken())
+                fail(job, cause if isinstance(cause, Exception) else _broken())
             for job in waiting:
-                _fail(job, _broken())
+                fail(job, _broken())
 
-    def _next(self) -> list[_Job]:
+    def _next(self) -> list[Job]:
         """The next jobs, begun; none once stopped."""
         while True:
             with self._wake:
@@ -332,7 +277,7 @@ class DeviceThread:
             if job is not None or is_stopped:
                 return list(self._running)
 
-    def _gather(self, first: _Job) -> None:
+    def _gather(self, first: Job) -> None:
         """Let others of its group run with ``first``, and wait a moment for those who are due; the lock is held."""
         self._gathering = (self._clock(), first.group)
         while True:
@@ -348,15 +293,15 @@ class DeviceThread:
                 return
             self._wake.wait(timeout=wait_s)
 
-    def _begins_s(self, now_s: float, job: _Job) -> float:
+    def _begins_s(self, now_s: float, job: Job) -> float:
         """Until when the device waits for more that may run with ``job``, which is here; the lock is held."""
         if self._gathering is None or self._gathering[1] != job.group:
             return now_s
         return self._rounds.wait_until(free_s=self._gathering[0], now_s=now_s)
 
-    def _refuse(self, jobs: list[_Job], text: str) -> None:
+    def _refuse(self, jobs: list[Job], text: str) -> None:
         for job in jobs:
-            _fail(job, _busy(text, self._queue.retry_after_s))
+            fail(job, _busy(text, self._queue.retry_after_s))
 
 
 def _busy(text: str, retry_after_s: float) -> PeerRefused:
@@ -365,27 +310,3 @@ def _busy(text: str, retry_after_s: float) -> PeerRefused:
 
 def _broken() -> PeerRefused:
     return PeerRefused("the device failed under this request", peer_id="", reason=RefusalReason.INTERNAL)
-
-
-def _fail(job: _Job, error: Exception) -> None:
-    _answer(job, lambda: _set_exception(job.answer, error))
-
-
-def _answer(job: _Job, callback: Callable[[], object]) -> None:
-    """Have the event loop, which is that of all jobs, tell them."""
-    try:
-        job.answer.get_loop().call_soon_threadsafe(callback)
-    except RuntimeError:  # the loop is closed: nobody waits for this answer
-        logger.debug("result dropped, the event loop is gone")
-
-
-def _succeed(jobs: Sequence[_Job], found: Sequence[Timed[Any]]) -> None:
-    for job, timed in zip(jobs, found, strict=True):
-        if not job.answer.done():
-            job.answer.set_result(timed)
-
-
-def _set_exception(answer: asyncio.Future[Timed[Any]], exc: Exception) -> None:
-    if not answer.done():
-        answer.set_exception(exc)
-        answer.exception()  # seen, even when the request was cancelled meanwhile

@@ -39,10 +39,11 @@ from remote_modules.server.checks import (
 )
 from remote_modules.server.copies import Copies
 from remote_modules.server.engine import Engine
-from remote_modules.server.executor import Executor, Priority, Timed
+from remote_modules.server.executor import Executor
 from remote_modules.server.forwarding import Forwarding
 from remote_modules.server.graphs import is_out_of_memory
 from remote_modules.server.inbox import Inbox
+from remote_modules.server.jobs import Priority, Timed
 from remote_modules.server.limits import HandlerLimits
 from remote_modules.server.served import Served
 from remote_modules.server.sessions import SessionTable

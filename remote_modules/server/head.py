@@ -10,7 +10,7 @@ import torch
 
 from remote_modules.model.head import GreatestLogits
 from remote_modules.server.engine import Engine
-from remote_modules.server.executor import Batchable
+from remote_modules.server.jobs import Batchable
 from remote_modules.server.transfers import to_cpu
 from remote_modules.wire.messages import StepRequest
 

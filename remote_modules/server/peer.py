@@ -37,8 +37,9 @@ from remote_modules.plan.rebalance import MoveCost, Rule
 from remote_modules.plan.throughput import Layout
 from remote_modules.server.announcer import Announcer
 from remote_modules.server.capacity import free_unused
-from remote_modules.server.executor import DeviceThread, Priority
+from remote_modules.server.executor import DeviceThread
 from remote_modules.server.handler import Handler
+from remote_modules.server.jobs import Priority
 from remote_modules.server.limits import HandlerLimits
 from remote_modules.server.load_plan import LoadedSpan, LoadPlan
 from remote_modules.server.membership import discovery_of, display_name, is_announced

@@ -69,6 +69,10 @@ class Served:
 
     def _receive(self, event: MessageReceived) -> None:
         match event.message:
+            case request if isinstance(request, AnyRequest):
+                self._begin(request, event.body)
+            case messages.Push() as push:
+                self._take(push, event.body)
             case messages.ClientHello() as hello:
                 self._greet(hello)
             case messages.Cancel(request_id):
@@ -78,12 +82,8 @@ class Served:
                 self._handler.sessions.close(session_id)
             case messages.ReleaseGraph(request_id):
                 self._handler.activations.drop(self.connection_id, request_id)
-            case messages.Push() as push:
-                self._take(push, event.body)
             case messages.Ping(nonce):
                 self.connection.send(messages.Pong(nonce, self._handler.executor.load))
-            case request if isinstance(request, AnyRequest):
-                self._begin(request, event.body)
 
     def _take(self, push: messages.Push, body: Body) -> None:
         try:

@@ -16,8 +16,8 @@ from remote_modules.server.arguments import owner_arguments, whole_mask
 from remote_modules.server.batcher import StepWork
 from remote_modules.server.checks import RequestTensors, check_ops, refuse
 from remote_modules.server.engine import Engine
-from remote_modules.server.executor import Priority, Timed
 from remote_modules.server.head import logits_of
+from remote_modules.server.jobs import Priority, Timed
 from remote_modules.server.sessions import Session, SessionTable
 from remote_modules.spans import Span
 from remote_modules.wire.framing import Buffer

@@ -17,7 +17,8 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from remote_modules.errors import RemoteModulesError
-from remote_modules.server.executor import DeviceThread, Priority
+from remote_modules.server.executor import DeviceThread
+from remote_modules.server.jobs import Priority
 
 __all__ = ["DeviceSupervisor"]
 

@@ -13,8 +13,8 @@ from remote_modules.model.replay import OwnerArguments
 from remote_modules.server.activations import Activations
 from remote_modules.server.checks import RequestTensors, refuse
 from remote_modules.server.engine import Engine
-from remote_modules.server.executor import Priority, Timed
 from remote_modules.server.graphs import Graph
+from remote_modules.server.jobs import Priority, Timed
 from remote_modules.server.uploads import Uploads
 from remote_modules.spans import Span
 from remote_modules.wire.messages import AnyRequest, BackwardRequest, ForwardRequest

@@ -13,7 +13,7 @@ from random import Random
 from typing import Any, TypeVar
 
 from remote_modules.errors import PeerRefused, RefusalReason
-from remote_modules.server.executor import Priority, Timed
+from remote_modules.server.jobs import Priority, Timed
 from remote_modules.testing.fault_points import FaultPoints
 
 __all__ = ["Ailment", "SimulatedDevice", "broken", "busy", "out_of_memory"]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from remote_modules.errors import PeerRefused, RefusalReason
 from remote_modules.plan.admission import AdmissionQueue, Ticket
-from remote_modules.server.executor import Priority, Timed
+from remote_modules.server.jobs import Priority, Timed
 
 T = TypeVar("T")
 

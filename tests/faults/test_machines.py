@@ -32,7 +32,7 @@ from remote_modules.model.ranges import RemoteFile
 from remote_modules.model.shard_header import ShardHeader
 from remote_modules.peers import PeerId, PeerState
 from remote_modules.server import supervisor
-from remote_modules.server.executor import Priority
+from remote_modules.server.jobs import Priority
 from remote_modules.testing import LocalSwarm
 
 from .driving import gap_s, watching

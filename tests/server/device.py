@@ -7,7 +7,8 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from remote_modules.server.executor import DeviceThread, Priority, Timed
+from remote_modules.server.executor import DeviceThread
+from remote_modules.server.jobs import Priority, Timed
 
 
 class Gate:

@@ -21,7 +21,8 @@ from remote_modules.model.loading import read_config
 from remote_modules.server import batcher
 from remote_modules.server.batcher import StepWork
 from remote_modules.server.engine import Engine
-from remote_modules.server.executor import Batchable, DeviceThread, Priority
+from remote_modules.server.executor import DeviceThread
+from remote_modules.server.jobs import Batchable, Priority
 from remote_modules.server.packing import packing_fault
 from remote_modules.spans import Span
 

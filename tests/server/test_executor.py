@@ -9,7 +9,8 @@ from net.memory import turns
 
 from remote_modules.errors import PeerRefused, RefusalReason
 from remote_modules.plan.admission import UNKNOWN_JOB_S
-from remote_modules.server.executor import DeviceThread, Priority
+from remote_modules.server.executor import DeviceThread
+from remote_modules.server.jobs import Priority
 
 from .device import Gate, begun, device
 

@@ -8,7 +8,8 @@ import pytest
 
 from remote_modules.errors import PeerRefused
 from remote_modules.server import supervisor as supervisor_module
-from remote_modules.server.executor import DeviceThread, Priority
+from remote_modules.server.executor import DeviceThread
+from remote_modules.server.jobs import Priority
 from remote_modules.server.supervisor import DeviceSupervisor
 
 

@@ -13,7 +13,8 @@ from net.memory import until
 from remote_modules.errors import PeerRefused, RefusalReason
 from remote_modules.server.activations import Activations
 from remote_modules.server.engine import Engine
-from remote_modules.server.executor import DeviceThread, Priority, Timed
+from remote_modules.server.executor import DeviceThread
+from remote_modules.server.jobs import Priority, Timed
 from remote_modules.server.training import Training
 from remote_modules.server.uploads import Uploads
 from remote_modules.spans import Span

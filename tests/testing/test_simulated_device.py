@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from remote_modules.errors import PeerRefused, RefusalReason
-from remote_modules.server.executor import Priority
+from remote_modules.server.jobs import Priority
 from remote_modules.testing.fault_points import WAYS, CancelledAt, FaultPoints
 from remote_modules.testing.simulated_device import MAX_QUEUE, Ailment, SimulatedDevice, busy
 
