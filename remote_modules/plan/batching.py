@@ -8,6 +8,9 @@ before it has; one that is alone never waits.
 
 A long prompt would keep all of them waiting: while others decode, it runs in chunks, between which they have a turn.
 
+A session that has been alone for a while, with short steps, need not wait for the device's thread: handing a step over
+and back costs more than it is worth when nobody else is kept waiting.
+
 Pure: times go in, decisions come out.
 """
 
@@ -17,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
-__all__ = ["Decoders", "Rounds"]
+__all__ = ["Decoders", "LoneSession", "Rounds"]
 
 MAX_ROWS = 64
 LINGER_SHARE = 0.5
@@ -25,6 +28,8 @@ MAX_LINGER_S = 0.025
 LATENESS = 2.0  # times its usual absence that a session is waited for
 SMOOTHING = 0.3
 MAX_KNOWN = 4096
+SHORT_S = 0.03  # others' messages may wait for so long
+MANY_STEPS = 8  # of one session in a row, all of them short
 DECODING_S = 0.5  # since its last step that a session counts as one that decodes
 
 
@@ -83,6 +88,24 @@ class Rounds:
         limit_s = free_s + min(MAX_LINGER_S, LINGER_SHARE * self._took_s)
         ends_s = (min(late_s, limit_s) for due_s, late_s in self._due_s.values() if due_s <= limit_s)
         return max(ends_s, default=free_s)
+
+
+class LoneSession:
+    """Whether the session whose steps come one after another, with none of others between them, has short ones."""
+
+    def __init__(self) -> None:
+        self._who: Hashable = None
+        self._num_short = 0
+
+    def came(self, who: Hashable) -> bool:
+        """A session brought a step; None: other work came. Whether the step may run where it came."""
+        if who is None or who != self._who:
+            self._who, self._num_short = who, 0
+        return self._num_short >= MANY_STEPS
+
+    def done(self, took_s: float) -> None:
+        """Work was done."""
+        self._num_short = self._num_short + 1 if took_s <= SHORT_S else 0
 
 
 class Decoders:

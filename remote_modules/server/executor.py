@@ -5,6 +5,9 @@ prefill before training, so that a training batch never delays a token by more t
 `Batchable` work of one group that waits when the device becomes free runs as one (`plan.batching`); should that fail,
 each runs alone, so that only those who are at fault see an error.
 
+A session that is alone with short steps has them run where they come in, on the event loop, while the thread is idle: a
+hand-over there and back takes as long as some small blocks.
+
 ::
 
     running -- something that is no `Exception`, or a fatal one --> broken -- restart --> running
@@ -26,7 +29,7 @@ from typing import Any, Protocol, TypeVar
 
 from remote_modules.errors import PeerRefused, RefusalReason
 from remote_modules.plan.admission import AdmissionQueue
-from remote_modules.plan.batching import MAX_ROWS, Rounds
+from remote_modules.plan.batching import MAX_ROWS, LoneSession, Rounds
 from remote_modules.server.jobs import PATIENCE, Batchable, Job, Priority, Timed, answer_all, fail, tell
 
 __all__ = ["DeviceThread", "Executor"]
@@ -105,13 +108,15 @@ class DeviceThread:
         self.num_batches = self.num_batched = 0
         self._num_failed = 0  # jobs that raised
         self._rounds = Rounds()
+        self._lone = LoneSession()
         self._gathering: tuple[float, Hashable] | None = None  # since when, and for which group
         self._wake = threading.Condition()
         self._is_stopped = False
         self._broken_by: BaseException | None = None
         self._running: list[Job] = []
         self._name = name
-        self._thread = self._new_thread()
+        with self._wake:
+            self._thread = self._new_thread()
 
     @property
     def load(self) -> int:
@@ -140,17 +145,10 @@ class DeviceThread:
             answer=asyncio.get_running_loop().create_future(),
             queued_s=now_s,
         )
-        batchable = work if isinstance(work, Batchable) else None
-        if batchable is not None:
-            job.group, job.rows = batchable.group, batchable.rows
-        with self._wake:
-            if self._broken_by is not None and not self._is_stopped:
-                raise _busy("the device failed and is being restarted", self.retry_after_s)
-            refused = [job] if self._is_stopped else self._queue.put(job, now_s=now_s)
-            if batchable is not None and batchable.group is not None and batchable.who is not None:
-                self._rounds.came(batchable.who, now_s=now_s)
-            if self._begins_s(now_s, job) <= now_s:
-                self._wake.notify()
+        refused = self._admit(job)
+        if job.is_here:
+            self._do([job])
+            self._running = []
         if refused:
             self._refuse(refused, f"{len(self._queue)} requests wait for the device already")
         if on_admitted is not None and job not in refused:
@@ -162,12 +160,39 @@ class DeviceThread:
                 await job.wait_end()  # it touches its session: nobody else may until it ends
             raise
 
+    def _admit(self, job: Job) -> list[Job]:
+        """Queue a job, or let it run here; the jobs to refuse.
+
+        Raises:
+            PeerRefused: the device is broken.
+        """
+        who, now_s = None, job.queued_s
+        if isinstance(job.work, Batchable):
+            job.group, job.rows = job.work.group, job.work.rows
+            who = None if job.group is None else job.work.who
+        with self._wake:
+            if self._is_stopped:
+                return [job]
+            if self._broken_by is not None:
+                raise _busy("the device failed and is being restarted", self.retry_after_s)
+            if who is not None:
+                self._rounds.came(who, now_s=now_s)
+            if self._lone.came(who) and not (self._running or len(self._queue)):
+                job.is_here = job.has_begun = True
+                self._running = [job]
+                return []
+            refused = self._queue.put(job, now_s=now_s)
+            if self._begins_s(now_s, job) <= now_s:
+                self._wake.notify()
+            return refused
+
     def restart(self) -> None:
         """Bring a broken device back; without effect on one that runs or is stopped."""
         with self._wake:
             if self._broken_by is not None and not self._is_stopped:
                 self._broken_by = None
                 self._thread = self._new_thread()
+                self._wake.notify_all()  # one that did not break itself, but saw a step break that ran elsewhere
 
     def stop(self) -> None:
         with self._wake:
@@ -240,6 +265,7 @@ class DeviceThread:
         with self._wake:
             self._running = [job for job in self._running if job not in jobs]
             self._queue.done(took_s=now_s - began_s, num_jobs=len(jobs))
+            self._lone.done(now_s - began_s)
             if jobs[0].group is not None and jobs[0].work.who is not None:
                 self._rounds.answered([job.work.who for job in jobs], now_s=now_s, took_s=now_s - began_s)
         found = [Timed(value, began_s - job.queued_s, now_s - began_s) for job, value in zip(jobs, values, strict=True)]
@@ -260,22 +286,31 @@ class DeviceThread:
                 fail(job, _broken())
 
     def _next(self) -> list[Job]:
-        """The next jobs, begun; none once stopped."""
+        """The next jobs, begun; none once stopped, or once another thread is the device's."""
         while True:
             with self._wake:
-                job, expired = self._queue.take(now_s=self._clock())
-                while job is None and not expired and not self._is_stopped:
+                job, expired = self._take()
+                while job is None and not expired and not self._is_over:
                     self._wake.wait()
-                    job, expired = self._queue.take(now_s=self._clock())
+                    job, expired = self._take()
                 if job is not None:
                     job.has_begun = True
                     self._running = [job]
                     if job.group is not None:
                         self._gather(job)
-                is_stopped = self._is_stopped
+                is_over = self._is_over
             self._refuse(expired, "the request waited longer than its client does")
-            if job is not None or is_stopped:
-                return list(self._running)
+            if job is not None or is_over:
+                return [] if job is None else list(self._running)
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether this thread has no more work to expect."""
+        return self._is_stopped or self._thread is not threading.current_thread()
+
+    def _take(self) -> tuple[Job | None, list[Job]]:
+        is_mine = self._thread is threading.current_thread()
+        return self._queue.take(now_s=self._clock()) if is_mine else (None, [])
 
     def _gather(self, first: Job) -> None:
         """Let others of its group run with ``first``, and wait a moment for those who are due; the lock is held."""

@@ -74,6 +74,7 @@ class Job(Ticket):
         work: callable; its result, or what it raises, is the answer.
         queued_s: when it came.
         has_begun, has_ended: on the device; its answer may have been cancelled before.
+        is_here: it runs on the event loop of whoever waits for it.
     """
 
     work: Any  # callable
@@ -81,6 +82,7 @@ class Job(Ticket):
     queued_s: float
     has_begun: bool = False
     has_ended: bool = False
+    is_here: bool = False
     end: asyncio.Future[None] | None = None  # that somebody waits for
 
     def answer_with(self, give: Callable[[asyncio.Future[Timed[Any]]], object]) -> None:
@@ -109,6 +111,9 @@ def fail(job: Job, error: Exception) -> None:
 
 def tell(job: Job, callback: Callable[[], object]) -> None:
     """Call on the event loop of whoever waits for ``job``."""
+    if job.is_here:
+        callback()
+        return
     try:
         job.answer.get_loop().call_soon_threadsafe(callback)
     except RuntimeError:  # the loop is closed: nobody waits for this answer

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from remote_modules.plan import batching
-from remote_modules.plan.batching import DECODING_S, LATENESS, LINGER_SHARE, MAX_LINGER_S, Decoders, Rounds
+from remote_modules.plan.batching import (
+    DECODING_S,
+    LATENESS,
+    LINGER_SHARE,
+    MANY_STEPS,
+    MAX_LINGER_S,
+    SHORT_S,
+    Decoders,
+    LoneSession,
+    Rounds,
+)
 
 STEP_S = 0.010
 AWAY_S = 0.002
@@ -101,3 +111,24 @@ def test_the_table_of_decoders_is_capped(monkeypatch: pytest.MonkeyPatch) -> Non
         decoders.came(who, now_s=0.0)
     assert not decoders.others("c", now_s=0.0, is_open=lambda who: who == "a")
     assert decoders.others("c", now_s=0.0, is_open=lambda who: who == "b")
+
+
+def test_lone_session_is_known_after_many_short_steps() -> None:
+    lone = LoneSession()
+    for _ in range(MANY_STEPS):
+        assert not lone.came("a")
+        lone.done(SHORT_S)
+    assert lone.came("a")
+    lone.done(2 * SHORT_S)
+    assert not lone.came("a")
+
+
+@pytest.mark.parametrize("other", ["b", None])
+def test_session_is_not_alone_once_something_else_came(other: str | None) -> None:
+    lone = LoneSession()
+    for _ in range(MANY_STEPS):
+        lone.came("a")
+        lone.done(0.0)
+    assert not lone.came(other)
+    lone.done(0.0)
+    assert not lone.came("a")
