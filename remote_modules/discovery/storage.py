@@ -16,7 +16,7 @@ from remote_modules.errors import DiscoveryError
 from remote_modules.peers import PeerRecord, SignedRecord
 from remote_modules.plan.leases import Lease, LeaseTable
 
-__all__ = ["LeaseStorage", "Listing", "MemoryStorage", "StorageDownError"]
+__all__ = ["LeaseStorage", "Listing", "MemoryStorage", "StorageDownError", "give_memory_back"]
 
 
 _rng = Random()
@@ -99,15 +99,15 @@ class MemoryStorage:
         self._most = max(self._most, num_leases)
         if self._most >= MANY and num_leases < self._most // 2:
             self._most = num_leases
-            _give_memory_back()
+            give_memory_back()
         return num_leases
 
     async def aclose(self) -> None:
         """Nothing is held."""
 
 
-def _give_memory_back() -> None:
-    """glibc keeps what lies between blocks in use, which is nearly all after a herd has come and gone."""
+def give_memory_back() -> None:
+    """Free memory to the system: glibc keeps what lies between blocks in use, which may be nearly all."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # another C library
         trim(0)

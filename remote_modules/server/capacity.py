@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from remote_modules.discovery.storage import give_memory_back
 from remote_modules.peers import PeerRecord, PeerState
 from remote_modules.plan.election import members_of
 from remote_modules.plan.placement import choose_span
@@ -64,8 +65,9 @@ def upload_budget(device: torch.device) -> int:
 
 
 def free_unused() -> None:
-    """Give back the memory of a span that is held no more."""
+    """Give back what nothing refers to any more: of a span that is not held now, or of loading one."""
     gc.collect()
+    give_memory_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -89,6 +89,7 @@ class LoadedSpan:
         if config.graphs and can_capture(model):
             capture_steps(model, self.kv_budget_bytes, compiled=config.compile_rows)
         self.measure()
+        free_unused()
 
 
 class LoadPlan:
