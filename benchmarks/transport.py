@@ -137,14 +137,16 @@ def measure_pause(lab: Any, *, rounds: int) -> dict[str, tuple[float, float, flo
             for kind in ("raw", plain)
         )
         stack.enter_context(lab.inside("client"))
-        arms: dict[str, Client] = {
-            "raw": RawClient(raw, SMALL_BYTES),
-            "not kept warm": ConnectionClient(ours, SMALL_BYTES, is_request=True),
-            "kept warm": ConnectionClient(ours, SMALL_BYTES, is_request=True, keep_warm_s=KEEP_WARM_S),
+        connect = partial(ConnectionClient, ours, SMALL_BYTES, is_request=True)
+        arms: dict[str, Callable[[], Client]] = {
+            "raw": partial(RawClient, raw, SMALL_BYTES),
+            "not kept warm": connect,
+            "kept warm": partial(connect, keep_warm_s=KEEP_WARM_S),
         }
         found = {}
-        for name, client in arms.items():
+        for name, arm in arms.items():
             say(f"pauses, {name}")
+            client = arm()  # not before: its loop stands still until its turn, and the server cuts off who is silent
             pairs = [pause_pair(client) for _ in range(rounds)]
             ratio = statistics.median(after / before for before, after in pairs)
             before_s, after_s = (statistics.median(column) for column in zip(*pairs, strict=True))
