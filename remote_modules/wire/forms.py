@@ -168,7 +168,7 @@ class Levels:
 
 
 INT8 = Integers(block=64, largest=126, most_steps=127.06)
-INT4 = Levels(block=16)
+INT4 = Levels(block=8)
 
 _VALUES = np.array(LEVELS, np.float32) / 128
 _GRID_VALUES = np.concatenate([np.arange(128), np.arange(-128, 0)]) / GRID  # by the byte of two's complement

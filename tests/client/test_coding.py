@@ -30,7 +30,7 @@ TENSORS = {
 
 
 @pytest.mark.parametrize(
-    ("wire", "codec", "per_token"), [("compute", "", 328), ("int8", "int8o", 108), ("int4", "int4o", 71)]
+    ("wire", "codec", "per_token"), [("compute", "", 328), ("int8", "int8o", 108), ("int4", "int4o", 76)]
 )
 def test_demand_is_of_the_bytes_that_travel(wire: str, codec: str, per_token: int) -> None:
     coding = Coding(wire, NAMES)

@@ -178,9 +178,9 @@ def test_outliers_leave_ordinary_channels_their_bits(codec: str, most: float, dt
 
 def test_bytes_of_one_vector_follow_from_its_length() -> None:
     assert codecs.num_bytes("int8o", (1, 8192)) == 8192 + 2 + 128 + 13 * 4
-    assert codecs.num_bytes("int4o", (1, 8192)) == 4096 + 2 + 512 + 13 * 4
+    assert codecs.num_bytes("int4o", (1, 8192)) == 4096 + 2 + 1024 + 13 * 4
     assert codecs.num_bytes("int8o", (2, 3, 160)) == 6 * (160 + 2 + 3 + 4 * 4)
-    assert codecs.num_bytes("int4o", (33,)) == 17 + 2 + 3 + 4 * 4
+    assert codecs.num_bytes("int4o", (33,)) == 17 + 2 + 5 + 4 * 4
     assert outliers.num_outliers(3000) == 5
 
 
@@ -203,7 +203,7 @@ def test_bytes_with_outliers_are_those_of_the_document() -> None:
     tensor[4], tensor[5], tensor[6], tensor[16], tensor[32] = 1.0, -0.5, 0.25, -0.25, 0.125
     metas, body = sent(tensor, "int4o")
     codes = bytes([0x77, 0x77, 0xC0, 0x75, *[0x77] * 4, 0x70, *[0x77] * 7, 0])  # -0.5 is 68 of -128, 0.25 is -33
-    expected = b"".join([codes, bytes([0, 0]), bytes([128, 16, 128 + 24]), *parts[3:]])
+    expected = b"".join([codes, bytes([0, 0]), bytes([128, 127, 16, 127, 128 + 24]), *parts[3:]])
     assert bytes(body) == expected + bytes(-len(expected) % ALIGNMENT_BYTES)
 
 
