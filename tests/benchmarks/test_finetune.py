@@ -67,7 +67,7 @@ def test_training_that_differs_from_the_local_one_is_seen(
     def shifted(task: Any, **options: Any) -> Any:
         model = local(task, **options)
         with torch.no_grad():
-            model.get_base_model().model.layers[4].mlp.up_proj.lora_B.default.weight.add_(1e-3)
+            model.get_base_model().model.layers[4].mlp.up_proj.lora_B.default.weight.add_(1e-2)
         return model
 
     monkeypatch.setattr(finetune, "_local", shifted)
