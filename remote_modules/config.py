@@ -75,9 +75,9 @@ class ClientConfig:
     history_memory_bytes: int = 4 * 1024**3  # what sessions keep to rebuild lost KV caches; beyond it goes to disk
     history_dtype: str = "compute"  # as it came, or "int8": a quarter of float32, and replays that are a little off
     history_folder: Path | None = None  # for the file beyond history_memory_bytes; None: the system's choice
-    wire: str = (
-        "compute"  # hidden states and gradients as they are; "int8": half of 16 bits; "int4": prefill, forward too
-    )
+    # Hidden states and gradients as they are, "int8": in half of 16 bits, "int4": prefill and forwards in a third; or
+    # "auto": coded where links are what takes the time, so that numbers depend on what was measured of them.
+    wire: str = "compute"
     direct: bool = True  # peers send their outputs on to each other beside the client: N+1 one-way delays, not 2N
     prefill_chunk_tokens: int = 0  # longer prompts go through direct hops in such chunks, all hops at once; 0: whole
     max_request_bytes: int = 256 * 1024 * 1024  # tensors of one request
@@ -100,7 +100,7 @@ class ClientConfig:
                     _check_positive(one.name, value)
         _check_choice("keep_histories", self.keep_histories, ("each_hop", "first"))
         _check_choice("history_dtype", self.history_dtype, ("compute", "int8"))
-        _check_choice("wire", self.wire, ("compute", "int8", "int4"))
+        _check_choice("wire", self.wire, ("compute", "int8", "int4", "auto"))
         if self.max_ban_s < self.ban_s:
             raise ValueError(f"max_ban_s must be at least ban_s, got {self.max_ban_s} and {self.ban_s}")
         if self.max_request_timeout_s < self.min_request_timeout_s:

@@ -21,6 +21,7 @@ from functools import partial
 from typing import TypeVar
 
 from remote_modules.client.answers import AnswerChecker
+from remote_modules.client.coding import Coding
 from remote_modules.client.failures import PassFailures
 from remote_modules.client.fitness import obstacle, refusal
 from remote_modules.client.hedging import Hedge, Outrun
@@ -101,11 +102,13 @@ class Chain:
         swarm: where peers come from.
         recovery: decides what follows a failure.
         failures: of the whole pass.
+        coding: of its tensors.
     """
 
     swarm: Swarm
     recovery: Recovery
     failures: PassFailures
+    coding: Coding
     may_hedge: bool = True
     answers: AnswerChecker = field(init=False)
     requests: HopRequests = field(init=False)
@@ -114,15 +117,15 @@ class Chain:
 
     def __post_init__(self) -> None:
         self.answers = AnswerChecker(self.swarm.stack, self.swarm.hidden_size)
-        self.requests = HopRequests(self.swarm, self.recovery.deadline_s)
+        self.requests = HopRequests(self.swarm, self.recovery.deadline_s, self.coding)
 
     @classmethod
-    def begin(cls, swarm: Swarm, failures: PassFailures | None = None) -> Chain:
+    def begin(cls, swarm: Swarm, coding: Coding, failures: PassFailures | None = None) -> Chain:
         """Args: failures: of the pass, where this is one of its microbatches."""
         deadline_s = swarm.clock() + swarm.config.pass_deadline_s
         router = swarm.router
         recovery = Recovery(router.breakers, router.budget, deadline_s=deadline_s, rng=swarm.rng)
-        return cls(swarm, recovery, failures or PassFailures(swarm.stats), may_hedge=swarm.config.hedge)
+        return cls(swarm, recovery, failures or PassFailures(swarm.stats), coding, may_hedge=swarm.config.hedge)
 
     async def drive(self, work: Work) -> None:
         """Do all hops of ``work``.
@@ -233,7 +236,7 @@ class Chain:
         swarm.router.claim(hops)
         swarm.stats.hedges += 1
         logger.info("hop is slow peer=%s span=%s, asking others too", short_id(hop.peer_id), hop.span)
-        chain = Chain(swarm, self.recovery, self.failures, may_hedge=False)
+        chain = Chain(swarm, self.recovery, self.failures, self.coding, may_hedge=False)
         is_done = False
         try:
             is_done = await chain._do_all(rival, hop, hops)

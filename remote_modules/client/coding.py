@@ -13,6 +13,7 @@ import torch
 
 from remote_modules.client.call import Named
 from remote_modules.net.client_connection import ClientConnection
+from remote_modules.plan.wire_choice import PLAIN
 from remote_modules.wire.codecs import can_encode, rounded
 from remote_modules.wire.codecs import num_bytes as coded_bytes
 from remote_modules.wire.framing import Buffer
@@ -30,12 +31,17 @@ class Coding:
     """What one client does with the tensors of its requests.
 
     Args:
-        wire: `ClientConfig.wire`.
+        wire: `ClientConfig.wire`, or what is chosen for ``"auto"``.
         names: of the tensors that may lose bits: `StackSpec.coded`.
     """
 
     wire: str
     names: frozenset[str]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tensors travel as they are."""
+        return self.wire == PLAIN
 
     def encode(
         self, message: Request, tensors: Named, connection: ClientConnection, *, is_merged: bool = False
@@ -53,7 +59,7 @@ class Coding:
             tensors = {n: rounded(coded[n], tensor) if n in coded else tensor for n, tensor in tensors.items()}
         metas, body = encode_tensors(tensors, coded if is_thin else None, pad_end=not is_thin)
         call = message.call
-        if self.wire != "compute" and is_thin:
+        if not self.is_plain and is_thin:
             reply_codec = self._reply_codec(message, is_merged=is_merged)
             call = msgspec.structs.replace(call, reply_codec=reply_codec)
         return msgspec.structs.replace(message, tensors=metas, call=call), body
@@ -68,7 +74,7 @@ class Coding:
 
     def settle(self, message: Request, output: Output, replies: Named, *, is_merged: bool = False) -> Named:
         """What was answered, as if all of it had come in the codec that `encode` asks for."""
-        if self.wire == "compute":
+        if self.is_plain:
             return replies
         codec = self._reply_codec(message, is_merged=is_merged)
         plain = {meta.name for meta in output.tensors if not meta.codec} & self.names
@@ -83,11 +89,11 @@ class Coding:
         )
 
     def _is_coded(self, codec: str, name: str, tensor: torch.Tensor) -> bool:
-        return self.wire != "compute" and name in self.names and can_encode(codec, tensor)
+        return not self.is_plain and name in self.names and can_encode(codec, tensor)
 
     def _codecs(self, message: Request, tensors: Named, *, is_merged: bool) -> dict[str, str]:
         """By the names of what is coded."""
-        if self.wire == "compute":
+        if self.is_plain:
             return {}
         codec = FINE if is_merged else self._codec(_num_tokens(message))
         return {name: FINE if name.startswith("grad.") else codec for name in tensors if name in self.names}

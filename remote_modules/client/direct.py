@@ -209,7 +209,7 @@ def _is_open(session: HopCaches, hop: Hop, target: Hop, link: ClientConnection |
 def push_input(session: HopCaches, flight: Flight, inputs: Named) -> None:
     """Send a flight its input ourselves; it is ignored where it is there already."""
     swarm, link, message = session.swarm, flight.connection, flight.message
-    metas, body = swarm.coding.encode_inputs(message, inputs, link)
+    metas, body = session.coding.encode_inputs(message, inputs, link)
     grant = session.key.grant("", flight.hop.peer_id, message.session_id)
     timeout_s = swarm.config.max_request_timeout_s
     push = Push(link.new_request_id(), message.session_id, message.step_id, "", grant, metas, timeout_s)

@@ -118,6 +118,7 @@ class HopCaches:
         past: keys and values that the session began with (`model.past`).
         buddies: copies that take over when a hop fails, by the hop's span.
         targets: copies on their way to a new route.
+        coding: of its tensors, chosen with the first route.
         mutex: cache operations come from the caller's thread, copies end on the loop.
     """
 
@@ -130,6 +131,7 @@ class HopCaches:
         self.buddies: dict[Span, Copy] = {}
         self.targets: list[Copy] = []
         self.mutex = threading.Lock()
+        self.coding = swarm.coding
         self._key: SessionKey | None = None
         self.histories: dict[int, History] = {blocks.start: self.new_history()}
 
@@ -210,7 +212,7 @@ class HopCaches:
     def fork(self) -> tuple[HopCaches, list[Copy]]:
         """Equal history, and caches that are equal once the copies are made."""
         fork = HopCaches(self.swarm, self.blocks)
-        fork.past = dict(self.past)
+        fork.past, fork.coding = dict(self.past), self.coding
         with self.mutex:
             fork.hops = list(self.hops)
             fork.histories = {start: history.copy() for start, history in self.histories.items()}

@@ -13,6 +13,7 @@ import torch
 
 from remote_modules.client.adapters import HopAdapter
 from remote_modules.client.call import Named
+from remote_modules.client.coding import Coding
 from remote_modules.client.direct import Flight
 from remote_modules.client.hedging import Hedge
 from remote_modules.client.stats import HopTiming
@@ -32,6 +33,7 @@ class HopRequests:
 
     Args:
         deadline_s: of the pass.
+        coding: of its tensors.
 
     Attributes:
         hedge: of the hop that is being done.
@@ -39,12 +41,13 @@ class HopRequests:
         timings: of all answers.
     """
 
-    def __init__(self, swarm: Swarm, deadline_s: float) -> None:
+    def __init__(self, swarm: Swarm, deadline_s: float, coding: Coding) -> None:
         self.hedge: Hedge[Any] | None = None
         self.output: Output | None = None
         self.timings: list[HopTiming] = []
         self._swarm = swarm
         self._deadline_s = deadline_s
+        self._coding = coding
 
     async def send(
         self,
@@ -114,7 +117,7 @@ class HopRequests:
             flight.output, replies = await flight.connection.request(coded, body, timeout_s=limit_s)
         finally:
             swarm.count_bytes(flight.connection)
-        return swarm.coding.settle(message, flight.output, replies)
+        return self._coding.settle(message, flight.output, replies)
 
     async def land(
         self, flight: Flight, kind: str, *, push: Callable[[], object] | None, num_bytes: int, offered: str
@@ -204,12 +207,12 @@ class HopRequests:
                 hedge.request_ends()
             swarm.count_bytes(connection)
         self._note(hop, num_tokens, took_s, output)
-        return swarm.coding.settle(message, output, replies, is_merged=is_merged)
+        return self._coding.settle(message, output, replies, is_merged=is_merged)
 
     def _encoded(
         self, message: Request, tensors: Named, connection: ClientConnection, *, is_merged: bool = False
     ) -> tuple[Request, list[Buffer]]:
-        message, body = self._swarm.coding.encode(message, tensors, connection, is_merged=is_merged)
+        message, body = self._coding.encode(message, tensors, connection, is_merged=is_merged)
         num_bytes, limit = sum(map(len, body)), self._swarm.config.max_request_bytes
         if num_bytes > limit:  # the answer, of like size, would be refused here and look like the peer's fault
             text = f"request of {num_bytes} bytes exceeds max_request_bytes={limit}; send fewer tokens"

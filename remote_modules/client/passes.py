@@ -20,6 +20,7 @@ from remote_modules.client.microbatches import Microbatch, NotCutError, cut_grad
 from remote_modules.client.pipeline import Pipeline
 from remote_modules.client.swarm import Swarm
 from remote_modules.client.traces import Batch, Segment, Trace, Wanted, release
+from remote_modules.client.wire_choice import coding_for
 from remote_modules.errors import PeerRefused, RefusalReason
 from remote_modules.net.client_connection import ClientConnection
 from remote_modules.plan.routing import Demand, Hop
@@ -218,8 +219,13 @@ async def _forward_in(swarm: Swarm, batch: Batch, parts: Sequence[Microbatch]) -
 
 
 async def _forward(swarm: Swarm, batch: Batch, parts: Sequence[Microbatch]) -> tuple[Named, Named, Trace]:
-    demand = demand_of(swarm.coding.num_bytes(parts[0].inputs), parts[0].call, kv_tokens=0)
+    part = parts[0]
+    demand = demand_of((batch.coding or swarm.coding).num_bytes(part.inputs), part.call, kv_tokens=0)
     pipeline = await Pipeline.plan(swarm, batch.blocks, demand, len(parts))
+    coding = batch.coding or coding_for(
+        swarm, pipeline.routes[0], demand, part.inputs, part.call.num_tokens, is_pipelined=len(parts) > 1
+    )
+    batch, pipeline = replace(batch, coding=coding), replace(pipeline, coding=coding)
     begun: list[_Forward] = []
 
     async def do(number: int) -> _Forward:
@@ -272,8 +278,9 @@ async def _backward(
     pairs = zip(trace.segments, needed, strict=True)
     release([segments[: len(segments) - len(own)] for segments, own in pairs])
     first = cut_grads(stack, grads, num_rows, parts[0].rows) if len(parts) > 1 else grads
-    demand = demand_of(swarm.coding.num_bytes(first), parts[0].call, kv_tokens=0)
-    pipeline = Pipeline.along(swarm, [trace.route(number) for number in range(len(parts))], demand)
+    coding = trace.batch.coding or swarm.coding
+    demand = demand_of(coding.num_bytes(first), parts[0].call, kv_tokens=0)
+    pipeline = Pipeline.along(swarm, [trace.route(number) for number in range(len(parts))], demand, coding)
 
     async def do(number: int) -> _Backward:
         part = parts[number]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from remote_modules.client.chain import Chain
+from remote_modules.client.coding import Coding
 from remote_modules.client.failures import PassFailures
 from remote_modules.client.stats import HopTiming
 from remote_modules.client.swarm import Swarm
@@ -26,12 +27,14 @@ class Pipeline:
     Args:
         routes: of each microbatch, as planned.
         demand: of one microbatch.
+        coding: of the tensors.
     """
 
     swarm: Swarm
     routes: Sequence[tuple[Hop, ...]]
     demand: Demand
     failures: PassFailures
+    coding: Coding
     chains: list[Chain]  # of the microbatches, as they began
 
     @classmethod
@@ -42,17 +45,17 @@ class Pipeline:
             NoRouteError: see `Chain.route`.
         """
         failures = PassFailures(swarm.stats)
-        routes = await Chain.begin(swarm, failures).shares(blocks, demand, count)
-        return cls(swarm, routes, demand, failures, [])
+        routes = await Chain.begin(swarm, swarm.coding, failures).shares(blocks, demand, count)
+        return cls(swarm, routes, demand, failures, swarm.coding, [])
 
     @classmethod
-    def along(cls, swarm: Swarm, routes: Sequence[tuple[Hop, ...]], demand: Demand) -> Pipeline:
+    def along(cls, swarm: Swarm, routes: Sequence[tuple[Hop, ...]], demand: Demand, coding: Coding) -> Pipeline:
         """The way back."""
-        return cls(swarm, routes, demand, PassFailures(swarm.stats), [])
+        return cls(swarm, routes, demand, PassFailures(swarm.stats), coding, [])
 
     def begin(self) -> Chain:
         """The chain of the next microbatch; its deadline begins now."""
-        chain = Chain.begin(self.swarm, self.failures)
+        chain = Chain.begin(self.swarm, self.coding, self.failures)
         self.chains.append(chain)
         return chain
 

@@ -20,6 +20,7 @@ from remote_modules.plan.moves import find_better, move_seconds
 from remote_modules.plan.own_requests import OwnRequests, Sent
 from remote_modules.plan.routing import Candidate, Demand, Hop, find_route
 from remote_modules.plan.spread import spread
+from remote_modules.plan.wire_choice import choose_wire
 from remote_modules.spans import Span, missing_spans
 from remote_modules.wire.messages import Output
 
@@ -154,6 +155,13 @@ class Router:
         """What it takes to fill KV caches of ``hops`` with so many tokens of each row."""
         known = {hop.peer_id: self._candidate(self.records[hop.peer_id]) for hop in hops}
         return move_seconds((), hops, known, num_tokens, demand)
+
+    def choose_wire(
+        self, hops: Sequence[Hop], demand: Demand, coded_bytes: Mapping[str, int], *, is_pipelined: bool
+    ) -> str:
+        """See `plan.wire_choice.choose_wire`."""
+        known = {h.peer_id: self._candidate(self.records[h.peer_id]) for h in hops if h.peer_id in self.records}
+        return choose_wire(hops, known, demand, coded_bytes, is_pipelined=is_pipelined)
 
     def has_route(self, blocks: Span, demand: Demand, *, avoid: Collection[PeerId]) -> bool:
         """Whether others than ``avoid`` cover ``blocks``, by what is known now."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -20,6 +21,7 @@ from remote_modules.client.hop_caches import HopCaches
 from remote_modules.client.owner_history import OwnerHistory, StepInputs
 from remote_modules.client.step import Step
 from remote_modules.client.swarm import Swarm
+from remote_modules.client.wire_choice import coding_for
 from remote_modules.errors import SessionError
 from remote_modules.model.past import length_of
 from remote_modules.plan.routing import Hop
@@ -126,17 +128,18 @@ class SessionState:
             return await self._step_alone(inputs, step)
 
     async def _step_alone(self, inputs: Named, step: StepInputs) -> Named:
-        chain = Chain.begin(self.swarm)
-        caches = self.caches
-        num_tokens = step.call.num_tokens
+        caches, num_tokens = self.caches, step.call.num_tokens
+        chain = Chain.begin(self.swarm, caches.coding)
         kv_tokens = self.position + num_tokens + KV_TOKENS_AHEAD
-        demand = demand_of(
-            self.swarm.coding.num_bytes(inputs, num_tokens), step.call, kv_tokens=kv_tokens, is_decode=num_tokens == 1
-        )
+        num_bytes = caches.coding.num_bytes(inputs, num_tokens)
+        demand = demand_of(num_bytes, step.call, kv_tokens=kv_tokens, is_decode=num_tokens == 1)
         await self.copies.begin_step(demand)
         if not caches.hops:
             caches.hops = list(await chain.route(self.blocks, demand))
             self.swarm.dial_soon(hop.peer_id for hop in caches.hops)
+            if not self.position:
+                caches.coding = coding_for(self.swarm, caches.hops, demand, inputs, num_tokens)
+                chain = replace(chain, coding=caches.coding)
         work = Step(caches, inputs, step, demand)
         try:
             if self.swarm.config.direct:

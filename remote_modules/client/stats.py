@@ -60,6 +60,7 @@ class ClientStats:
         adapters_sent: requests that brought tensors of adapters.
         adapter_bytes: of these tensors, and of what describes them.
         history_bytes, history_disk_bytes: kept now to rebuild lost KV caches, in memory and on disk.
+        wire: form in which the tensors of the latest session or pass go, where it is chosen (``wire="auto"``), else "".
         route: hops of the latest pass.
         waterfall: the last steps, each with the timing of its hops in order.
     """
@@ -85,6 +86,7 @@ class ClientStats:
     adapter_bytes: int
     history_bytes: int
     history_disk_bytes: int
+    wire: str
     route: tuple[Hop, ...]
     waterfall: tuple[tuple[HopTiming, ...], ...]
 
@@ -117,6 +119,7 @@ class StatsRecorder:
     adapters_sent: int = 0
     adapter_bytes: int = 0
     histories: HistoryStore | None = None
+    wire: str = ""
     route: tuple[Hop, ...] = ()
     waterfall: deque[tuple[HopTiming, ...]] = field(default_factory=lambda: deque(maxlen=WATERFALL_STEPS))
 
@@ -149,6 +152,7 @@ class StatsRecorder:
             adapter_bytes=self.adapter_bytes,
             history_bytes=self.histories.bytes_in_memory if self.histories is not None else 0,
             history_disk_bytes=self.histories.bytes_on_disk if self.histories is not None else 0,
+            wire=self.wire,
             route=self.route,
             waterfall=tuple(self.waterfall),
         )

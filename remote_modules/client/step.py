@@ -197,8 +197,8 @@ class Step(Work):
         except PeerError as exc:
             self._unlinked[hop] = exc  # raised when its turn comes
             return None
-        is_coded = chain.swarm.coding.wire != "compute"  # what one that knows no codecs puts out has to be rounded here
-        return connection if connection.knows_direct and (connection.knows_thin_wire or not is_coded) else None
+        is_rounded_here = not (connection.knows_thin_wire or self.session.coding.is_plain)  # what it puts out
+        return connection if connection.knows_direct and not is_rounded_here else None
 
     async def _land_all(self, flights: list[Flight], hop: Hop, cache: PeerCache, chain: Chain) -> Named:
         """The outputs of a hop whose requests were sent ahead."""
@@ -221,13 +221,13 @@ class Step(Work):
         return self._joined(parts)
 
     async def _land(self, flight: Flight, hop: Hop, cache: PeerCache, chain: Chain, entry: Named) -> Named:
-        message, swarm, brought = flight.message, chain.swarm, self._flights.brought
+        message, brought = flight.message, self._flights.brought
         is_brought = message.awaits_input and flight.key in brought
         push = partial(self._push_again, flight, entry) if is_brought else None
         if message.awaits_input and not is_brought:
             self._flights.push(flight, entry)
         adapter = self._step.call.adapter_of(hop.span)
-        num_bytes = swarm.coding.num_bytes(entry, message.call.num_tokens) if message.awaits_input else 0
+        num_bytes = self.session.coding.num_bytes(entry, message.call.num_tokens) if message.awaits_input else 0
         kind = "decode" if message.call.num_tokens == 1 else "prefill"
         offered = adapter.name if adapter is not None and adapter.content is None else ""
         replies = await chain.requests.land(flight, kind, push=push, num_bytes=num_bytes, offered=offered)

@@ -25,6 +25,7 @@ from remote_modules.peers import PeerId, PeerRecord, short_id
 from remote_modules.plan.compatibility import is_allowed, matching
 from remote_modules.plan.edges import Edges
 from remote_modules.plan.routing import Demand, Hop
+from remote_modules.plan.wire_choice import PLAIN
 from remote_modules.spans import Span
 
 __all__ = ["Swarm", "Watcher"]
@@ -80,7 +81,7 @@ class Swarm:
         self.stack = stack
         self.hidden_size = hidden_size
         self.num_blocks = stack.num_blocks
-        self.coding = Coding(config.wire, stack.coded)
+        self.coding = Coding(PLAIN if config.wire == "auto" else config.wire, stack.coded)  # see `client.wire_choice`
         self.router = Router(stack, config, clock=clock, rng=rng, rtt_of=self._rtt_of)
         self.histories = HistoryStore(
             memory_bytes=config.history_memory_bytes, dtype=config.history_dtype, folder=config.history_folder

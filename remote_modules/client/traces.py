@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from remote_modules.client.call import CallArguments, Named
+from remote_modules.client.coding import Coding
 from remote_modules.client.microbatches import Microbatch, cut, whole
 from remote_modules.client.swarm import Swarm
 from remote_modules.errors import PeerRefused, RefusalReason
@@ -102,6 +103,7 @@ class Batch:
     Attributes:
         wanted: the most that a backward will be asked for; None for all.
         may_cut: whether what came of its microbatches, if any, could be joined.
+        coding: of its tensors; None until it is chosen.
     """
 
     blocks: Span
@@ -109,6 +111,7 @@ class Batch:
     call: CallArguments
     wanted: Wanted | None = None
     may_cut: bool = True
+    coding: Coding | None = None
 
     def cut(self, swarm: Swarm) -> list[Microbatch]:
         if not self.may_cut:

@@ -43,6 +43,7 @@ def test_new_recorder_shows_zeros() -> None:
         adapter_bytes=0,
         history_bytes=0,
         history_disk_bytes=0,
+        wire="",
         route=(),
         waterfall=(),
     )
