@@ -102,12 +102,16 @@ def one_way_s(address: tuple[str, int]) -> float:
     return statistics.median(found) / 2
 
 
+def set_links(lab: Any, swarm: LabSwarm, profile: Profile) -> None:
+    for one, other in itertools.combinations(["tracker", "client", *swarm.peers], 2):
+        lab.set_link(one, other, profile.link())
+
+
 def compare(
     lab: Any, swarm: LabSwarm, profile: Profile, local: ModelArm, *, tokens: int, rounds: int
 ) -> dict[str, Any]:
     """Both arms over one network."""
-    for one, other in itertools.combinations(["tracker", "client", *swarm.peers], 2):
-        lab.set_link(one, other, profile.link())
+    set_links(lab, swarm, profile)
     prompt = torch.randint(1, 128, (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
     expected = local.decode(prompt, tokens).tokens
     with ExitStack() as stack:

@@ -138,3 +138,29 @@ def test_direct_hops_take_less_than_those_that_answer_the_client(path: Any) -> N
     assert result["times_star"] > 1.0
     assert result["share_of_delays"] > 1.0
     assert [bar.is_met for bar in path.bars_of([{**result, "peers": 4, "times_star": 1.6}])] == [True]
+
+
+@pytest.fixture(scope="module")
+def networks() -> Any:
+    transformers_logging.disable_progress_bar()
+    return load_benchmark("networks")
+
+
+def test_ratios_of_networks_are_compared_with_what_is_physical(networks: Any) -> None:
+    names = [case.name for case in networks.CASES]
+    seconds = dict(zip(names, ([0.6], [0.61], [0.8], [0.62], [0.58]), strict=True))
+    found = networks.ratios(3, seconds)
+    assert found["bandwidth"][:2] == (round(0.6 / 0.61, 4), 0.97)
+    assert found["latency"][:2] == (round(0.61 / 0.8, 4), 0.80)
+    assert found["length"] == (round(0.6 / 0.62, 4), 0.90, 1.0)
+    assert found[f"one process, {names[2]}"][:2] == (0.725, 0.60)
+    assert 0.75 < found["latency"][2] < 0.76  # four one-way delays of 47.5 ms more, on 0.59 s
+    assert found["bandwidth"][2] > 0.98
+
+
+def test_token_takes_longer_over_a_longer_way(networks: Any) -> None:
+    cases = [case for case in networks.CASES if case.name in (networks.FAST.name, networks.FAR.name)]
+    seconds = networks.run(3, tokens=2, rounds=1, cases=cases)
+    fast_s, far_s = (seconds[case.name][0] for case in cases)
+    assert networks.BLOCKS_S[3] < fast_s < far_s
+    assert far_s >= networks.physical(3, networks.FAR)
