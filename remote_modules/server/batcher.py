@@ -68,6 +68,11 @@ class StepWork(Batchable):
             self.engine.packs = False
 
     @property
+    def may_run_here(self) -> bool:  # type: ignore[override]
+        """A longer text may be captured, or compiled, when it comes."""
+        return self.engine.model.graphs is None
+
+    @property
     def may_cut(self) -> bool:
         """Whether its tokens may run a few at a time: the same, but for rounding."""
         arguments, mask, stack = self.arguments, self.arguments.attention_mask, self.engine.model.stack

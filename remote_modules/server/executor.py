@@ -177,7 +177,8 @@ class DeviceThread:
                 raise _busy("the device failed and is being restarted", self.retry_after_s)
             if who is not None:
                 self._rounds.came(who, now_s=now_s)
-            if self._lone.came(who) and not (self._running or len(self._queue)):
+            is_lone = self._lone.came(who)
+            if is_lone and job.work.may_run_here and not (self._running or len(self._queue)):
                 job.is_here = job.has_begun = True
                 self._running = [job]
                 return []

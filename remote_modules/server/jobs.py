@@ -47,8 +47,11 @@ class Batchable(ABC):
         group: of those that may; None: alone.
         who: comes back with the next such work, once this is answered; None: is not waited for.
         rows: how much of a batch it is.
+        may_run_here: whether it never takes much longer than such work took before, so that it may run on the event
+            loop, where nobody is answered meanwhile.
     """
 
+    may_run_here = True
     group: Hashable | None
     who: Hashable
     rows: int

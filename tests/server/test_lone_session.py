@@ -6,12 +6,14 @@ import asyncio
 import threading
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from remote_modules.errors import PeerRefused
 from remote_modules.plan.batching import MANY_STEPS, SHORT_S
+from remote_modules.server.batcher import StepWork
 from remote_modules.server.executor import DeviceThread
 from remote_modules.server.jobs import Batchable, Priority, Timed
 
@@ -28,6 +30,7 @@ class Step(Batchable):
     group: Hashable | None = "g"
     rows: int = 1
     error: BaseException | None = None
+    may_run_here: bool = True
 
     def __call__(self) -> str:
         if self.error is not None:
@@ -69,6 +72,7 @@ def test_others_steps_and_other_work_run_in_the_thread() -> None:
             assert other.value == DEVICE
             assert await threads_of(executor, 1, "b") == [DEVICE]
             await threads_of(executor, MANY_STEPS)
+            assert (await run(executor, Step(may_run_here=False))).value == DEVICE
             assert (await run(executor, Step(group=None))).value == DEVICE
 
     asyncio.run(main())
@@ -138,3 +142,10 @@ def test_step_that_breaks_the_device_leaves_one_thread_after_the_restart() -> No
         executor.stop()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("has_graphs", [False, True])
+def test_step_that_may_have_to_be_captured_first_does_not_run_here(has_graphs: bool) -> None:
+    model = SimpleNamespace(graphs=object() if has_graphs else None)
+    work: Any = SimpleNamespace(engine=SimpleNamespace(model=model))
+    assert StepWork.may_run_here.fget(work) is not has_graphs  # type: ignore[attr-defined]
