@@ -244,4 +244,4 @@ def test_config_is_frozen_and_keyword_only_after_the_first(config: Any) -> None:
 
 @pytest.mark.parametrize("wire", ["", "INT8", "int2", "float16"])
 def test_wire_that_is_not_known_is_refused(wire: str) -> None:
-    assert refused_message(ClientConfig, wire=wire) == f"wire must be one of compute, int8, int4, got {wire!r}"
+    assert refused_message(ClientConfig, wire=wire) == f"wire must be one of compute, int8, int4, auto, got {wire!r}"
